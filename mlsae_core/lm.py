@@ -1,0 +1,487 @@
+"""A frozen causal language model: read activations, replace them, run the rest.
+
+Any Hugging Face decoder-only architecture is found by its structure: the blocks are the
+``ModuleList`` of length ``num_hidden_layers`` in the base model, the final norm is the norm beside
+it, and everything after that (output embeddings, logit scaling, soft-capping) is the model's own
+code. Activations are read by hooks on the blocks, never from ``output_hidden_states``, whose last
+entry most architectures take after the final norm.
+
+Sequences are packed, so no attention mask is passed: every position is a real token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from mlsae_core import store
+from mlsae_core.spec import HookPoint, ModelSpec, SpecError
+
+_MLP_NAMES = ("mlp", "ffn", "feed_forward", "block_sparse_moe")
+# A norm on the MLP's output, inside the residual branch (Gemma 2, Gemma 3, OLMo 2).
+_MLP_POST_NORM_NAMES = ("post_feedforward_layernorm",)
+
+
+@dataclass(frozen=True)
+class Original:
+    """One pass of the unmodified model, with what is needed to resume it from any layer.
+
+    tokens: (batch, position) int64.
+    embeddings: (batch, position, d_model), the input of block 0.
+    activations: hook point -> (layer, batch, position, d_model), all layers; has ``residual``.
+    calls: per block, the arguments it was called with besides the residual stream.
+    """
+
+    tokens: Tensor
+    embeddings: Tensor
+    activations: dict[str, Tensor]
+    calls: list[tuple[tuple, dict[str, Any]]]
+
+    @property
+    def residual(self) -> Tensor:
+        """(layer, batch, position, d_model): the residual stream after every block."""
+        return self.activations["residual"]
+
+    def block_input(self, layer: int) -> Tensor:
+        """(batch, position, d_model): the residual stream before block `layer`."""
+        return self.embeddings if layer == 0 else self.residual[layer - 1]
+
+
+class LanguageModel:
+    """A frozen causal language model with its tokenizer.
+
+    Hook points: ``residual`` is the residual stream after a block, before the final norm;
+    ``mlp_input`` the input of the block's MLP, after its norm; ``mlp_output`` what the MLP adds to
+    the residual stream, so after the post-norm where an architecture has one (the MLP site of
+    Gemma Scope, Section 3.1).
+
+    Attributes: model, tokenizer, name, n_layers, d_model, vocab_size, device, special_ids (1-D
+    int64: the ids of BOS, EOS and PAD that the tokenizer has).
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer, name: str = "model"):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer, self.name = tokenizer, name
+        self.base = model.base_model
+        config = model.config.get_text_config()
+        self.n_layers, self.d_model = config.num_hidden_layers, config.hidden_size
+        self.vocab_size = config.vocab_size
+        self.max_positions = getattr(config, "max_position_embeddings", None)
+        self.device = next(model.parameters()).device
+        ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        self.special_ids = torch.tensor(
+            sorted({i for i in ids if i is not None}), dtype=torch.int64, device=self.device
+        )
+        owner, self.blocks, final_norm = _find_blocks(model, self.n_layers)
+        # The model's own code from the final norm on: a copy that shares all parameters, in which
+        # the module that owns the blocks returns the residual stream it is given, normalised.
+        self._head = _with_submodule(model, owner, _Given(final_norm))
+        self._verify()
+
+    @classmethod
+    def load(cls, model: ModelSpec, device: str | torch.device = "cpu") -> LanguageModel:
+        """Load weights from safetensors, or draw them at random for a null model.
+
+        With `model.random_weights` the configuration alone is read and the weights are the
+        architecture's initialisation from that seed; torch's global generator is left as it was.
+
+        Raises:
+            SpecError: the folder, weights, configuration or tokenizer is missing or unreadable, or
+                the architecture does not fit.
+        """
+        path, name, revision = _resolve(model)
+        dtype = getattr(torch, model.dtype)
+        options = {"revision": revision, "trust_remote_code": False}
+        try:
+            if model.random_weights is None:
+                network, report = AutoModelForCausalLM.from_pretrained(
+                    path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+                )
+                if missing := report["missing_keys"]:
+                    raise SpecError(
+                        f"model.path: {model.path!r} lacks weights for {len(missing)} parameters "
+                        f"such as {sorted(missing)[0]!r}; expected a complete checkpoint"
+                    )
+            else:
+                config = AutoConfig.from_pretrained(path, **options)
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(model.random_weights)
+                    network = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                name = f"{name}-random{model.random_weights}"
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        except SpecError:
+            raise
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise SpecError(
+                f"model.path: expected a causal language model in safetensors with its tokenizer; "
+                f"{model.path!r} could not be loaded: {reason}"
+            ) from error
+        return cls(network.to(device), tokenizer, name)
+
+    def keep_mask(self, tokens: Tensor) -> Tensor:
+        """(batch, position) bool: True where the token is not BOS, EOS or PAD."""
+        return torch.isin(tokens, self.special_ids.to(tokens.device), invert=True)
+
+    @torch.no_grad()
+    def capture(
+        self,
+        tokens: Tensor,
+        layers: Sequence[int],
+        hook_points: Sequence[str] = ("residual",),
+    ) -> dict[str, Tensor]:
+        """Activations of some layers; the pass ends after the last of them, without logits.
+
+        Under ``no_grad`` rather than ``inference_mode``, because autoencoders train on the result
+        and autograd refuses to save inference tensors.
+
+        Args:
+            tokens: (batch, position) int64.
+            layers: block indices from 0; the result has them in this order.
+            hook_points: any of ``residual``, ``mlp_input``, ``mlp_output``.
+
+        Returns:
+            hook point -> (layer, batch, position, d_model) in the model's precision.
+        """
+        return self._run(tokens, layers, hook_points)
+
+    @torch.no_grad()
+    def original(self, tokens: Tensor, hook_points: Sequence[str] = ("residual",)) -> Original:
+        """A pass through all blocks, kept so that it can be resumed from any of them.
+
+        Args:
+            tokens: (batch, position) int64.
+            hook_points: activations to keep; ``residual`` is always among them.
+        """
+        calls: list[tuple[tuple, dict[str, Any]]] = []
+        inputs: list[Tensor] = []
+
+        def keep_call(_, args, kwargs):
+            stream, args, kwargs = _split_call(args, kwargs)
+            inputs.append(stream)
+            calls.append((args, kwargs))
+
+        with ExitStack() as hooks:
+            for block in self.blocks:
+                handle = block.register_forward_pre_hook(keep_call, with_kwargs=True)
+                hooks.callback(handle.remove)
+            points = tuple(dict.fromkeys(("residual", *hook_points)))
+            activations = self._run(tokens, range(self.n_layers), points)
+        return Original(tokens, inputs[0], activations, calls)
+
+    def resume(
+        self,
+        original: Original,
+        layer: int,
+        replacement: Tensor,
+        hook_point: str = "residual",
+    ) -> Tensor:
+        """Logits of the model with one layer's activations replaced.
+
+        Gradients flow to `replacement` if it requires them: the weights are frozen, so nothing
+        else is recorded.
+
+        Args:
+            replacement: (..., batch, position, d_model), for example one row per steering factor.
+
+        Returns:
+            (..., batch, position, vocabulary).
+        """
+        return self.logits(self.resume_layers(original, {layer: replacement}, hook_point)[0])
+
+    def resume_layers(
+        self,
+        original: Original,
+        replacements: Mapping[int, Tensor],
+        hook_point: str = "residual",
+    ) -> Tensor:
+        """The last residual stream when each of several layers is replaced, one at a time.
+
+        All replaced copies run through the blocks as one batch that grows at every replaced layer,
+        so each block is called once.
+
+        Args:
+            replacements: layer -> (..., batch, position, d_model), all of the same shape.
+
+        Returns:
+            (layer, ..., batch, position, d_model) after the last block, layers in ascending order;
+            for :meth:`logits`.
+        """
+        self._check_layers(replacements)
+        self._check_hook_points((hook_point,))
+        shape = next(iter(replacements.values())).shape
+        if any(r.shape != shape for r in replacements.values()) or (
+            shape[-3:] != original.embeddings.shape
+        ):
+            raise ValueError(
+                f"replacements: expected equal shapes (..., {tuple(original.embeddings.shape)}), "
+                f"got {[tuple(r.shape) for r in replacements.values()]}"
+            )
+        stream: Tensor | None = None
+        for layer in range(min(replacements), self.n_layers):
+            if stream is not None:
+                stream = self._call_block(layer, stream, original)
+            if layer in replacements:
+                rows = replacements[layer].flatten(0, -3)
+                if hook_point != "residual":
+                    before = original.block_input(layer)
+                    before = before.repeat(len(rows) // len(before), 1, 1)
+                    with self._replaced(layer, hook_point, rows):
+                        rows = self._call_block(layer, before, original)
+                stream = rows if stream is None else torch.cat([stream, rows])
+        return stream.view(len(replacements), *shape)
+
+    def logits(self, residual: Tensor) -> Tensor:
+        """Final norm and output head on the residual stream after the last block.
+
+        Args:
+            residual: (..., position, d_model).
+
+        Returns:
+            (..., position, vocabulary).
+        """
+        rows = residual.reshape(-1, *residual.shape[-2:])
+        return self._head(inputs_embeds=rows).logits.view(*residual.shape[:-1], -1)
+
+    # --- inside -----------------------------------------------------------------------------
+
+    def _run(self, tokens, layers, hook_points) -> dict[str, Tensor]:
+        layers = self._check_layers(layers)
+        self._check_hook_points(hook_points)
+        tokens = self._check_tokens(tokens)
+        kept: dict[str, dict[int, Tensor]] = {point: {} for point in hook_points}
+        with ExitStack() as hooks:
+            for point in hook_points:
+                for layer in layers:
+                    handle = self._watch(layer, point, kept[point])
+                    hooks.callback(handle.remove)
+            last = self.blocks[max(layers)].register_forward_hook(_stop)
+            hooks.callback(last.remove)
+            with suppress(_Stop):
+                self.base(input_ids=tokens, use_cache=False)
+        return {
+            point: torch.stack([found[layer] for layer in layers]) for point, found in kept.items()
+        }
+
+    def _watch(self, layer: int, point: str, kept: dict[int, Tensor]):
+        """Hook that keeps the activations of one layer at one hook point."""
+        module = self._site(layer, point)
+        if point == "mlp_input":
+
+            def keep_input(_, args, kwargs):
+                kept[layer] = _split_call(args, kwargs)[0]
+
+            return module.register_forward_pre_hook(keep_input, with_kwargs=True)
+
+        def keep_output(_, __, output):
+            kept[layer] = _first(output)
+
+        return module.register_forward_hook(keep_output)
+
+    @contextmanager
+    def _replaced(self, layer: int, point: str, rows: Tensor) -> Iterator[None]:
+        """The MLP's input or output of one block is `rows` while this is entered."""
+        module = self._site(layer, point)
+        if point == "mlp_input":
+
+            def replace_input(_, args, kwargs):
+                _, args, kwargs = _split_call(args, kwargs)
+                return (rows, *args), kwargs
+
+            handle = module.register_forward_pre_hook(replace_input, with_kwargs=True)
+        else:
+
+            def replace_output(_, __, output):
+                return (rows, *output[1:]) if isinstance(output, tuple) else rows
+
+            handle = module.register_forward_hook(replace_output)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _site(self, layer: int, point: str) -> nn.Module:
+        block = self.blocks[layer]
+        if point == "residual":
+            return block
+        names = (*_MLP_POST_NORM_NAMES, *_MLP_NAMES) if point == "mlp_output" else _MLP_NAMES
+        for name in names:
+            if isinstance(module := getattr(block, name, None), nn.Module):
+                return module
+        raise SpecError(
+            f"source/target: {point!r} needs an MLP module named one of {', '.join(_MLP_NAMES)} in "
+            f"each block; {type(block).__name__} of {self.name} has "
+            f"{', '.join(name for name, _ in block.named_children())}"
+        )
+
+    def _call_block(self, layer: int, stream: Tensor, original: Original) -> Tensor:
+        args, kwargs = original.calls[layer]
+        batch = len(original.tokens)
+        repeat = _repeater(batch, len(stream) // batch)
+        args = tuple(_map_tensors(repeat, a) for a in args)
+        kwargs = {name: _map_tensors(repeat, a) for name, a in kwargs.items()}
+        return _first(self.blocks[layer](stream, *args, **kwargs))
+
+    def _check_layers(self, layers: Iterable[int]) -> list[int]:
+        layers = list(layers)
+        unknown = [i for i in layers if not 0 <= i < self.n_layers]
+        if unknown or not layers or len(set(layers)) != len(layers):
+            raise SpecError(
+                f"layers: expected distinct block indices from 0 to {self.n_layers - 1} of "
+                f"{self.name}, got {layers}"
+            )
+        return layers
+
+    def _check_hook_points(self, hook_points: Sequence[str]) -> None:
+        for point in hook_points:
+            if point not in get_args(HookPoint):
+                raise SpecError(
+                    f"source/target: expected one of {', '.join(get_args(HookPoint))}, "
+                    f"got {point!r}"
+                )
+
+    def _check_tokens(self, tokens: Tensor) -> Tensor:
+        if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
+            raise ValueError(
+                f"tokens: expected (batch, position) int64, got {tuple(tokens.shape)} "
+                f"{tokens.dtype}"
+            )
+        if self.max_positions is not None and tokens.shape[1] > self.max_positions:
+            raise SpecError(
+                f"data.context_length: {self.name} has {self.max_positions} positions, got "
+                f"sequences of {tokens.shape[1]} tokens"
+            )
+        return tokens.to(self.device)
+
+    @torch.no_grad()
+    def _verify(self) -> None:
+        """Resume a tiny pass, twice expanded, and compare with the model's own logits.
+
+        Catches architectures whose blocks need more than the arguments they are called with.
+        """
+        tokens = torch.arange(6, device=self.device).view(2, 3) % self.vocab_size
+        expected = self.model(input_ids=tokens, use_cache=False).logits
+        original = self.original(tokens)
+        twice = original.residual[0].expand(2, -1, -1, -1)
+        error = (self.resume(original, 0, twice) - expected).abs().max()
+        tolerance = 1e-3 if expected.dtype == torch.float32 else 0.1
+        if not error <= tolerance * expected.abs().max().clamp(min=1e-3):
+            raise SpecError(
+                f"model.path: resuming {type(self.model).__name__} after its first block changes "
+                f"its logits by {error:.2g}; expected blocks that depend on nothing but the "
+                "residual stream and their call's arguments"
+            )
+
+
+class _Stop(Exception):
+    """Ends a forward pass after the last block that is needed."""
+
+
+def _stop(*_):
+    raise _Stop
+
+
+class _Given(nn.Module):
+    """Stands for the module that owns the blocks: the final norm of the residual stream given."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, *_, inputs_embeds: Tensor, **__):
+        return _BaseOutput((self.norm(inputs_embeds),))
+
+
+class _BaseOutput(tuple):
+    """Output of a module that has a last hidden state and nothing else."""
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def _find_blocks(model: PreTrainedModel, n_layers: int) -> tuple[str, nn.ModuleList, nn.Module]:
+    """Name of the module that owns the blocks, the blocks, and the final norm."""
+    for name, owner in model.named_modules():
+        children = list(owner.children())
+        for position, blocks in enumerate(children):
+            if isinstance(blocks, nn.ModuleList) and len(blocks) == n_layers:
+                after, before = _norms(children[position + 1 :]), _norms(children[:position])
+                if len(norms := after or before) == 1:
+                    return name, blocks, norms[0]
+    raise SpecError(
+        f"model.path: {type(model).__name__} does not fit: looked for a ModuleList of "
+        f"num_hidden_layers = {n_layers} blocks with one final norm beside it, found in its base "
+        f"{', '.join(f'{n} ({type(m).__name__})' for n, m in model.base_model.named_children())}"
+    )
+
+
+def _with_submodule(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """A copy of `module` that shares everything with it but the submodule at a dotted name."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    child, _, rest = name.partition(".")
+    setattr(twin, child, _with_submodule(getattr(module, child), rest, new) if rest else new)
+    return twin
+
+
+def _norms(modules: list[nn.Module]) -> list[nn.Module]:
+    return [module for module in modules if "norm" in type(module).__name__.lower()]
+
+
+def _resolve(model: ModelSpec) -> tuple[str, str, str | None]:
+    """Path for Hugging Face, display name and revision of a shipped name, a folder or a hub id."""
+    folder = store.model_folder(model.path)
+    if folder is None:
+        return model.path, model.path.split("/")[-1], model.revision
+    if model.random_weights is None and not any(folder.glob("*.safetensors")):
+        raise SpecError(f"model.path: {model.path!r} has no weights; expected *.safetensors")
+    if not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").is_file():
+        raise SpecError(f"model.path: {model.path!r} has no tokenizer; expected tokenizer.json")
+    return str(folder), folder.resolve().name, None
+
+
+def _first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _split_call(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
+    """A module's input, its other positional and its other keyword arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+    return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
+
+
+def _repeater(batch: int, times: int) -> Callable[[Tensor], Tensor]:
+    """Repeats what has one row per sequence; what is shared by the batch broadcasts."""
+
+    def repeat(tensor: Tensor) -> Tensor:
+        if times == 1 or tensor.ndim == 0 or tensor.shape[0] != batch or batch == 1:
+            return tensor
+        if tensor.stride(0) == 0:
+            return tensor[:1].expand(times * batch, *tensor.shape[1:])
+        return tensor.repeat(times, *[1] * (tensor.ndim - 1))
+
+    return repeat
+
+
+def _map_tensors(function, value):
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_map_tensors(function, item) for item in value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(function, item) for key, item in value.items()}
+    return value
