@@ -1,0 +1,107 @@
+"""The training objective: fraction of variance unexplained, plus AuxK for dead latents.
+
+Lawson et al. (2025), "Residual Stream Analysis with Multi-Layer SAEs", Eqs. 3 to 7, with the
+conventions that the equations leave open:
+
+- FVU_l = mean over tokens and dimensions of (x - x̂)², divided by the variance of the same numbers
+  about their one mean (the *global* FVU); the loss takes the mean over layers.
+- AuxK_l = the same quotient for e' = x' - y, the error in the standardised space, and its
+  reconstruction ê' = W_dec h_dead by the dead latents. The error is a constant to it (detached:
+  Gao et al. 2024, Appendix A.2), and no second bias is added. So a layer's AuxK does not depend on
+  the scale of its activations. It is 0, and costs nothing, where no latent is dead.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mlsae_core import kernels
+from mlsae_core.sae import MLSAE, TopK
+
+ALPHA = 1 / 32
+"""The coefficient of AuxK (Gao et al. 2024, Appendix A.2)."""
+
+
+class Loss(NamedTuple):
+    """What one batch gives.
+
+    total : scalar, mean of `fvu` over layers + alpha * `auxk`; differentiate this.
+    fvu : (layer,), global FVU, over tokens and dimensions, in the target's own space.
+    mse : (layer,), mean squared error over tokens and dimensions, in the target's own space.
+    auxk : scalar, mean over layers; 0 where no latent is dead.
+    n_dead : number of dead latents before this batch.
+    topk : values and indices of shape (layer, token, k).
+    """
+
+    total: Tensor
+    fvu: Tensor
+    mse: Tensor
+    auxk: Tensor
+    n_dead: int
+    topk: TopK
+
+
+def loss(sae: MLSAE, source: Tensor, target: Tensor | None = None, alpha: float = ALPHA) -> Loss:
+    """The loss of one batch. Nothing is changed: count its tokens with `sae.count_tokens`.
+
+    Parameters
+    ----------
+    source : (layer, token, d_model), the activations to encode.
+    target : (layer, token, d_model), the activations to predict; None is the source itself.
+        The prediction is made in the target's standardised space and mapped back with the
+        target's statistics (see `MLSAE.forward`).
+    alpha : coefficient of AuxK.
+
+    Raises
+    ------
+    ValueError
+        Where a tensor is not (layer, token, d_model), is empty, or is not finite; or where the
+        target's shape differs from the source's.
+    """
+    if source.ndim != 3 or source.numel() == 0:
+        raise ValueError(
+            f"expected activations of shape (layer, token, {sae.n_inputs}) with at least one "
+            f"token, got {tuple(source.shape)}"
+        )
+    if target is None:
+        target = source
+    if target.shape != source.shape:
+        raise ValueError(
+            f"expected a target of the source's shape {tuple(source.shape)}, "
+            f"got {tuple(target.shape)}: pass the same layers and tokens in both"
+        )
+    scaled, stats = sae.standardise(source)
+    if target is source:
+        target, expected = source.to(scaled.dtype), scaled
+    else:
+        expected, stats = sae.standardise(target)
+        target = target.to(scaled.dtype)
+    dead = sae.dead.nonzero().squeeze(1) if sae.aux_k else None
+    n_dead = 0 if dead is None else len(dead)
+    y, y_dead, code = kernels.autoencode(
+        scaled.flatten(0, 1),
+        sae.encoder,
+        sae.decoder,
+        sae.pre_bias,
+        sae.k,
+        dead=dead if n_dead else None,
+        aux_k=min(sae.aux_k, n_dead),
+        kernel=sae.kernel,
+    )
+    y = y.view_as(scaled)
+    mse, fvu = _unexplained(target, stats.restore(y))
+    total = fvu.mean()
+    auxk = torch.zeros_like(total)
+    if y_dead is not None:
+        auxk = _unexplained((expected - y).detach(), y_dead.view_as(y))[1].mean()
+        total = total + alpha * auxk
+    topk = TopK(*(part.view(*scaled.shape[:2], -1) for part in code[:2]))
+    return Loss(total, fvu.detach(), mse.detach(), auxk.detach(), n_dead, topk)
+
+
+def _unexplained(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squared error and global FVU, each (layer,), of two (layer, token, d) tensors."""
+    mse = (x - recon).square().mean((1, 2))
+    variance = x.var((1, 2), correction=0)
+    return mse, mse / variance.clamp_min(torch.finfo(x.dtype).tiny)

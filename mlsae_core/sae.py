@@ -1,0 +1,360 @@
+"""The multi-layer sparse autoencoder: one TopK autoencoder for the vectors of every layer.
+
+Lawson et al. (2025), "Residual Stream Analysis with Multi-Layer SAEs", Eqs. 1 and 2, after
+Makhzani & Frey (2014) and Gao et al. (2024):
+
+    x' = (x - μ) / (σ + 1e-5)                    mean and standard deviation of the one vector
+    h = ReLU(TopK_k(W_enc (x' - b_pre)))
+    y = W_dec h + b_pre
+    x̂ = y σ + μ
+
+The paper prints W_enc x - b_pre; b_pre has the model's dimension, so the bracket is meant. There
+is no encoder bias. Both matrices are stored as (n_latents, d_model): row j of each is what latent
+j listens to and what it writes.
+"""
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mlsae_core import kernels
+from mlsae_core.kernels import ProjectedAdam
+
+STD_EPS = 1e-5
+"""Added to the standard deviation before dividing by it."""
+
+DEAD_TOKENS = 10_000_000
+"""A latent without an activation in this many tokens is dead (Lawson et al. 2025, Section 3.2)."""
+
+DEAD_THRESHOLD = 1e-3
+"""The activation above which a latent counts as active."""
+
+PAPER_BATCH_TOKENS = 131_072
+"""The paper's batch: published configurations count the dead window in these."""
+
+
+class TopK(NamedTuple):
+    """The k latents that were selected: `values` ≥ 0 and `indices`, both of shape (…, k)."""
+
+    values: Tensor
+    indices: Tensor
+
+
+class Stats(NamedTuple):
+    """The `mean` and unbiased `std` of each vector over d_model, both of shape (…, 1)."""
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def restore(self, y: Tensor) -> Tensor:
+        """Map y (…, d_model) from the standardised space back: y σ + μ."""
+        return y if self.mean is None else torch.addcmul(self.mean, y, self.std)
+
+
+class Output(NamedTuple):
+    """A reconstruction `recon` of shape (…, d_model) and the latents it was made from."""
+
+    recon: Tensor
+    topk: TopK
+
+
+class MLSAE(nn.Module):
+    """A TopK autoencoder whose inputs are vectors of any layer.
+
+    Parameters
+    ----------
+    n_inputs : dimension d_model of a vector.
+    n_latents : number of latents; n_latents / n_inputs is the expansion factor R.
+    k : latents kept for each vector.
+    aux_k : dead latents that AuxK uses for each vector; None takes the power of two nearest to
+        n_inputs / 2 on the logarithmic scale (Gao et al. 2024, Appendix A.2), 0 switches AuxK off.
+    standardize : whether each vector is standardised before, and mapped back after.
+    dead_tokens, dead_threshold : a latent is dead when it had no activation above the threshold,
+        at any layer, within this many training tokens.
+    kernel : "sparse" or "dense", see `mlsae_core.kernels`; an attribute, so it can be changed.
+    generator : source of the random initial weights; None takes PyTorch's global one.
+
+    Attributes
+    ----------
+    encoder, decoder : parameters (n_latents, n_inputs). Equal at first, with rows of unit norm;
+        the optimiser of `make_optimizer` keeps the decoder's rows so.
+    pre_bias : parameter (n_inputs,), in the standardised space.
+    tokens_since_active : buffer (n_latents,), int64. Only `count_tokens` changes it.
+    """
+
+    def __init__(
+        self,
+        n_inputs: int,
+        n_latents: int,
+        k: int,
+        aux_k: int | None = None,
+        standardize: bool = True,
+        *,
+        dead_tokens: int = DEAD_TOKENS,
+        dead_threshold: float = DEAD_THRESHOLD,
+        kernel: kernels.Kernel = "sparse",
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        least = 2 if standardize else 1
+        if n_inputs < least:
+            raise ValueError(f"expected n_inputs of at least {least}, got {n_inputs}")
+        if not 1 <= k <= n_latents:
+            raise ValueError(
+                f"expected k between 1 and n_latents = {n_latents}, got {k}: "
+                "choose a smaller k or a larger expansion factor"
+            )
+        if aux_k is None:
+            aux_k = 2 ** max(0, round(math.log2(n_inputs / 2)))
+        if aux_k < 0:
+            raise ValueError(f"expected aux_k of at least 0 (0 switches AuxK off), got {aux_k}")
+        self.n_inputs, self.n_latents, self.k, self.aux_k = n_inputs, n_latents, k, aux_k
+        self.standardize = standardize
+        self.dead_tokens, self.dead_threshold = dead_tokens, dead_threshold
+        self.kernel = kernel
+        rows = torch.randn(n_latents, n_inputs, generator=generator)
+        rows /= rows.norm(dim=1, keepdim=True)
+        self.encoder = nn.Parameter(rows)
+        self.decoder = nn.Parameter(rows.clone())
+        self.pre_bias = nn.Parameter(torch.zeros(n_inputs))
+        self.tokens_since_active: Tensor
+        self.register_buffer("tokens_since_active", torch.zeros(n_latents, dtype=torch.int64))
+
+    @property
+    def kernel(self) -> kernels.Kernel:
+        return self._kernel
+
+    @kernel.setter
+    def kernel(self, name: kernels.Kernel) -> None:
+        if name not in kernels.KERNELS:
+            raise ValueError(f"expected a kernel of {kernels.KERNELS}, got {name!r}")
+        self._kernel = name
+
+    @property
+    def dead(self) -> Tensor:
+        """(n_latents,) bool: without an activation within the last `dead_tokens` tokens."""
+        return self.tokens_since_active >= self.dead_tokens
+
+    def extra_repr(self) -> str:
+        return f"{self.n_inputs}, {self.n_latents}, k={self.k}, aux_k={self.aux_k}"
+
+    def standardise(self, x: Tensor) -> tuple[Tensor, Stats]:
+        """x (…, n_inputs) in the parameters' precision, standardised, and what undoes it.
+
+        Raises ValueError where the last dimension is not n_inputs or a number is not finite.
+        """
+        if x.ndim == 0 or x.shape[-1] != self.n_inputs:
+            raise ValueError(
+                f"expected vectors of dimension {self.n_inputs} along the last axis, "
+                f"got shape {tuple(x.shape)}: was this autoencoder made for another model?"
+            )
+        if not x.is_floating_point():
+            raise ValueError(f"expected floating-point activations, got {x.dtype}")
+        x = x.to(self.encoder.dtype)
+        if not self.standardize:
+            _check_finite(x)
+            return x, Stats(None, None)
+        mean = x.mean(-1, keepdim=True)
+        centred = x - mean
+        std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(self.n_inputs - 1)
+        _check_finite(std)  # not finite as soon as one number of the vector is not
+        return centred / (std + STD_EPS), Stats(mean, std)
+
+    def encode(self, x: Tensor) -> TopK:
+        """The k largest latents of each vector, in no particular order.
+
+        x (…, n_inputs) gives values and indices (…, k); values are ≥ 0. Changes no state.
+        """
+        scaled, _ = self.standardise(x)
+        code = kernels.encode(
+            scaled.reshape(-1, self.n_inputs), self.encoder, self.pre_bias, self.k, self.kernel
+        )
+        shape = (*x.shape[:-1], self.k)
+        return TopK(code.values.view(shape), code.indices.view(shape))
+
+    def decode(self, topk: TopK, stats: Stats | None = None) -> Tensor:
+        """Values and indices (…, k) to (…, n_inputs).
+
+        Without stats the result y is in the standardised space; with them it is mapped back.
+        """
+        k = topk.values.shape[-1]
+        y = kernels.decode(
+            topk.values.reshape(-1, k), topk.indices.reshape(-1, k), self.decoder, self.kernel
+        )
+        y = (y + self.pre_bias).view(*topk.values.shape[:-1], self.n_inputs)
+        return y if stats is None else stats.restore(y)
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Output:
+        """Reconstruct x (…, n_inputs), or predict a target of the same shape from it.
+
+        A transcoder is the same autoencoder with a target that is not its source. The source is
+        standardised with its own statistics; the decoder predicts the target in the *target's*
+        standardised space, and the prediction is mapped back with the *target's* mean and
+        standard deviation. So scale and offset of single vectors need not be learned, and the
+        comparison with an autoencoder on the target, which is given the same two numbers for
+        each vector, is a fair one. The bias is shared by both sides, as it is without a target.
+        """
+        topk = self.encode(x)
+        stats = self.standardise(x if target is None else target)[1]
+        return Output(self.decode(topk, stats), topk)
+
+    @torch.no_grad()
+    def count_tokens(self, topk: TopK, n_tokens: int) -> None:
+        """Advance the dead-latent counters by a training batch of n_tokens tokens.
+
+        n_tokens counts a token once, not once for each layer. With several processes, pass the
+        tokens of all of them, then take the minimum of `tokens_since_active` over processes.
+        """
+        spare = self.n_latents  # where indices of inactive pairs go
+        indices = topk.indices.masked_fill(topk.values <= self.dead_threshold, spare)
+        active = torch.zeros(spare + 1, dtype=torch.bool, device=indices.device)
+        active.scatter_(0, indices.flatten(), True)
+        self.tokens_since_active += n_tokens
+        self.tokens_since_active.masked_fill_(active[:-1], 0)
+
+    def make_optimizer(self, learning_rate: float = 1e-4, eps: float = 6.25e-10) -> ProjectedAdam:
+        """Adam for all parameters, which keeps the decoder's rows at unit norm."""
+        free = {"params": [self.encoder, self.pre_bias], "unit_rows": False}
+        unit = {"params": [self.decoder], "unit_rows": True}
+        return ProjectedAdam([free, unit], lr=learning_rate, eps=eps)
+
+    # --- files --------------------------------------------------------------------------------
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors, each atomically, as published MLSAEs have them.
+
+        encoder.weight (n_latents, n_inputs), decoder.weight (n_inputs, n_latents) and
+        pre_encoder_bias (n_inputs,). The counters of dead latents are not part of the format.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {
+            "n_inputs": self.n_inputs,
+            "n_latents": self.n_latents,
+            "k": self.k,
+            "auxk": self.aux_k,
+            "dead_tokens": self.dead_tokens,
+            "dead_steps_threshold": max(1, self.dead_tokens // PAPER_BATCH_TOKENS),
+            "dead_threshold": self.dead_threshold,
+            "standardize": self.standardize,
+        }
+        tensors = {
+            "encoder.weight": self.encoder.detach(),
+            "decoder.weight": self.decoder.detach().T.contiguous(),
+            "pre_encoder_bias": self.pre_bias.detach(),
+        }
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
+            weights, settings = Path(temporary, "weights"), Path(temporary, "config")
+            save_file(tensors, weights, metadata={"format": "pt"})
+            settings.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            os.replace(weights, directory / "model.safetensors")
+            os.replace(settings, directory / "config.json")
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *, revision: str | None = None, **settings
+    ) -> Self:
+        """Load a folder or a repository of the Hugging Face hub.
+
+        name : a folder with config.json and *.safetensors, or an id such as
+            "tim-lawson/mlsae-pythia-70m-deduped-x64-k32". Repositories that hold the transformer
+            beside the autoencoder load as well. Pickled weights are never read.
+        revision : branch, tag or commit of a hub repository.
+        settings : keyword arguments of the class that the file does not fix, such as `kernel`.
+            Published files count the dead window in optimiser steps of unknown size, so it is
+            `dead_tokens` here, or the default.
+
+        Raises ValueError where files are missing, unreadable, or do not fit each other.
+        """
+        folder = _find_folder(name, revision)
+        config = _read_config(folder)
+        settings = {
+            k: config[k] for k in ("dead_tokens", "dead_threshold") if k in config
+        } | settings
+        sae = cls(
+            config["n_inputs"],
+            config["n_latents"],
+            config["k"],
+            aux_k=config.get("auxk") or 0,
+            standardize=config.get("standardize", True),
+            **settings,
+        )
+        n, d = sae.n_latents, sae.n_inputs
+        shapes = {"encoder.weight": (n, d), "decoder.weight": (d, n), "pre_encoder_bias": (d,)}
+        tensors = _read_tensors(folder, shapes)
+        with torch.no_grad():
+            sae.encoder.copy_(tensors["encoder.weight"])
+            sae.decoder.copy_(tensors["decoder.weight"].T)
+            sae.pre_bias.copy_(tensors["pre_encoder_bias"])
+        return sae
+
+
+def _check_finite(x: Tensor) -> None:
+    if not bool(x.isfinite().all()):
+        raise ValueError(
+            "expected finite activations, got NaN or infinity: check the language model's "
+            "precision (half precision overflows above 65504)"
+        )
+
+
+def _find_folder(name: str | os.PathLike[str], revision: str | None) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if not isinstance(name, str) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"expected a folder or a hub id 'owner/name', got {str(name)!r}")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "*.safetensors"]
+    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"expected {path} with n_inputs, n_latents and k, but it does not exist")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected JSON in {path}: {error}") from error
+    missing = [
+        key for key in ("n_inputs", "n_latents", "k") if not isinstance(config.get(key), int)
+    ]
+    if missing:
+        raise ValueError(f"expected integers {missing} in {path}: is it an MLSAE's configuration?")
+    return config
+
+
+def _read_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Read the named tensors, with or without the prefix "autoencoder.", from any file."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise ValueError(f"expected *.safetensors in {folder}, found none (pickles are not read)")
+    found: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    name = key.removeprefix("autoencoder.")
+                    if name in shapes:
+                        found[name] = file.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"expected a safetensors file, cannot read {path}: {error}") from error
+    for name, shape in shapes.items():
+        if name not in found:
+            raise ValueError(
+                f"expected a tensor {name!r} in {folder}, with or without 'autoencoder.'"
+            )
+        if tuple(found[name].shape) != shape:
+            raise ValueError(
+                f"expected {name} of shape {shape} from config.json in {folder}, "
+                f"got {tuple(found[name].shape)}: the files belong to different autoencoders"
+            )
+    return found
