@@ -308,10 +308,11 @@ def _weighted_sums(weights: Tensor, indices: Tensor, table: Tensor) -> Tensor:
 def _row_products(a: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     """<a_i, table_j> for each pair: a (n, d), table (m, d), indices (n, k) to (n, k)."""
     n, k = indices.shape
+    indices = indices.contiguous()
     starts = torch.arange(0, n * k, k, device=a.device)
     bags = torch.arange(n, device=a.device).repeat_interleave(k)
     products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        a, table, indices.flatten(), starts, bags, 0
+        a, table, indices.view(-1), starts, bags, 0
     )
     return products.view(n, k)
 

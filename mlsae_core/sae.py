@@ -324,11 +324,9 @@ def _read_config(folder: Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"expected JSON in {path}: {error}") from error
-    missing = [
-        key for key in ("n_inputs", "n_latents", "k") if not isinstance(config.get(key), int)
-    ]
-    if missing:
-        raise ValueError(f"expected integers {missing} in {path}: is it an MLSAE's configuration?")
+    names = ("n_inputs", "n_latents", "k")
+    if not isinstance(config, dict) or any(not isinstance(config.get(n), int) for n in names):
+        raise ValueError(f"expected integers {names} in {path}: is it an MLSAE's configuration?")
     return config
 
 

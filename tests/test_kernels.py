@@ -1,0 +1,218 @@
+"""The sparse kernels against the dense definition, and the optimiser against its laws."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlsae_core import kernels
+from mlsae_core.kernels import ProjectedAdam
+
+D, N, K = 12, 96, 5
+
+
+def problem(n=7, dead=0, seed=0, dtype=torch.float64):
+    """Random vectors, weights with their gradients on, and indices of dead latents."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, D, generator=generator, dtype=dtype)
+    weights = [
+        torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
+        for shape in ((N, D), (N, D), (D,))
+    ]
+    which = torch.randperm(N, generator=generator)[:dead].sort().values if dead else None
+    return x, *weights, which
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    width=st.integers(1, 700),
+    share=st.floats(0, 1),
+    rows=st.integers(1, 5),
+    levels=st.sampled_from([2, 5, 10**6]),
+    seed=st.integers(0, 1000),
+)
+def test_group_topk_selects_the_largest_values_even_with_ties(width, share, rows, levels, seed):
+    k = max(1, min(width, round(share**3 * width)))
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(levels, (rows, width), generator=generator).float()
+    values, indices = kernels.group_topk(scores, k)
+    torch.testing.assert_close(values.sort(1).values, scores.sort(1).values[:, -k:])
+    assert torch.equal(scores.gather(1, indices), values)
+    assert all(len(set(row.tolist())) == k for row in indices)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 64])
+@pytest.mark.parametrize(("k", "dead", "aux_k"), [(K, 0, 0), (K, 1, 1), (1, 40, 7), (N, N, N)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sparse_equals_dense(monkeypatch, chunk_rows, k, dead, aux_k, dtype):
+    monkeypatch.setitem(kernels.CHUNK_ROWS, "cpu", chunk_rows)
+    results = {}
+    for kernel in kernels.KERNELS:
+        x, encoder, decoder, bias, which = problem(dead=dead, dtype=dtype)
+        x.requires_grad_()
+        y, y_dead, code = kernels.autoencode(x, encoder, decoder, bias, k, which, aux_k, kernel)
+        total = (y * torch.linspace(1, 2, D)).sin().sum() + code.values.square().sum()
+        if y_dead is not None:
+            total = total + y_dead.square().sum()
+        total.backward()
+        results[kernel] = [y, total] + [t.grad for t in (x, encoder, decoder, bias)]
+    for sparse, dense in zip(results["sparse"], results["dense"], strict=True):
+        tolerance = 2e-5 if dtype == torch.float32 else 1e-13
+        atol = tolerance * dense.abs().max().item()
+        torch.testing.assert_close(sparse, dense, rtol=0, atol=atol)
+
+
+def test_sparse_gradients_pass_gradcheck():
+    x, encoder, decoder, bias, which = problem(n=3, dead=30)
+    x.requires_grad_()
+
+    def both(x, encoder, decoder, bias):
+        return kernels.autoencode(x, encoder, decoder, bias, K, which, 4)[:2]
+
+    assert torch.autograd.gradcheck(both, (x, encoder, decoder, bias), fast_mode=True)
+
+
+def test_encode_and_decode_alone_equal_autoencode():
+    x, encoder, decoder, bias, _ = problem()
+    y, _, code = kernels.autoencode(x, encoder, decoder, bias, K)
+    alone = kernels.encode(x, encoder, bias, K)
+    assert torch.equal(alone.values, code.values)
+    assert torch.equal(alone.indices, code.indices)
+    for kernel in kernels.KERNELS:
+        again = kernels.decode(alone.values, alone.indices, decoder, kernel) + bias
+        torch.testing.assert_close(again, y)
+
+
+def test_dead_latents_are_selected_among_the_dead_only():
+    x, encoder, decoder, bias, which = problem(dead=20)
+    code = kernels.autoencode(x, encoder, decoder, bias, K, which, 6)[2]
+    assert torch.isin(code.aux_indices, which).all()
+    scores = ((x - bias) @ encoder.T)[:, which]
+    expected = scores.sort(1, descending=True).values[:, :6].relu()
+    torch.testing.assert_close(code.aux_values.sort(1, descending=True).values, expected)
+
+
+def test_selected_but_negative_scores_give_zero_and_no_gradient():
+    x, encoder, decoder, bias, _ = problem()
+    encoder = (-encoder.abs()).detach().requires_grad_()
+    y, _, code = kernels.autoencode(x.abs(), encoder, decoder, bias * 0, K)
+    y.sum().backward()
+    assert not code.values.any()
+    assert not encoder.grad.any()
+    assert not decoder.grad.any()
+
+
+def test_results_repeat_bit_for_bit():
+    def once():
+        x, encoder, decoder, bias, which = problem(n=200, dead=30, dtype=torch.float32)
+        y, y_dead, _ = kernels.autoencode(x, encoder, decoder, bias, K, which, 8)
+        (y.square().sum() + y_dead.square().sum()).backward()
+        return y, y_dead, encoder.grad, decoder.grad, bias.grad
+
+    assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
+
+
+def test_reduced_precision_touches_only_the_scores():
+    """Under autocast a selected value is off by rounding; the rest stays in single precision."""
+    x, encoder, decoder, bias, which = problem(n=50, dead=40, dtype=torch.float32)
+    full = kernels.autoencode(x, encoder, decoder, bias, K, which, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, y_dead, code = kernels.autoencode(x, encoder, decoder, bias, K, which, 8)
+        again = kernels.decode(code.values, code.indices, decoder) + bias
+    assert {t.dtype for t in (y, y_dead, code.values)} == {torch.float32}
+    assert torch.equal(again, y)
+    torch.testing.assert_close(code.values.sum(1), full[2].values.sum(1), rtol=0.02, atol=0.02)
+    (y.sum() + y_dead.sum()).backward()
+    assert encoder.grad.dtype == torch.float32
+
+
+# --- the optimiser ----------------------------------------------------------------------------
+
+
+def parameters(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    free = torch.nn.Parameter(torch.randn(40, 8, generator=generator))
+    rows = torch.randn(40, 8, generator=generator)
+    unit = torch.nn.Parameter(rows / rows.norm(dim=1, keepdim=True))
+    return free, unit
+
+
+def optimiser(free, unit, **settings):
+    groups = [{"params": [free], "unit_rows": False}, {"params": [unit], "unit_rows": True}]
+    return ProjectedAdam(groups, **settings)
+
+
+def set_gradients(free, unit, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for param in (free, unit):
+        param.grad = torch.randn(param.shape, generator=generator)
+
+
+def test_steps_equal_adam_with_projection_and_rescaling():
+    free, unit = parameters()
+    ours = optimiser(free, unit, lr=0.01, eps=1e-9)
+    other = [p.detach().clone().requires_grad_() for p in (free, unit)]
+    adam = torch.optim.Adam(other, lr=0.01, eps=1e-9, foreach=False)
+    for i in range(5):
+        set_gradients(free, unit, i)
+        set_gradients(*other, i)
+        with torch.no_grad():
+            grad, row = other[1].grad, other[1]
+            grad -= torch.einsum("nd,nd->n", grad, row)[:, None] * row
+        ours.step()
+        adam.step()
+        with torch.no_grad():
+            other[1] /= other[1].norm(dim=1, keepdim=True)
+    torch.testing.assert_close(free, other[0])
+    torch.testing.assert_close(unit, other[1])
+
+
+def test_step_leaves_unit_rows_and_a_gradient_perpendicular_to_them():
+    free, unit = parameters()
+    before = unit.detach().clone()
+    set_gradients(free, unit, 0)
+    optimiser(free, unit, lr=0.1).step()
+    torch.testing.assert_close(unit.norm(dim=1), torch.ones(40))
+    torch.testing.assert_close((unit.grad * before).sum(1), torch.zeros(40), atol=1e-6, rtol=0)
+    assert not torch.equal(unit, before)
+
+
+def test_parallel_gradient_moves_nothing():
+    free, unit = parameters()
+    before = unit.detach().clone()
+    unit.grad = 3 * before
+    optimiser(free, unit, lr=0.0).step()
+    torch.testing.assert_close(unit, before)
+    torch.testing.assert_close(unit.grad, torch.zeros_like(unit), atol=1e-6, rtol=0)
+
+
+def test_resuming_from_state_dict_is_exact():
+    free, unit = parameters()
+    first = optimiser(free, unit, lr=0.01)
+    for i in range(3):
+        set_gradients(free, unit, i)
+        first.step()
+    copies = [copy.deepcopy(p) for p in (free, unit)]
+    second = optimiser(*copies, lr=0.5)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for i in range(3, 6):
+        for params, opt in (((free, unit), first), (copies, second)):
+            set_gradients(*params, i)
+            opt.step()
+    assert torch.equal(free, copies[0])
+    assert torch.equal(unit, copies[1])
+
+
+def test_parameters_without_gradient_stay():
+    free, unit = parameters()
+    before = free.detach().clone()
+    unit.grad = torch.randn_like(unit)
+    optimiser(free, unit).step()
+    assert torch.equal(free, before)
+
+
+def test_negative_learning_rate_is_refused():
+    with pytest.raises(ValueError, match="lr=-1"):
+        optimiser(*parameters(), lr=-1)
