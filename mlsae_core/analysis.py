@@ -1,0 +1,181 @@
+"""A run and text give tidy tables: one row per thing measured, one column per number."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mlsae_core.activations import gather, hook_points, site_layers
+from mlsae_core.lens import Lens
+from mlsae_core.lm import LanguageModel, Original
+from mlsae_core.metrics import Downstream, LayerMoments, Reconstruction, ce_recovered, cross_entropy
+from mlsae_core.sae import MLSAE
+from mlsae_core.spec import SiteSpec
+
+# Logits held at a time, over all replaced layers together: 64 MiB in float32.
+LOGITS_AT_ONCE = 2**24
+
+
+@torch.no_grad()
+def evaluate(
+    lm: LanguageModel,
+    sae: MLSAE,
+    lens: Lens,
+    site: SiteSpec,
+    batches: Iterable[Tensor],
+    *,
+    ablations: bool = True,
+    mean_batches: int = 4,
+    layers_at_once: int | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Reconstruction error and downstream loss of every layer, in one pass over text.
+
+    The site's target is replaced by its reconstruction at the non-special positions, one layer at
+    a time, and the rest of the model is run (MLSAE paper, Section 4.1 and Appendix B). The original
+    pass is made once per batch; all replaced layers share a growing batch. With a tuned lens, FVU,
+    MSE and L1 are measured in the lens space and the downstream columns after its inverse.
+
+    Every position but a sequence's last makes one prediction, scored against the token that really
+    follows, also where that is an end-of-sentence token or the position itself is special: the same
+    predictions for the original and the replaced model, so differences are of like with like.
+
+    Args:
+        sae: called as ``sae(source)``, or ``sae(source, target)`` for a transcoder.
+        lens: the basis in which `sae` was trained.
+        site: layers, source, target; `stacked` dictionaries are measured layer by layer.
+        batches: (batch, position) int64 tokens.
+        ablations: also replace each layer by zero and by its mean; about three times slower.
+        mean_batches: batches from which the mean of a layer is taken, before the pass.
+        layers_at_once: layers that share a growing batch; fewer take less memory.
+        progress: show a progress bar.
+
+    Returns:
+        One row per layer. Means over `tokens` non-special tokens: ``fvu_global``,
+        ``fvu_per_dimension``, ``mse``, ``l1``, ``l0`` (number of non-zero latents; for stacked
+        sites the same in every row). Fractions of latents: ``dead`` (never active at any layer of
+        this sample, equal in every row), ``inactive`` (never at this layer). Means over
+        `predictions`, in nats per predicted token: ``ce_original``, ``ce_replaced``,
+        ``delta_ce``, ``kl`` (original ‖ replaced); ``logit_mse``. With `ablations`: ``ce_zero``,
+        ``ce_mean``, and the fraction of the loss that each costs and the reconstruction recovers,
+        ``ce_recovered_zero``, ``ce_recovered_mean``.
+
+    Raises:
+        ActivationError: NaN or infinite activations, naming the batch and the layers.
+        ValueError: no batches.
+    """
+    layers, points = site_layers(site, lm.n_layers), hook_points(site)
+    point, n = points[-1], len(layers)  # the last hook point is the target
+    total = len(batches) if hasattr(batches, "__len__") else None
+    batches = iter(batches)
+    first = list(itertools.islice(batches, mean_batches if ablations else 1))
+    if not first:
+        raise ValueError("batches: expected at least one batch of tokens, got none")
+    means = _layer_means(lm, first, layers, point) if ablations else None
+
+    reconstruction = Reconstruction(n, lm.d_model, lm.device)
+    downstream = Downstream(n, lm.device)
+    ablated = torch.zeros(n, 2, dtype=torch.float64, device=lm.device)  # Σ CE of zero, mean
+    active = torch.zeros(n, sae.n_latents + 1, dtype=torch.bool, device=lm.device)
+
+    pass_over = tqdm(itertools.chain(first, batches), "evaluate", total, disable=not progress)
+    for index, tokens in enumerate(pass_over):
+        tokens = tokens.to(lm.device)
+        keep = lm.keep_mask(tokens)
+        original = lm.original(tokens, points)
+        captured = {name: original.activations[name][layers] for name in points}
+        batch = gather(captured, tokens, keep, site, layers, lens, index)
+        target = None if batch.target is batch.source else batch.target
+        output = sae(batch.source) if target is None else sae(batch.source, target)
+        values, indices = (part.expand(n, -1, -1) for part in output.topk)
+        recon = _unstack(output.recon, n)
+        reconstruction.update(_unstack(batch.target, n), recon, values)
+        # Pairs below the threshold are counted in a spare column.
+        spare = indices.masked_fill(values <= sae.dead_threshold, sae.n_latents)
+        active.scatter_(1, spare.flatten(1), True)
+
+        recon = lens.invert(recon, layers)
+        for rows in torch.arange(n).split(layers_at_once or n):
+            replacements = {}
+            for row in rows.tolist():
+                layer = layers[row]
+                choices = [recon[row]] if means is None else [recon[row], 0.0, means[row]]
+                replacements[layer] = _replace(original.activations[point][layer], keep, choices)
+            last = lm.resume_layers(original, replacements, point)
+            _score(lm, original, last, rows, downstream, ablated)
+
+    errors, effect = reconstruction.compute(), downstream.compute()
+    columns = errors._asdict() | {
+        "dead": 1 - active[:, :-1].any(0).double().mean(),
+        "inactive": 1 - active[:, :-1].double().mean(1),
+        "predictions": effect.tokens,
+        **{name: value for name, value in effect._asdict().items() if name != "tokens"},
+    }
+    if ablations:
+        zero, mean = (ablated / effect.tokens[:, None]).unbind(1)
+        for name, ce in (("zero", zero), ("mean", mean)):
+            columns[f"ce_{name}"] = ce
+            columns[f"ce_recovered_{name}"] = ce_recovered(
+                effect.ce_original, effect.ce_replaced, ce
+            )
+    columns = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()}
+    return pd.DataFrame({"layer": layers} | columns)
+
+
+def _layer_means(lm: LanguageModel, batches: list[Tensor], layers: list[int], point: str) -> Tensor:
+    """(layer, d_model) mean over the non-special tokens, in the model's own basis."""
+    moments = LayerMoments(len(layers), lm.d_model, lm.device)
+    for tokens in batches:
+        captured = lm.capture(tokens, layers, [point])[point]
+        moments.update(captured[:, lm.keep_mask(tokens.to(lm.device))])
+    return moments.mean
+
+
+def _unstack(x: Tensor, n_layers: int) -> Tensor:
+    """(1, token, n_layers · d_model) as (layer, token, d_model); other tensors as they are."""
+    if x.shape[0] == n_layers:
+        return x
+    return x[0].unflatten(-1, (n_layers, -1)).transpose(0, 1)
+
+
+def _replace(activation: Tensor, keep: Tensor, choices: list) -> Tensor:
+    """(choice, batch, position, d_model): the activation with each choice at kept positions."""
+    copies = activation.repeat(len(choices), 1, 1, 1)
+    for copy, choice in zip(copies, choices, strict=True):
+        copy[keep] = choice.to(copy.dtype) if isinstance(choice, Tensor) else choice
+    return copies
+
+
+def _score(
+    lm: LanguageModel,
+    original: Original,
+    last: Tensor,
+    rows: Tensor,
+    downstream: Downstream,
+    ablated: Tensor,
+) -> None:
+    """Add the losses of (layer, choice, batch, position, d_model) last residual streams.
+
+    Logits are made for a few predictions at a time, so memory does not grow with the batch.
+    """
+    n, n_choices = last.shape[:2]
+    targets = original.tokens[:, 1:].flatten()
+    streams = torch.cat([original.residual[-1][None], last.flatten(0, 1)])
+    streams = streams[:, :, :-1].flatten(1, 2)
+    size = max(1, LOGITS_AT_ONCE // (len(streams) * lm.vocab_size))
+    for stream, target in _pieces(streams, targets, size):
+        logits = lm.logits(stream)
+        before, after = logits[0], logits[1:].unflatten(0, (n, n_choices))
+        downstream.update(before, after[:, 0], target, rows.tolist())
+        if n_choices > 1:
+            losses = cross_entropy(after[:, 1:], target.expand(n, n_choices - 1, -1))
+            ablated[rows] += losses.sum(-1, dtype=torch.float64)
+
+
+def _pieces(streams: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from zip(streams.split(size, 1), targets.split(size), strict=True)

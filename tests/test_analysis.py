@@ -1,0 +1,211 @@
+import math
+
+import pandas as pd
+import pytest
+import torch
+from test_lens import random_lens
+from tiny_lm import CONFIGS, D_MODEL, N_LAYERS, PAD, tiny_lm, tiny_tokens
+
+from mlsae_core import analysis
+from mlsae_core.activations import stream
+from mlsae_core.lens import Lens
+from mlsae_core.sae import MLSAE, Output, TopK
+from mlsae_core.spec import SiteSpec
+
+BATCHES = [tiny_tokens(2, seed=0), tiny_tokens(3, seed=1)]
+BATCHES[0][0, -1] = PAD
+
+
+class Constant:
+    """Not an autoencoder: returns what it is told and claims one active latent."""
+
+    n_latents, dead_threshold = 8, 1e-3
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, x):
+        index = torch.zeros(*x.shape[:2], 1, dtype=torch.int64)
+        return Output(self.scale * x, TopK(torch.ones(*x.shape[:2], 1), index))
+
+
+def tiny_sae(width=D_MODEL):
+    generator = torch.Generator().manual_seed(0)
+    return MLSAE(width, 64, 2, generator=generator)
+
+
+def dense(sae, topk):
+    """(layer, token, n_latents): every latent's activation."""
+    shape = (*topk.indices.shape[:2], sae.n_latents)
+    return torch.zeros(shape).scatter(-1, topk.indices, topk[0])
+
+
+def brute_force(lm, sae, lens, site, batches):
+    """One hooked pass of the whole model per layer, all logits at once, in float64."""
+    layers = list(range(lm.n_layers)) if site.layers == "all" else list(site.layers)
+    point = site.source if site.target == "same" else site.target
+    read = list(stream(lm, batches, site, lens))
+    outputs = [sae(b.source) if b.target is b.source else sae(b.source, b.target) for b in read]
+    d = lm.d_model
+    table = []
+    for row, layer in enumerate(layers):
+
+        def of_layer(x, row=row):
+            return x[0, :, row * d : (row + 1) * d] if site.stacked else x[row]
+
+        x = torch.cat([of_layer(b.target) for b in read]).double()
+        recon = torch.cat([of_layer(o.recon) for o in outputs]).double()
+        slot = 0 if site.stacked else row
+        codes = [dense(sae, o.topk)[slot] for o in outputs]
+        used = torch.cat([dense(sae, o.topk).flatten(0, 1) for o in outputs]).gt(1e-3).any(0)
+        error = (x - recon).square().sum()
+        record = {
+            "layer": layer,
+            "tokens": len(x),
+            "fvu_global": error / (x - x.mean()).square().sum(),
+            "fvu_per_dimension": error / (x - x.mean(0)).square().sum(),
+            "mse": error / x.numel(),
+            "l1": sum(c.abs().sum().double() for c in codes) / len(x),
+            "l0": sum((c != 0).sum() for c in codes) / len(x),
+            "dead": 1 - used.double().mean(),
+            "inactive": 1 - torch.cat(codes).gt(1e-3).any(0).double().mean(),
+        }
+        raw = torch.cat(
+            [lm.capture(t, [layer], [point])[point][0][lm.keep_mask(t)] for t in batches]
+        )
+        sums = dict.fromkeys(("original", "replaced", "zero", "mean", "kl", "mse"), 0.0)
+        predictions = 0
+        for tokens, output in zip(batches, outputs, strict=True):
+            keep = lm.keep_mask(tokens)
+            back = lens.invert(of_layer(output.recon)[None], [layer])[0]
+            full = lm.capture(tokens, [layer], [point])[point][0]
+            choices = {"replaced": back, "zero": torch.zeros(d), "mean": raw.mean(0)}
+            logits = {"original": lm.model(input_ids=tokens).logits}
+            for name, choice in choices.items():
+                replaced = full.clone()
+                replaced[keep] = choice
+                with lm._replaced(layer, point, replaced):
+                    logits[name] = lm.model(input_ids=tokens).logits
+            log_probs = {k: v[:, :-1].double().log_softmax(-1) for k, v in logits.items()}
+            for name, values in log_probs.items():
+                sums[name] -= values.gather(-1, tokens[:, 1:, None]).sum()
+            p, q = log_probs["original"], log_probs["replaced"]
+            sums["kl"] += (p.exp() * (p - q)).sum()
+            squared = (logits["original"] - logits["replaced"])[:, :-1].double().square()
+            sums["mse"] += squared.mean(-1).sum()
+            predictions += tokens[:, 1:].numel()
+        ce = {k: v / predictions for k, v in sums.items()}
+        record |= {
+            "predictions": predictions,
+            "ce_original": ce["original"],
+            "ce_replaced": ce["replaced"],
+            "delta_ce": ce["replaced"] - ce["original"],
+            "kl": ce["kl"],
+            "logit_mse": ce["mse"],
+        }
+        record |= {f"ce_{name}": ce[name] for name in ("zero", "mean")}
+        table.append({k: float(v) for k, v in record.items()})
+    return pd.DataFrame(table)
+
+
+CASES = {
+    "all layers": (SiteSpec(), Lens.identity()),
+    "two layers": (SiteSpec(layers=(0, 2)), Lens.identity()),
+    "tuned lens": (SiteSpec(), random_lens()),
+    "MLP output": (SiteSpec(source="mlp_output"), Lens.identity()),
+    "transcoder": (SiteSpec(source="mlp_input", target="mlp_output"), Lens.identity()),
+    "stacked": (SiteSpec(stacked=True), Lens.identity()),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("architecture", ["gpt_neox", "gemma2"])
+@torch.no_grad()
+def test_evaluate_agrees_with_a_hooked_pass_per_layer(architecture, case, monkeypatch):
+    monkeypatch.setattr(analysis, "LOGITS_AT_ONCE", 1000)  # three predictions at a time
+    lm, (site, lens) = tiny_lm(architecture), CASES[case]
+    sae = tiny_sae(D_MODEL * (N_LAYERS if site.stacked else 1))
+    options = {"layers_at_once": 2} if case == "all layers" else {}
+    table = analysis.evaluate(lm, sae, lens, site, BATCHES, progress=False, **options)
+    expected = brute_force(lm, sae, lens, site, BATCHES)
+    assert table["inactive"].gt(table["dead"]).any() or site.stacked
+    pd.testing.assert_frame_equal(
+        table[expected.columns].astype(float), expected, atol=1e-5, rtol=1e-5
+    )
+    for name in ("zero", "mean"):
+        cost = table[f"ce_{name}"] - table["ce_original"]
+        recovered = 1 - table["delta_ce"] / cost
+        assert table[f"ce_recovered_{name}"].tolist() == pytest.approx(recovered.tolist())
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_replacing_with_the_identity_changes_nothing(architecture):
+    table = analysis.evaluate(
+        tiny_lm(architecture), Constant(1.0), Lens.identity(), SiteSpec(), BATCHES, progress=False
+    )
+    assert table["fvu_global"].eq(0).all()
+    for column in ("delta_ce", "kl", "logit_mse"):
+        assert table[column].abs().max() < 1e-6
+    assert (table["ce_recovered_zero"] - 1).abs().max() < 1e-4
+
+
+def test_replacing_with_zero_recovers_nothing_and_explains_nothing():
+    table = analysis.evaluate(
+        tiny_lm(), Constant(0.0), Lens.identity(), SiteSpec(), BATCHES, progress=False
+    )
+    assert table["ce_recovered_zero"].abs().max() < 1e-6
+    assert table["kl"].min() > 0.01
+    assert (table["fvu_global"] >= 1).all()
+
+
+def test_the_last_layer_is_replaced_at_kept_positions_only():
+    """After the last block a position's prediction depends on nothing but its own vector."""
+    lm, tokens = tiny_lm(), tiny_tokens(1)
+    options = {"progress": False, "ablations": False}
+    site = SiteSpec(layers=(N_LAYERS - 1,))
+    table = analysis.evaluate(lm, Constant(0.5), Lens.identity(), site, [tokens], **options)
+    original = lm.original(tokens).residual[-1]
+    keep = lm.keep_mask(tokens)[..., None]
+    logits = [lm.logits(x)[0, :-1] for x in (original, torch.where(keep, original / 2, original))]
+    before, after = (torch.nn.functional.cross_entropy(v, tokens[0, 1:]) for v in logits)
+    assert table["delta_ce"][0] == pytest.approx(float(after - before), abs=1e-6)
+    assert not any(column.startswith("ce_recovered") for column in table)
+
+
+def test_sparsity_and_dead_latents_are_counted_by_layer():
+    class Three:
+        """At layer l the active latents are l and l + 1; a third is below the threshold."""
+
+        n_latents, dead_threshold = 8, 1e-3
+
+        def __call__(self, x):
+            first = torch.arange(N_LAYERS)[:, None, None].expand(*x.shape[:2], 1)
+            indices = torch.cat([first, first + 1, first + 2], -1)
+            values = torch.tensor([2.0, 0.5, 0.0]).expand(indices.shape)
+            return Output(x, TopK(values, indices))
+
+    options = {"progress": False, "ablations": False}
+    table = analysis.evaluate(tiny_lm(), Three(), Lens.identity(), SiteSpec(), BATCHES, **options)
+    assert table["l0"].tolist() == [2.0] * N_LAYERS
+    assert table["l1"].tolist() == [2.5] * N_LAYERS
+    assert table["inactive"].tolist() == [6 / 8] * N_LAYERS
+    assert table["dead"].tolist() == [4 / 8] * N_LAYERS
+    assert table["tokens"].tolist() == [29] * N_LAYERS
+    assert table["predictions"].tolist() == [30] * N_LAYERS
+
+
+def test_results_do_not_depend_on_how_the_text_is_batched_nor_change_the_autoencoder():
+    lm, sae = tiny_lm(), tiny_sae()
+    before = {k: v.clone() for k, v in sae.state_dict().items()}
+    arguments = (lm, sae, Lens.identity(), SiteSpec())
+    one = analysis.evaluate(*arguments, [torch.cat(BATCHES)], progress=False)
+    rows = torch.cat(BATCHES).split(1)
+    other = analysis.evaluate(*arguments, iter(rows), mean_batches=5, progress=False)
+    pd.testing.assert_frame_equal(one, other, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in sae.state_dict().items())
+    assert not any(math.isnan(v) for v in one.to_numpy().ravel())
+
+
+def test_no_batches_are_refused():
+    with pytest.raises(ValueError, match="batches: expected at least one"):
+        analysis.evaluate(tiny_lm(), tiny_sae(), Lens.identity(), SiteSpec(), [], progress=False)
