@@ -1,0 +1,72 @@
+# make book | test | lab | notebooks | setup | clean
+#
+# Every target first installs the project into .venv, once: a stamp there depends on the pins.
+
+PYTHON   ?= $(shell command -v python3.11 || command -v python3)
+VENV     ?= .venv
+EXTRAS   ?= book,test
+CHAPTERS ?= $(wildcard book/*.py)
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(EXTRAS)
+BUILT := _build/.built
+# What a page may depend on; the shell's find, since make's wildcard does not descend.
+INPUTS := $(shell find book mlsae_core data _config.yml _toc.yml -type f \
+	-not -path 'data/store/*' -not -path '*/__pycache__/*' -not -path '*/.*' 2>/dev/null)
+
+.PHONY: setup book test lab notebooks clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed and no python3 was found. Install it" \
+	  "(Debian: apt install python3.11-venv; conda: conda env create -f environment.yml)." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	  echo "Python 3.11 is needed, for which the versions in constraints.txt are pinned;" \
+	  "$(PYTHON) is `$(PYTHON) --version 2>&1`. Install Python 3.11 and run" \
+	  "\`make PYTHON=/path/to/python3.11 ...\`, or use conda: conda env create -f environment.yml." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "$(PYTHON) has no module venv. Install it (Debian: apt install python3.11-venv)." >&2; exit 1; }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
+	  || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing the pinned packages into $(VENV): one to three minutes, once."
+	@# A recent pip unpacks faster; modules are compiled when they are first imported, not all now.
+	@{ $(BIN)/python -m pip install -q --disable-pip-version-check "pip>=25" && \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile --progress-bar off \
+	    -c constraints.txt -e ".[$(EXTRAS)]"; } || { \
+	  echo "The packages could not be installed: pip's reason stands above. Check the network (or" \
+	  "set PIP_INDEX_URL to your mirror) and run the same command again; after a half-finished" \
+	  "installation remove $(VENV) first." >&2; exit 1; }
+	@touch $@
+
+book: $(BUILT)
+	@echo "The book is at _build/html/index.html"
+
+# After a failed build Sphinx would not read the unchanged pages again, and so would not warn again.
+$(BUILT): $(STAMP) $(INPUTS)
+	@test -e $@ || rm -rf _build/.doctrees
+	@rm -f $@
+	@$(BIN)/jupyter-book build -n -W --keep-going book/ && $(BIN)/python -m mlsae_core.book || { \
+	  $(BIN)/python -m pip check || echo "A package is missing: run \`rm -r $(VENV)\` and try again."; \
+	  echo "The book was not built: the first message above says which page and why." >&2; exit 1; }
+	@touch $@
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest --nbval book/ tests/ $(ARGS)
+
+lab: $(STAMP)
+	@$(BIN)/jupyter lab book/
+
+# Fresh outputs for the notebook halves: text from x.py, outputs from running it.  Timings and
+# widget state, which differ in every run, are left out.  `make notebooks CHAPTERS=book/intro.py`
+notebooks: $(STAMP)
+	@$(BIN)/jupytext --to ipynb --update $(CHAPTERS)
+	@$(BIN)/jupyter nbconvert --to notebook --inplace --execute --log-level=WARN \
+	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False \
+	  $(CHAPTERS:.py=.ipynb)
+	@$(BIN)/jupyter nbconvert --to notebook --inplace --log-level=WARN \
+	  --TagRemovePreprocessor.enabled=True \
+	  --TagRemovePreprocessor.remove_all_outputs_tags=remove-output $(CHAPTERS:.py=.ipynb)
+
+clean:
+	rm -rf _build book/.ipynb_checkpoints .pytest_cache .ruff_cache
