@@ -1,11 +1,25 @@
 """Geometric median, drift and cosine similarities."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlsae_core.metrics import geometric_median
+from mlsae_core.metrics import (
+    Drift,
+    LayerMoments,
+    adjacent_cosine,
+    copied_rows,
+    cosine_histogram,
+    gaussian_rows,
+    geometric_median,
+    geometry,
+    mmcs,
+    mmcs_between,
+    most_similar,
+)
 
 quick = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -76,3 +90,176 @@ def test_median_resists_outliers_and_keeps_the_dtype():
     assert found.abs().max() < 2 < points.mean(0).abs().max()
     with pytest.raises(ValueError, match="n ≥ 1"):
         geometric_median(torch.zeros(0, 3))
+
+
+def cosines(a, b):
+    """All pairs, one at a time, in plain Python."""
+
+    def one(x, y):
+        dot = math.fsum(p * q for p, q in zip(x, y, strict=True))
+        return dot / math.hypot(*x) / math.hypot(*y)
+
+    return [[one(x, y) for y in b.tolist()] for x in a.tolist()]
+
+
+@pytest.fixture(params=["one block", "many blocks"])
+def blocks(request, monkeypatch):
+    """Everything is to hold with blocks of a few rows, too."""
+    if request.param == "many blocks":
+        whole = geometry._products
+        monkeypatch.setattr(
+            geometry, "_products", lambda a, b, normalize=True: whole(a, b, normalize, 3 * len(b))
+        )
+
+
+def test_drift_by_hand():
+    x = torch.tensor(
+        [[[1.0, 0.0], [0.0, 3.0]], [[2.0, 0.0], [2.0, 0.0]], [[0.0, 5.0], [-1.0, 0.0]]]
+    )
+    drift = Drift(torch.zeros(3, 2))
+    drift.update(x)
+    result = drift.compute()
+    assert result.tokens == 2
+    assert result.cosine.tolist() == [0.5, -0.5]
+    assert result.norm.tolist() == [2, 2, 3]
+    assert result.relative_pair.tolist() == [0, 0.5]
+    assert result.relative_layer.tolist() == pytest.approx([0, 1 / 3, 2 / 3])
+    assert adjacent_cosine(x, torch.zeros(3, 2)).tolist() == [0.5, -0.5]
+    # about their own means: ±(1/2, −3/2) and ±(1/2, 5/2)
+    assert adjacent_cosine(x[::2]).tolist() == pytest.approx([-3.5 / 16.25**0.5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_drift_in_two_passes_is_the_dense_one(dtype, offset):
+    x = random_rows(0, 4 * 31, 5).view(4, 31, 5)
+    x[1:] += 0.8 * x[:-1]
+    x = (x + offset * random_rows(1, 4, 5)[:, None]).to(dtype)
+    first = LayerMoments(4, 5)
+    for part in x.split([13, 0, 18], 1):
+        first.update(part)
+    parts = [Drift(first.mean) for _ in range(2)]
+    for drift, part in zip(parts, x.split([20, 11], 1), strict=True):
+        drift.update(part)
+    result = parts[1].merge(parts[0]).compute()
+    exact = x.double() - x.double().mean(1, keepdim=True)
+    dense = torch.cosine_similarity(exact[1:], exact[:-1], dim=-1).mean(1)
+    torch.testing.assert_close(result.cosine, dense, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(result.norm, x.double().norm(dim=-1).mean(1))
+    torch.testing.assert_close(adjacent_cosine(x), dense, rtol=1e-5, atol=1e-7)
+
+
+def test_drift_of_a_copy_is_one_and_centring_matters():
+    x = random_rows(3, 50, 4).expand(2, 50, 4)
+    moved = torch.stack([x[0], -2 * x[1] + 100])
+    assert adjacent_cosine(x).item() == pytest.approx(1)
+    assert adjacent_cosine(moved).item() == pytest.approx(-1)
+    with pytest.raises(ValueError, match="same means"):
+        Drift(torch.zeros(2, 3)).merge(Drift(torch.ones(2, 3)))
+    with pytest.raises(ValueError, match="no tokens"):
+        Drift(torch.zeros(2, 3)).compute()
+    with pytest.raises(ValueError, match=r"\(2, token, 3\)"):
+        Drift(torch.zeros(2, 3)).update(moved)
+
+
+def test_mmcs_by_hand(blocks):
+    rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0], [-1.0, 0.0]])
+    found = mmcs(rows)
+    half = 0.5**0.5
+    torch.testing.assert_close(found.values, torch.tensor([half, half, half, 0.0]))
+    assert found.indices.tolist()[:2] == [2, 2]
+    assert found.mean == pytest.approx(0.75 * half)
+    assert found.std == pytest.approx(half / 2)  # deviations 1/4, 1/4, 1/4, −3/4 of ½√2
+    between = mmcs_between(rows[:1], rows[1:])
+    assert between.mean == pytest.approx(half)
+    assert between.indices.tolist() == [1]
+
+
+def test_gaussian_mmcs_is_the_brute_force(blocks):
+    rows, others = random_rows(0, 30, 4), random_rows(1, 17, 4)
+    pairs = cosines(rows, rows)
+    best = [max(c for j, c in enumerate(row) if j != i) for i, row in enumerate(pairs)]
+    found = mmcs(rows * torch.linspace(0.1, 9, 30)[:, None].double())
+    assert found.values.tolist() == pytest.approx(best)
+    assert found.mean == pytest.approx(math.fsum(best) / 30)
+    squares = math.fsum((b - math.fsum(best) / 30) ** 2 for b in best)
+    assert found.std == pytest.approx((squares / 29) ** 0.5)
+    assert [row[i] for row, i in zip(pairs, found.indices.tolist(), strict=True)] == pytest.approx(
+        best
+    )
+    # half of the pairs, as the code released with the paper has it, is too small
+    lower = [max(row[:i]) for i, row in enumerate(pairs) if i]
+    assert math.fsum(lower) / 29 < found.mean - 0.01
+    between = [max(row) for row in cosines(rows, others)]
+    assert mmcs_between(rows, others).values.tolist() == pytest.approx(between)
+    assert mmcs(rows.float()).values.tolist() == pytest.approx(best, abs=1e-5)
+
+
+@quick
+@given(seeds)
+def test_laws_of_mmcs(seed):
+    a, b = random_rows(seed, 12, 3), random_rows(seed + 1, 20, 3)
+    assert mmcs_between(a, torch.cat([b, a])).mean == pytest.approx(1)
+    assert mmcs(torch.cat([a, a])).mean == pytest.approx(1)
+    assert mmcs_between(a, torch.cat([b, a[:3]])).mean >= mmcs_between(a, b).mean
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
+    assert mmcs(a[order]).mean == pytest.approx(mmcs(a).mean)
+    with pytest.raises(ValueError, match="n ≥ 2"):
+        mmcs(a[:1])
+
+
+@pytest.mark.parametrize("n_bins", [40, 41])
+def test_histogram_counts_every_pair_once(blocks, n_bins):
+    rows = random_rows(2, 30, 3)
+    found = cosine_histogram(rows, n_bins)
+    pairs = cosines(rows, rows)
+    expected = [0] * n_bins
+    for i in range(30):
+        for j in range(i):
+            expected[min(n_bins - 1, math.floor((pairs[i][j] + 1) * n_bins / 2))] += 1
+    assert found.counts.tolist() == expected
+    assert found.counts.sum() == 30 * 29 // 2
+    assert found.edges.tolist() == pytest.approx([-1 + 2 * i / n_bins for i in range(n_bins + 1)])
+
+
+def test_histogram_holds_its_ends():
+    rows = torch.tensor([[1.0, 0.1], [1.0, 0.1], [-1.0, -0.1]])
+    assert cosine_histogram(rows, 10).counts.tolist() == [2, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+
+
+def test_controls_have_the_moments_of_the_paper():
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.linspace(-1, 1, 201, dtype=torch.float64)[:-1] + 0.005
+    plain = cosine_histogram(gaussian_rows(600, 64, generator)).counts / (600 * 599 / 2)
+    assert (plain * centre).sum().item() == pytest.approx(0, abs=0.003)
+    assert (plain * centre**2).sum().item() == pytest.approx(1 / 64, rel=0.02)  # N(0, 1/d)
+    rows = copied_rows(602, 64, 6, generator)
+    assert rows.shape == (602, 64)
+    unit = torch.nn.functional.normalize(rows)
+    group = torch.arange(602) // 6
+    copies = (group == group[:, None]).triu(1)
+    assert (unit @ unit.T)[copies].mean().item() == pytest.approx(0.5, abs=0.01)
+    counts = cosine_histogram(rows).counts
+    assert counts[150:].sum() > 700 > 20 > (plain * (600 * 599 / 2))[150:].sum()  # the second peak
+    assert mmcs(rows).mean == pytest.approx(0.58, abs=0.05)
+    assert mmcs(gaussian_rows(602, 64, generator)).mean < 0.45
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("measure", ["cosine", "dot"])
+def test_most_similar_is_the_sorted_list(blocks, measure, largest):
+    rows, vectors = random_rows(0, 8, 4), random_rows(1, 11, 4)
+    pairs = cosines(rows, vectors) if measure == "cosine" else (rows @ vectors.T).tolist()
+    found = most_similar(rows, vectors, 3, measure, largest)
+    for row, values, indices in zip(pairs, *(t.tolist() for t in found), strict=True):
+        expected = sorted(row, reverse=largest)[:3]
+        assert values == pytest.approx(expected)
+        assert [row[i] for i in indices] == pytest.approx(expected)
+
+
+def test_blocks_stay_within_their_size():
+    sizes = [
+        block.numel()
+        for _, block in geometry._products(torch.ones(7, 2), torch.ones(5, 2), elements=10)
+    ]
+    assert sizes == [10, 10, 10, 5]

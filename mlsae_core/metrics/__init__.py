@@ -5,6 +5,14 @@ number of tokens, can be merged in any order and can be pickled, so that several
 share the work. All sums are float64.
 """
 
+from mlsae_core.metrics.distribution import (
+    DistributionResult,
+    LayerDistribution,
+    Variances,
+    basic_interval,
+    gaussian_like,
+    permute_layers,
+)
 from mlsae_core.metrics.downstream import (
     Downstream,
     DownstreamResult,
@@ -16,7 +24,22 @@ from mlsae_core.metrics.downstream import (
     logit_mse,
     uniformity,
 )
-from mlsae_core.metrics.geometry import geometric_median
+from mlsae_core.metrics.examples import Examples, TopExamples
+from mlsae_core.metrics.geometry import (
+    CosineHistogram,
+    Drift,
+    DriftResult,
+    MaxCosine,
+    Similar,
+    adjacent_cosine,
+    copied_rows,
+    cosine_histogram,
+    gaussian_rows,
+    geometric_median,
+    mmcs,
+    mmcs_between,
+    most_similar,
+)
 from mlsae_core.metrics.reconstruction import (
     LayerMoments,
     Reconstruction,
@@ -25,18 +48,38 @@ from mlsae_core.metrics.reconstruction import (
 )
 
 __all__ = [
+    "CosineHistogram",
+    "DistributionResult",
     "Downstream",
     "DownstreamResult",
+    "Drift",
+    "DriftResult",
+    "Examples",
+    "LayerDistribution",
     "LayerMoments",
+    "MaxCosine",
     "Reconstruction",
     "ReconstructionResult",
+    "Similar",
+    "TopExamples",
+    "Variances",
+    "adjacent_cosine",
+    "basic_interval",
     "ce_recovered",
     "centred_logit",
+    "copied_rows",
+    "cosine_histogram",
     "cross_entropy",
     "fvu",
+    "gaussian_like",
+    "gaussian_rows",
     "geometric_median",
     "kl_divergence",
     "latent_importance",
     "logit_mse",
+    "mmcs",
+    "mmcs_between",
+    "most_similar",
+    "permute_layers",
     "uniformity",
 ]

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, Self
+
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from mlsae_core.metrics.reconstruction import _at_least_float32, _check_layers
 
 
 @torch.no_grad()
@@ -46,3 +52,224 @@ def geometric_median(
         if torch.linalg.vector_norm(step) <= tolerance * distance / len(points):
             break
     return centre.to(points.dtype)
+
+
+def adjacent_cosine(x: Tensor, means: Tensor | None = None) -> Tensor:
+    """Mean over tokens of the cosine similarity of adjacent layers' vectors, (n_layers − 1,).
+
+    Representation drift (Lawson et al. 2024, section 4.2, Fig. 1). The vectors are centred first,
+    since the norm, and with it a common offset, grows over the layers.
+
+    Args:
+        x: activations, (layer, token, d_model).
+        means: (layer, d_model), the dataset means; those of `x` itself by default.
+    """
+    drift = Drift(x.mean(1, dtype=torch.float64) if means is None else means)
+    drift.update(x)
+    return drift.compute().cosine
+
+
+class DriftResult(NamedTuple):
+    """Drift of the residual stream; float64."""
+
+    tokens: int
+    """Tokens seen."""
+    cosine: Tensor
+    """Mean cosine similarity of layers ℓ and ℓ + 1 after centring, (n_layers − 1,)."""
+    norm: Tensor
+    """Mean L2 norm of the vectors, not centred, (n_layers,), in activation units (Fig. 4)."""
+    relative_pair: Tensor
+    """ℓ / (n_layers − 1), the x axis for `cosine`."""
+    relative_layer: Tensor
+    """ℓ / n_layers, the x axis for `norm`."""
+
+
+class Drift:
+    """Second pass of the drift: cosines of adjacent layers about given means, and norms.
+
+    Args:
+        means: (layer, d_model), from a first pass of `LayerMoments`.
+    """
+
+    def __init__(self, means: Tensor) -> None:
+        self.tokens = 0
+        self.means = means.double()
+        self.cosines = self.means.new_zeros(len(means) - 1)
+        self.norms = self.means.new_zeros(len(means))
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Add a batch of activations, (layer, token, d_model)."""
+        _check_layers(x, *self.means.shape)
+        before = None
+        for layer, vectors in enumerate(x):
+            vectors = vectors.to(self.means)
+            self.norms[layer] += torch.linalg.vector_norm(vectors, dim=1).sum()
+            after = functional.normalize(vectors - self.means[layer])
+            if before is not None:
+                self.cosines[layer - 1] += (before * after).sum()
+            before = after
+        self.tokens += x.shape[1]
+
+    def merge(self, other: Drift) -> Self:
+        """Add what another accumulator has seen about the same means; returns self."""
+        if not torch.equal(self.means, other.means.to(self.means)):
+            raise ValueError("only drifts about the same means can be merged")
+        self.tokens += other.tokens
+        self.cosines += other.cosines.to(self.cosines)
+        self.norms += other.norms.to(self.norms)
+        return self
+
+    def compute(self) -> DriftResult:
+        """The means over everything seen so far."""
+        if self.tokens == 0:
+            raise ValueError("no tokens seen: call update() with at least one token first")
+        layers = torch.arange(len(self.norms), dtype=torch.float64)
+        cosine, norm = self.cosines / self.tokens, self.norms / self.tokens
+        pairs = layers[:-1] / max(1, len(cosine))
+        return DriftResult(self.tokens, cosine, norm, pairs, layers / len(layers))
+
+
+class Similar(NamedTuple):
+    """The most similar vectors of each row, best first."""
+
+    values: Tensor
+    """Similarities, (n, k)."""
+    indices: Tensor
+    """Which vectors, (n, k) int64."""
+
+
+@torch.no_grad()
+def most_similar(
+    rows: Tensor,
+    vectors: Tensor,
+    k: int = 1,
+    measure: Literal["cosine", "dot"] = "cosine",
+    largest: bool = True,
+) -> Similar:
+    """The k vectors most similar to each row, in chunks.
+
+    With the unembedding matrix as `vectors` and measure "dot" this is the logit lens of a latent
+    (nostalgebraist 2020): the tokens that its decoder row promotes, or suppresses with
+    ``largest=False``. With the embedding matrix: the tokens that it resembles.
+
+    Args:
+        rows: (n, d_model), decoder rows.
+        vectors: (m, d_model).
+        k: how many, at most m.
+        measure: cosine similarity or inner product.
+        largest: the largest similarities, or the smallest.
+    """
+    parts = [
+        block.topk(k, largest=largest) for _, block in _products(rows, vectors, measure == "cosine")
+    ]
+    return Similar(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+class MaxCosine(NamedTuple):
+    """Largest cosine similarity of each row of a dictionary."""
+
+    mean: float
+    """Mean over rows, the MMCS."""
+    std: float
+    """Unbiased standard deviation over rows."""
+    values: Tensor
+    """Largest cosine similarity of each row, (n,)."""
+    indices: Tensor
+    """The row it is with, (n,) int64."""
+
+
+@torch.no_grad()
+def mmcs(rows: Tensor) -> MaxCosine:
+    """Mean max cosine similarity of each row with any *other* row (Lawson et al. 2024, App. B.5).
+
+    A measure of feature splitting and of duplicates. All ordered pairs count; the code released
+    with the paper looks at half of them, so it comes out too small.
+
+    Args:
+        rows: (n, d), n ≥ 2, decoder rows; they need not have unit norm.
+    """
+    if rows.ndim != 2 or len(rows) < 2:
+        raise ValueError(f"rows must be (n, d) with n ≥ 2, got {tuple(rows.shape)}")
+    parts = []
+    for start, block in _products(rows, rows):
+        block.diagonal(start).fill_(-torch.inf)
+        parts.append(block.max(1))
+    return _max_cosine(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def mmcs_between(a: Tensor, b: Tensor) -> MaxCosine:
+    """Mean over the rows of `a` of the largest cosine similarity with a row of `b` (Eq. 13).
+
+    The MMCS of Sharkey et al. (2022), with `b` the ground truth or the larger dictionary. Not
+    symmetric.
+
+    Args:
+        a, b: dictionaries, (n, d) and (m, d).
+    """
+    similar = most_similar(a, b)
+    return _max_cosine(similar.values[:, 0], similar.indices[:, 0])
+
+
+def _max_cosine(values: Tensor, indices: Tensor) -> MaxCosine:
+    wide = values.double()
+    std = wide.std().item() if len(wide) > 1 else float("nan")
+    return MaxCosine(wide.mean().item(), std, values, indices)
+
+
+class CosineHistogram(NamedTuple):
+    """Histogram of the cosine similarities of the unordered pairs of rows."""
+
+    counts: Tensor
+    """Pairs in each bin, (n_bins,) int64."""
+    edges: Tensor
+    """Edges of the bins from −1 to 1, (n_bins + 1,) float64."""
+
+
+@torch.no_grad()
+def cosine_histogram(rows: Tensor, n_bins: int = 200) -> CosineHistogram:
+    """Cosine similarities of all n(n − 1)/2 pairs of rows (Lawson et al. 2024, Fig. 24).
+
+    Compare with `gaussian_rows` (no structure) and `copied_rows` (duplicates) of equal shape.
+    Bins are closed below; the last one includes 1.
+
+    Args:
+        rows: (n, d).
+        n_bins: bins of equal width on [−1, 1].
+    """
+    counts = torch.zeros(n_bins, dtype=torch.int64, device=rows.device)
+    for start, block in _products(rows, rows):
+        # right of the diagonal: each unordered pair once
+        above = block.triu_(start + 1).add_(1).mul_(n_bins / 2).floor_().clamp_(0, n_bins - 1)
+        counts += above.histc(n_bins, 0, n_bins).long()
+    # the entries that triu_ set to 0, n(n + 1)/2 of them, all fell into the bin of 0
+    counts[n_bins // 2] -= len(rows) * (len(rows) + 1) // 2
+    return CosineHistogram(counts, torch.linspace(-1, 1, n_bins + 1, dtype=torch.float64))
+
+
+def gaussian_rows(n: int, d: int, generator: torch.Generator | None = None) -> Tensor:
+    """Negative control: n vectors from N(0, I), (n, d) (Lawson et al. 2024, App. B.6)."""
+    return torch.randn(n, d, generator=generator)
+
+
+def copied_rows(n: int, d: int, n_layers: int, generator: torch.Generator | None = None) -> Tensor:
+    """Positive control: n / n_layers vectors from N(0, I), each copied n_layers times, and noise
+    from N(0, I) added to every copy, (n, d) (Lawson et al. 2024, App. B.6).
+
+    Copies have a cosine similarity around 0.5. Where n_layers does not divide n, the last vector
+    has fewer copies.
+    """
+    base = torch.randn(-(-n // n_layers), d, generator=generator)
+    return base.repeat_interleave(n_layers, 0)[:n] + torch.randn(n, d, generator=generator)
+
+
+def _products(
+    a: Tensor, b: Tensor, normalize: bool = True, elements: int = 2**24
+) -> Iterator[tuple[int, Tensor]]:
+    """Blocks of rows of a bᵀ with the row they start at; at most `elements` numbers at a time."""
+    a, b = _at_least_float32(a), _at_least_float32(b)
+    if normalize:
+        a, b = functional.normalize(a), functional.normalize(b)
+    size = max(1, elements // len(b))
+    for start in range(0, len(a), size):
+        yield start, a[start : start + size] @ b.T
