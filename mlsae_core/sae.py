@@ -207,18 +207,23 @@ class MLSAE(nn.Module):
         return Output(self.decode(topk, stats), topk)
 
     @torch.no_grad()
-    def count_tokens(self, topk: TopK, n_tokens: int) -> None:
-        """Advance the dead-latent counters by a training batch of n_tokens tokens.
-
-        n_tokens counts a token once, not once for each layer. With several processes, pass the
-        tokens of all of them, then take the minimum of `tokens_since_active` over processes.
-        """
+    def fired(self, topk: TopK) -> Tensor:
+        """(n_latents,) bool: the latents with an activation above `dead_threshold` in `topk`."""
         spare = self.n_latents  # where indices of inactive pairs go
         indices = topk.indices.masked_fill(topk.values <= self.dead_threshold, spare)
         active = torch.zeros(spare + 1, dtype=torch.bool, device=indices.device)
         active.scatter_(0, indices.flatten(), True)
+        return active[:-1]
+
+    @torch.no_grad()
+    def count_tokens(self, fired: Tensor, n_tokens: int) -> None:
+        """Advance the dead-latent counters by an optimiser step of n_tokens tokens.
+
+        fired is `fired(topk)`, or the disjunction of several: of the step's micro-batches, and of
+        all processes. n_tokens counts a token once, not once for each layer.
+        """
         self.tokens_since_active += n_tokens
-        self.tokens_since_active.masked_fill_(active[:-1], 0)
+        self.tokens_since_active.masked_fill_(fired, 0)
 
     def make_optimizer(self, learning_rate: float = 1e-4, eps: float = 6.25e-10) -> ProjectedAdam:
         """Adam for all parameters, which keeps the decoder's rows at unit norm."""

@@ -132,6 +132,8 @@ class TrainSpec:
     seed: of the initial weights and of the order of sequences.
     batch_tokens: tokens per optimiser step. Default: the power of two that gives the paper's 7629
         steps, between 2048 and the paper's 131072.
+    micro_batch_tokens: tokens per forward and backward pass; each micro-batch's FVU is normalised
+        by its own variance, so this is part of the spec. Default: batch_tokens, at most 8192.
     learning_rate: constant rate of Adam. Default: the paper's 1e-4 for its 1 B tokens, larger for
         shorter runs by the cube root of the ratio, at most 1e-3.
     precision: of the autoencoder under accelerate; fp16 and bf16 need a GPU.
@@ -140,15 +142,18 @@ class TrainSpec:
     tokens: int
     seed: int = 0
     batch_tokens: int | None = None
+    micro_batch_tokens: int | None = None
     learning_rate: float | None = None
     adam_eps: float = 6.25e-10
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
 
     def __post_init__(self):
-        _positive(self, "tokens", "batch_tokens", "learning_rate", "adam_eps")
+        _positive(self, "tokens", "batch_tokens", "micro_batch_tokens", "learning_rate", "adam_eps")
         if self.batch_tokens is None:
             exponent = math.floor(math.log2(max(self.tokens * PAPER_BATCH_TOKENS / PAPER_TOKENS, 1)))
             object.__setattr__(self, "batch_tokens", min(max(2**exponent, 2048), PAPER_BATCH_TOKENS))
+        if self.micro_batch_tokens is None:
+            object.__setattr__(self, "micro_batch_tokens", min(self.batch_tokens, 8192))
         if self.learning_rate is None:
             rate = PAPER_LEARNING_RATE * max(PAPER_TOKENS / self.tokens, 1) ** (1 / 3)
             object.__setattr__(self, "learning_rate", float(f"{min(rate, 1e-3):.2g}"))
@@ -168,10 +173,11 @@ class RunSpec:
         if self.sae.dead_tokens is None:
             window = min(10_000_000, max(self.train.tokens // 10, 1))
             object.__setattr__(self, "sae", dataclasses.replace(self.sae, dead_tokens=window))
-        if self.train.batch_tokens < self.data.context_length:
+        context, micro = self.data.context_length, self.train.micro_batch_tokens
+        if micro < context or self.train.batch_tokens < micro:
             raise SpecError(
-                f"batch_tokens: expected at least one sequence of context_length "
-                f"{self.data.context_length} tokens, got {self.train.batch_tokens}"
+                f"batch_tokens: expected context_length {context} ≤ micro_batch_tokens ≤ "
+                f"batch_tokens, got {micro} and {self.train.batch_tokens}"
             )
         if self.train.tokens < self.train.batch_tokens:
             raise SpecError(
@@ -304,7 +310,7 @@ def coerce(name: str, value, annotation):
                 return number
             if number == int(number):
                 return int(number)
-    elif annotation is str and isinstance(value, str):
+    elif annotation in (str, dict) and isinstance(value, annotation):
         return value
     elif dataclasses.is_dataclass(annotation):
         return build(annotation, value, prefix=f"{name}.")
@@ -319,7 +325,7 @@ def _describe(annotation) -> str:
         return f"a list of {_describe(options[0])}s"
     if options:
         return " or ".join(_describe(o) for o in options)
-    names = {int: "whole number", float: "number", str: "text", bool: "true | false"}
+    names = {int: "whole number", float: "number", str: "text", bool: "true | false", dict: "fields"}
     return "nothing" if annotation is type(None) else names.get(annotation, str(annotation))
 
 

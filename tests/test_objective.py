@@ -147,7 +147,7 @@ def test_dead_latents_come_back_to_life():
             optimiser.zero_grad()
             out.total.backward()
             optimiser.step()
-            sae.count_tokens(out.topk, 50)
+            sae.count_tokens(sae.fired(out.topk), 50)
         revived[aux_k] = int((~sae.dead[40:]).sum())
         moved = (sae.encoder[40:] - start).norm(dim=1)
         assert (moved > 0.1).any() == (aux_k > 0)

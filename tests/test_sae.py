@@ -113,10 +113,10 @@ def test_half_precision_input_is_encoded_in_the_parameters_precision():
 def test_dead_means_tokens_since_the_last_activation_above_the_threshold():
     sae = MLSAE(D, 4, 2, dead_tokens=10, dead_threshold=0.5)
     topk = TopK(torch.tensor([[[0.6, 0.5], [0.0, 2.0]]]), torch.tensor([[[0, 1], [2, 3]]]))
-    sae.count_tokens(topk, 6)
+    sae.count_tokens(sae.fired(topk), 6)
     assert sae.tokens_since_active.tolist() == [0, 6, 6, 0]
     assert not sae.dead.any()
-    sae.count_tokens(topk, 4)
+    sae.count_tokens(sae.fired(topk), 4)
     assert sae.tokens_since_active.tolist() == [0, 10, 10, 0]
     assert sae.dead.tolist() == [False, True, True, False]
 
