@@ -59,8 +59,8 @@ class LanguageModel:
 
     Hook points: ``residual`` is the residual stream after a block, before the final norm;
     ``mlp_input`` the input of the block's MLP, after its norm; ``mlp_output`` what the MLP adds to
-    the residual stream, so after the post-norm where an architecture has one (the MLP site of
-    Gemma Scope, Section 3.1).
+    the residual stream, so after the post-norm where an architecture has one (as Gemma Scope has
+    it for Gemma 2).
 
     Attributes: model, tokenizer, name, n_layers, d_model, vocab_size, device, special_ids (1-D
     int64: the ids of BOS, EOS and PAD that the tokenizer has).
@@ -112,7 +112,8 @@ class LanguageModel:
             else:
                 config = AutoConfig.from_pretrained(path, **options)
                 with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(model.random_weights)
+                    # Not torch.manual_seed, which would reseed the GPUs' generators as well.
+                    torch.default_generator.manual_seed(model.random_weights)
                     network = AutoModelForCausalLM.from_config(config, dtype=dtype)
                 name = f"{name}-random{model.random_weights}"
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -160,6 +161,7 @@ class LanguageModel:
             tokens: (batch, position) int64.
             hook_points: activations to keep; ``residual`` is always among them.
         """
+        tokens = self._check_tokens(tokens)
         calls: list[tuple[tuple, dict[str, Any]]] = []
         inputs: list[Tensor] = []
 

@@ -34,6 +34,10 @@ def tiny_sae(width=D_MODEL):
     return MLSAE(width, 64, 2, generator=generator)
 
 
+def layers_of(site):
+    return list(range(N_LAYERS)) if site.layers == "all" else list(site.layers)
+
+
 def dense(sae, topk):
     """(layer, token, n_latents): every latent's activation."""
     shape = (*topk.indices.shape[:2], sae.n_latents)
@@ -42,7 +46,7 @@ def dense(sae, topk):
 
 def brute_force(lm, sae, lens, site, batches):
     """One hooked pass of the whole model per layer, all logits at once, in float64."""
-    layers = list(range(lm.n_layers)) if site.layers == "all" else list(site.layers)
+    layers = layers_of(site)
     point = site.source if site.target == "same" else site.target
     read = list(stream(lm, batches, site, lens))
     outputs = [sae(b.source) if b.target is b.source else sae(b.source, b.target) for b in read]
@@ -114,6 +118,7 @@ CASES = {
     "tuned lens": (SiteSpec(), random_lens()),
     "MLP output": (SiteSpec(source="mlp_output"), Lens.identity()),
     "transcoder": (SiteSpec(source="mlp_input", target="mlp_output"), Lens.identity()),
+    "stacked tuned lens": (SiteSpec(layers=(1, 2), stacked=True), random_lens()),
     "stacked": (SiteSpec(stacked=True), Lens.identity()),
 }
 
@@ -122,9 +127,9 @@ CASES = {
 @pytest.mark.parametrize("architecture", ["gpt_neox", "gemma2"])
 @torch.no_grad()
 def test_evaluate_agrees_with_a_hooked_pass_per_layer(architecture, case, monkeypatch):
-    monkeypatch.setattr(analysis, "LOGITS_AT_ONCE", 1000)  # three predictions at a time
+    monkeypatch.setitem(analysis.LOGITS_AT_ONCE, "cpu", 1000)  # three predictions at a time
     lm, (site, lens) = tiny_lm(architecture), CASES[case]
-    sae = tiny_sae(D_MODEL * (N_LAYERS if site.stacked else 1))
+    sae = tiny_sae(D_MODEL * (len(layers_of(site)) if site.stacked else 1))
     options = {"layers_at_once": 2} if case == "all layers" else {}
     table = analysis.evaluate(lm, sae, lens, site, BATCHES, progress=False, **options)
     expected = brute_force(lm, sae, lens, site, BATCHES)

@@ -184,10 +184,17 @@ def test_an_architecture_that_does_not_fit_says_what_was_looked_for():
         LanguageModel(AutoModelForCausalLM.from_config(config), tiny_tokenizer())
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_load_gives_the_saved_weights(architecture, tmp_path):
+    tiny_network(architecture).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    lm, tokens = LanguageModel.load(ModelSpec(str(tmp_path))), tiny_tokens()
+    torch.testing.assert_close(full_logits(lm, tokens), full_logits(tiny_lm(architecture), tokens))
+
+
 def test_load_from_a_folder(folder):
     lm = LanguageModel.load(ModelSpec(str(folder)))
     tokens = tiny_tokens()
-    torch.testing.assert_close(full_logits(lm, tokens), full_logits(tiny_lm(), tokens))
     assert (lm.name, lm.n_layers, lm.d_model) == (folder.name, N_LAYERS, D_MODEL)
     half = LanguageModel.load(ModelSpec(str(folder), dtype="bfloat16"))
     assert half.capture(tokens, [0])["residual"].dtype == torch.bfloat16
@@ -227,6 +234,12 @@ def test_an_incomplete_checkpoint_is_refused(folder):
     network.save_pretrained(folder, state_dict=state)
     with pytest.raises(SpecError, match=r"model.path: .* lacks weights for 4 parameters"):
         LanguageModel.load(ModelSpec(str(folder)))
+
+
+def test_an_unreachable_hub_id_is_one_clear_error(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SpecError, match=r"model.path: expected .* 'nobody/nothing' could not be"):
+        LanguageModel.load(ModelSpec("nobody/nothing"))
 
 
 def test_unknown_folder_layer_hook_point_and_bad_tokens_are_refused():
