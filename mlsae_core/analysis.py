@@ -10,12 +10,21 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mlsae_core.activations import gather, hook_points, site_layers
+from mlsae_core.activations import gather, hook_points, site_layers, stream
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel, Original
-from mlsae_core.metrics import Downstream, LayerMoments, Reconstruction, ce_recovered, cross_entropy
+from mlsae_core.metrics import (
+    Downstream,
+    LayerDistribution,
+    LayerMoments,
+    Reconstruction,
+    basic_interval,
+    ce_recovered,
+    cross_entropy,
+    permute_layers,
+)
 from mlsae_core.sae import MLSAE
-from mlsae_core.spec import SiteSpec
+from mlsae_core.spec import SiteSpec, SpecError
 
 # Logits held at a time, over all replaced layers together: 16 MiB in float32, which mostly stays in
 # a CPU's caches, and 256 MiB on a GPU, which is busy only with more.
@@ -126,6 +135,66 @@ def evaluate(
             )
     columns = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()}
     return pd.DataFrame({"layer": layers} | columns)
+
+
+@torch.no_grad()
+def distributions(
+    lm: LanguageModel,
+    sae: MLSAE,
+    lens: Lens,
+    site: SiteSpec,
+    batches: Iterable[Tensor],
+    *,
+    replicates: int = 1000,
+    progress: bool = True,
+) -> tuple[dict[str, Tensor], dict]:
+    """Distributions of every latent over layers, their variances, intervals and a null model.
+
+    Args:
+        batches: (batch, position) int64 tokens.
+        replicates: bootstrap replicates over blocks of sequences, for 95 % intervals.
+
+    Returns:
+        Arrays: ``probs``, ``probs_by_total``, ``counts``, ``totals`` of shape (layer, latent) and
+        ``active_tokens``, ``mean_layer``, ``entropy`` of shape (latent,). Numbers: ``tokens``,
+        ``latents``, ``live``, ``mean_entropy``, and per variance and ratio of
+        `metrics.Variances` its ``value``, interval (``low``, ``high``) and the value of the null
+        model with layers permuted within each token (``permuted``).
+
+    Raises:
+        SpecError: a stacked site, whose one vector per token has no layer to be distributed over.
+    """
+    if site.stacked:
+        raise SpecError("stacked: distributions over layers need one vector per layer, got stacked")
+    n = len(site_layers(site, lm.n_layers))
+    found = LayerDistribution(n, sae.n_latents, n_blocks=64, device=lm.device)
+    null = LayerDistribution(n, sae.n_latents, device=lm.device)
+    generator, seen = torch.Generator().manual_seed(0), 0
+    total = len(batches) if hasattr(batches, "__len__") else None
+    counted = tqdm(batches, "distributions", total, disable=not progress)
+    for batch in stream(lm, counted, site, lens):
+        values, indices = sae.encode(batch.source)
+        found.update(indices, values, batch.sequence + seen)
+        null.update(*permute_layers(indices, values, generator))
+        seen += int(batch.sequence.max()) + 1
+    result, permuted = found.compute(), null.compute()
+    resampled = found.bootstrap(replicates, generator)
+    numbers: dict = {
+        "tokens": result.tokens,
+        "latents": sae.n_latents,
+        "live": int(result.live.sum()),
+        "mean_entropy": result.mean_entropy,
+    }
+    for name, draws in resampled._asdict().items():
+        value = getattr(result, name)
+        low, high = basic_interval(value, draws)
+        numbers[name] = {
+            "value": value, "low": low, "high": high, "permuted": getattr(permuted, name)
+        }  # fmt: skip
+    names = ("probs", "probs_by_total", "totals", "mean_layer", "entropy")
+    arrays = {name: getattr(result, name).float().cpu() for name in names}
+    arrays |= {"counts": result.counts.cpu(), "active_tokens": result.active_tokens.cpu()}
+    return {name: array.contiguous() for name, array in arrays.items()}, numbers
 
 
 def _layer_means(lm: LanguageModel, batches: list[Tensor], layers: list[int], point: str) -> Tensor:

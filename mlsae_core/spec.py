@@ -150,8 +150,12 @@ class TrainSpec:
     def __post_init__(self):
         _positive(self, "tokens", "batch_tokens", "micro_batch_tokens", "learning_rate", "adam_eps")
         if self.batch_tokens is None:
-            exponent = math.floor(math.log2(max(self.tokens * PAPER_BATCH_TOKENS / PAPER_TOKENS, 1)))
-            object.__setattr__(self, "batch_tokens", min(max(2**exponent, 2048), PAPER_BATCH_TOKENS))
+            exponent = math.floor(
+                math.log2(max(self.tokens * PAPER_BATCH_TOKENS / PAPER_TOKENS, 1))
+            )
+            object.__setattr__(
+                self, "batch_tokens", min(max(2**exponent, 2048), PAPER_BATCH_TOKENS)
+            )
         if self.micro_batch_tokens is None:
             object.__setattr__(self, "micro_batch_tokens", min(self.batch_tokens, 8192))
         if self.learning_rate is None:
@@ -325,7 +329,13 @@ def _describe(annotation) -> str:
         return f"a list of {_describe(options[0])}s"
     if options:
         return " or ".join(_describe(o) for o in options)
-    names = {int: "whole number", float: "number", str: "text", bool: "true | false", dict: "fields"}
+    names = {
+        int: "whole number",
+        float: "number",
+        str: "text",
+        bool: "true | false",
+        dict: "fields",
+    }
     return "nothing" if annotation is type(None) else names.get(annotation, str(annotation))
 
 
@@ -374,7 +384,7 @@ def read_yaml(path: str | Path) -> dict:
     if not path.is_file():
         raise SpecError(f"{path}: no such file; expected a YAML spec")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -413,5 +423,7 @@ def load_experiment(path: str | Path) -> Experiment:
     return Experiment(
         title=str(values.get("title", Path(path).stem)),
         runs=tuple(runs),
-        evaluate=None if evaluate in (None, "false") else build(EvaluateSpec, evaluate, "evaluate."),
+        evaluate=None
+        if evaluate in (None, "false")
+        else build(EvaluateSpec, evaluate, "evaluate."),
     )

@@ -34,7 +34,7 @@ DATA = Path(os.environ.get("MLSAE_DATA", ROOT / "data"))
 MODELS, SHIPPED, STORE = DATA / "models", DATA / "shipped", DATA / "store"
 
 # Raise a stage's version when its numbers change; tests/test_golden.py fails when they do without.
-STAGES = {"tokens": 1, "train": 1, "evaluate": 1, "distributions": 1, "norms": 1}
+STAGES = {"documents": 1, "tokens": 1, "train": 1, "evaluate": 1, "distributions": 1, "norms": 1}
 
 
 class StoreError(RuntimeError):
@@ -68,7 +68,9 @@ class Artefact:
     def file(self, name: str) -> Path:
         """Path of one of its files."""
         if name not in self.meta["files"]:
-            raise StoreError(f"{self.path}: holds no {name}; it has {', '.join(self.meta['files'])}")
+            raise StoreError(
+                f"{self.path}: holds no {name}; it has {', '.join(self.meta['files'])}"
+            )
         return self.path / name
 
 
@@ -165,7 +167,7 @@ def write(
     parents: dict[str, str],
     fill: Callable[[Path], dict],
 ) -> Artefact:
-    """Compute an artefact: `fill(folder)` writes its files and returns what to note in meta.json."""
+    """Compute an artefact: `fill(folder)` writes its files, returns what to note in meta.json."""
     start = time.perf_counter()
     path = STORE / stage / identity
     with atomic_folder(path) as folder:
@@ -204,7 +206,7 @@ def ship(artefact: Artefact, only: tuple[str, ...] | None = None) -> Path:
 
 
 def save_checkpoint(path: Path, state):
-    """Write nested dicts and lists of tensors and plain values as one safetensors file, atomically."""
+    """Write nested dicts and lists of tensors and plain values as one file, atomically."""
     tensors: dict[str, torch.Tensor] = {}
 
     def plain(value):

@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import pandas as pd
 import torch
 import yaml
 from safetensors import safe_open
@@ -54,19 +55,12 @@ def _corpus() -> dict:
 
 def corpus_drift() -> list[str]:
     """Installed releases that differ from the corpus' pins, as `name pinned → installed`."""
-    drift = []
-    for name, pinned in corpus_pins().items():
-        try:
-            installed = importlib.metadata.version(name).split("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            installed = "not installed"
-        if installed != pinned:
-            drift.append(f"{name} {pinned} → {installed}")
-    return drift
+    pins = corpus_pins().items()
+    return [f"{name} {pin} → {_installed(name)}" for name, pin in pins if _installed(name) != pin]
 
 
 def file_docstrings(path: Path) -> list[str]:
-    """Docstrings of a source file's module, classes and functions; the file is parsed, never run."""
+    """Docstrings of a file's module, classes and functions; the file is parsed, never run."""
     source = path.read_bytes()
     if b'"""' not in source and b"'''" not in source:
         return []  # one-line strings in single quotes are rare, and too short to keep
@@ -79,9 +73,9 @@ def file_docstrings(path: Path) -> list[str]:
         node = pending.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                if isinstance(first.value.value, str):
-                    found.append(inspect.cleandoc(first.value.value))
+            value = first.value if isinstance(first, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                found.append(inspect.cleandoc(value.value))
         for block in ("body", "orelse", "finalbody", "handlers"):
             children = getattr(node, block, None)
             if isinstance(children, list):
@@ -95,6 +89,31 @@ def _docstrings_of(paths: list[Path]) -> list[str]:
         return [text for path in paths for text in file_docstrings(path)]
     finally:
         gc.enable()
+
+
+def docstrings() -> list[str]:
+    """The embedded corpus in the order of its documents' hashes; extracted once per machine."""
+    installed = {name: _installed(name) for name in corpus_pins()}
+    spec = {"corpus": _corpus(), "installed": installed}
+    identity = store.key("documents", spec, {})
+    artefact = store.find("documents", identity)
+    if artefact is None:
+
+        def fill(folder: Path) -> dict:
+            texts = extract_docstrings()
+            frame = pd.DataFrame({"text": texts})
+            frame.to_parquet(folder / "documents.parquet", compression="zstd", index=False)
+            return {"documents": len(texts), "characters": sum(map(len, texts))}
+
+        artefact = store.write("documents", identity, spec, {}, fill)
+    return pd.read_parquet(artefact.file("documents.parquet"))["text"].tolist()
+
+
+def _installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name).split("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def extract_docstrings() -> list[str]:
@@ -136,7 +155,7 @@ def _local_files(path: str) -> list[Path]:
     if here.is_file():
         if not _format(here):
             raise SpecError(
-                f"data.path: expected a file ending in {', '.join(_FORMATS)} (also .zst), got {path}"
+                f"data.path: expected a file ending in {', '.join(_FORMATS)} or .zst, got {path}"
             )
         return [here]
     if here.suffix or path.startswith((".", "/", "~")) or path.count("/") > 1:
@@ -283,18 +302,24 @@ class StreamedBlocks:
         The seed does not change the order; the stream starts again where it ends if it is given.
         """
         while True:
-            documents = (d for d in _rows(self.data, []) if split_of(d) == self.split)
-            chunks = pack(documents, self.tokenizer, self.data.context_length)
-            blocks = (block for chunk in chunks for block in chunk)
-            number = -1
-            for number, rows in enumerate(iter(lambda: list(itertools.islice(blocks, batch_size)), [])):
-                if number >= start:
-                    yield torch.stack(rows).long()
-            if number < 0:
-                raise SpecError(f"data: {self.data.path} has no text in its {self.split} split")
+            found = False
+            for tokens in itertools.islice(self._pass(batch_size), start, None):
+                found = True
+                yield tokens
             if seed is None:
                 return
+            if not found:
+                raise SpecError(
+                    f"data: {self.data.path} ends before batch {start} of its {self.split} split"
+                )
             start = 0
+
+    def _pass(self, batch_size: int) -> Iterator[torch.Tensor]:
+        documents = (d for d in _rows(self.data, []) if split_of(d) == self.split)
+        chunks = pack(documents, self.tokenizer, self.data.context_length)
+        blocks = (block for chunk in chunks for block in chunk)
+        while rows := list(itertools.islice(blocks, batch_size)):
+            yield torch.stack(rows).long()
 
 
 def blocks(data: DataSpec, tokenizer, split: str) -> TokenBlocks | StreamedBlocks:
@@ -312,7 +337,9 @@ def blocks(data: DataSpec, tokenizer, split: str) -> TokenBlocks | StreamedBlock
                 f"({'; '.join(drift[:4])}{', …' if len(drift) > 4 else ''}): the text differs a "
                 "little from the one behind the shipped results, which stay valid"
             )
-        artefact = store.write("tokens", identity, spec, parents, lambda f: _fill(f, data, tokenizer))
+        artefact = store.write(
+            "tokens", identity, spec, parents, lambda f: _fill(f, data, tokenizer)
+        )
     with safe_open(artefact.file("tokens.safetensors"), "pt") as file:
         found = file.get_tensor(split)
     if not len(found):
@@ -326,7 +353,7 @@ def blocks(data: DataSpec, tokenizer, split: str) -> TokenBlocks | StreamedBlock
 
 def _fill(folder: Path, data: DataSpec, tokenizer) -> dict:
     if data.path == "docstrings":
-        documents: Iterable[str] = extract_docstrings()
+        documents: Iterable[str] = docstrings()
     else:
         documents = dict.fromkeys(t for t in _rows(data, _local_files(data.path)) if t.strip())
     by_split: dict[str, list[str]] = {split: [] for split in SPLITS}

@@ -152,7 +152,8 @@ def train(
         try:
             step_log = _step(sae, prepared, batches, run, plan, accelerator)
         except ActivationError as error:
-            raise TrainingStopped(f"{error}; step {step} of {plan.steps}, {_kept(checkpoint)}") from error
+            reason = f"{error}; step {step} of {plan.steps}, {_kept(checkpoint)}"
+            raise TrainingStopped(reason) from error
         running = step_log if running is None else running + step_log
         progress.update(plan.step_tokens)
         done = step + 1
