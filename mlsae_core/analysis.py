@@ -239,8 +239,8 @@ def _score(
     streams = streams[:, :, :-1].flatten(1, 2)
     at_once = LOGITS_AT_ONCE.get(lm.device.type, LOGITS_AT_ONCE["cpu"])
     size = max(1, at_once // (len(streams) * lm.vocab_size))
-    for stream, target in _pieces(streams, targets, size):
-        logits = lm.logits(stream)
+    for piece, target in _pieces(streams, targets, size):
+        logits = lm.logits(piece)
         before, after = logits[0], logits[1:].unflatten(0, (n, n_choices))
         downstream.update(before, after[:, 0], target, rows.tolist())
         if n_choices > 1:

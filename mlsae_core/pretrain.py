@@ -199,6 +199,7 @@ def pretrain(path: str | Path, stop_after: float | None = None) -> Path:
     optimizers = _optimizers(model, recipe)
     step_batch = recipe.batch_tokens // recipe.data.context_length
     steps = recipe.tokens // recipe.batch_tokens
+    interval = max(steps // 100, 1)
     peaks = [group["lr"] for o in optimizers for group in o.param_groups]
 
     checkpoint = store.STORE / "pretrain" / f"{folder.name}.safetensors"
@@ -240,13 +241,13 @@ def pretrain(path: str | Path, stop_after: float | None = None) -> Path:
             optimizer.step()
             optimizer.zero_grad()
         progress.update(recipe.batch_tokens)
-        if (step + 1) % max(steps // 100, 1) == 0 or step + 1 == steps:
-            now = float(torch.stack(running).sum()) / max(steps // 100, 1)
+        if (step + 1) % interval == 0 or step + 1 == steps:
+            now = float(torch.stack(running).sum()) / ((step % interval) + 1)
             if not math.isfinite(now):
                 raise RuntimeError(f"loss is {now} at step {step}; the last checkpoint is kept")
             running = []
             row = {"tokens": (step + 1) * recipe.batch_tokens, "train": round(now, 4)}
-            if (step + 1) % max(steps // 20, 1) == 0 or step + 1 == steps:
+            if (step + 1) % (5 * interval) == 0 or step + 1 == steps:
                 row["validation"] = round(validation_loss(model, validation, limit=16), 4)
                 save(step + 1)
             log.append(row)
