@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import pandas as pd
 import torch
@@ -250,3 +250,85 @@ def _score(
 
 def _pieces(streams: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     yield from zip(streams.split(size, 1), targets.split(size), strict=True)
+
+
+# --- finished tables for charts -----------------------------------------------------------------
+
+
+@torch.no_grad()
+def prompt_norms(lm: LanguageModel, prompts: Sequence[str]) -> pd.DataFrame:
+    """L2 norm of the residual stream after every block at every token of some prompts.
+
+    Returns:
+        One row per (prompt, position, layer): ``prompt``, ``position``, ``token`` (its text),
+        ``layer``, ``norm`` (activation units).
+
+    Raises:
+        SpecError: an empty prompt, or one longer than the model's context.
+    """
+    frames = []
+    for prompt in prompts:
+        ids = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        limit = lm.max_positions or len(ids)
+        if not 0 < len(ids) <= limit:
+            raise SpecError(
+                f"prompt: expected 1 to {limit} tokens, got {len(ids)}: {prompt[:40]!r}"
+            )
+        residual = lm.capture(torch.tensor([ids]), range(lm.n_layers))["residual"][:, 0]
+        norm = torch.linalg.vector_norm(residual.float(), dim=-1).cpu()
+        layer, position = torch.meshgrid(
+            torch.arange(lm.n_layers), torch.arange(len(ids)), indexing="ij"
+        )
+        frames.append(
+            pd.DataFrame(
+                {
+                    "prompt": prompt,
+                    "position": position.flatten().numpy(),
+                    "token": [lm.tokenizer.decode([ids[i]]) for i in position.flatten().tolist()],
+                    "layer": layer.flatten().numpy(),
+                    "norm": norm.flatten().numpy(),
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def latent_table(
+    arrays: dict[str, Tensor], weighting: str = "probs", most: int = 600
+) -> pd.DataFrame:
+    """Distributions over layers as a heatmap wants them, at most `most` live latents.
+
+    Live latents are sorted by their mean layer E[L | j] and, where there are more than `most`,
+    every n-th of that order is kept, so the sample has the shape of the whole.
+
+    Args:
+        arrays: what `distributions` returned. weighting: ``probs`` (each active token counts the
+            same) or ``probs_by_total`` (each by its activation).
+
+    Returns:
+        One row per (latent, layer): ``latent``, ``layer``, ``probability``, ``order``.
+    """
+    live = arrays["active_tokens"].nonzero().squeeze(1)
+    order = live[arrays["mean_layer"][live].argsort(stable=True)]
+    chosen = order[torch.linspace(0, len(order) - 1, min(most, len(order))).round().long()]
+    probs = arrays[weighting][:, chosen]
+    n_layers, n = probs.shape
+    return pd.DataFrame(
+        {
+            "latent": chosen.repeat(n_layers).numpy(),
+            "layer": torch.arange(n_layers).repeat_interleave(n).numpy(),
+            "probability": probs.flatten().numpy(),
+            "order": torch.arange(n).repeat(n_layers).numpy(),
+        }
+    )
+
+
+def long_log(log: pd.DataFrame) -> pd.DataFrame:
+    """A training log with one row per (step, layer): `fvu_<layer>` columns become rows."""
+    layers = [c.removeprefix("fvu_") for c in log if c.startswith("fvu_")]
+    keep = [c for c in log if not c.startswith("fvu") and c != "layer"]
+    parts = [
+        log[keep].assign(layer=int(name) if name.isdigit() else 0, fvu=log[f"fvu_{name}"])
+        for name in layers
+    ]
+    return pd.concat(parts, ignore_index=True)
