@@ -323,6 +323,20 @@ def latent_table(
     )
 
 
+def variance_table(numbers: dict) -> pd.DataFrame:
+    """The variances and ratios of `distributions`: value, 95 % interval, layers permuted."""
+    meaning = {
+        "var_l": "Var(L)",
+        "exp_var_l_given_j": "E[Var(L | J)]",
+        "exp_var_l_given_jt": "E[Var(L | J, T)]",
+        "ratio_latent": "E[Var(L | J)] / Var(L)",
+        "ratio_token": "E[Var(L | J, T)] / E[Var(L | J)]",
+    }
+    return pd.DataFrame(
+        [{"quantity": label, **numbers[name]} for name, label in meaning.items()]
+    ).round(4)
+
+
 def long_log(log: pd.DataFrame) -> pd.DataFrame:
     """A training log with one row per (step, layer): `fvu_<layer>` columns become rows."""
     layers = [c.removeprefix("fvu_") for c in log if c.startswith("fvu_")]

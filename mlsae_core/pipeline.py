@@ -303,6 +303,39 @@ def read_distributions(artefact: Artefact) -> tuple[dict[str, torch.Tensor], dic
     return arrays, json.loads(artefact.file("variances.json").read_text())
 
 
+# --- facts about the inputs -----------------------------------------------------------------------
+
+
+def suite() -> pd.DataFrame:
+    """The shipped language models, one row each: size, training tokens, loss, seconds, commit."""
+    names = ("parameters", "training_tokens", "validation_loss", "seconds", "seed", "commit")
+    rows = []
+    for model in store.shipped_models():
+        facts = json.loads((store.MODELS / model / "training.json").read_text())
+        rows.append({"model": model, **{name: facts[name] for name in names}})
+    return pd.DataFrame(rows)
+
+
+def model_log(model: str) -> pd.DataFrame:
+    """How a shipped model's loss fell: one row per (tokens, split) with `loss`, nats per token."""
+    log = pd.read_csv(store.MODELS / model / "log.csv")
+    return log.melt("tokens", ["train", "validation"], "split", "loss").dropna()
+
+
+def corpus(session: Session, run: RunSpec) -> pd.DataFrame:
+    """Documents, characters and tokens of each split of a run's text."""
+    meta = text.packed(run.data, session.lm(run.model).tokenizer).meta
+    columns = ("documents", "characters", "tokens")
+    return pd.DataFrame(
+        [{"split": split, **{name: meta[name][split] for name in columns}} for split in text.SPLITS]
+    )
+
+
+def published(table: str) -> pd.DataFrame:
+    """Numbers printed in a paper, from ``data/published``; `source` says where they stand."""
+    return pd.read_csv(store.DATA / "published" / f"{table}.csv")
+
+
 # --- what exists, and what it would cost ----------------------------------------------------------
 
 

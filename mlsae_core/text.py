@@ -326,6 +326,20 @@ def blocks(data: DataSpec, tokenizer, split: str) -> TokenBlocks | StreamedBlock
     """The packed sequences of one split; tokenised once per (text, tokenizer, context length)."""
     if is_streamed(data):
         return StreamedBlocks(data, tokenizer, split)
+    artefact = packed(data, tokenizer)
+    with safe_open(artefact.file("tokens.safetensors"), "pt") as file:
+        found = file.get_tensor(split)
+    if not len(found):
+        raise SpecError(
+            f"data: the {split} split of {data.path} ({artefact.meta['documents'][split]} "
+            f"documents) fills no sequence of context_length {data.context_length}; expected more "
+            "text or a shorter context"
+        )
+    return TokenBlocks(found)
+
+
+def packed(data: DataSpec, tokenizer) -> store.Artefact:
+    """All splits packed, as `tokens.safetensors`; its meta has documents, characters and tokens."""
     spec = {"data": data_key(data), "context_length": data.context_length}
     parents = {"tokenizer": tokenizer_key(tokenizer)}
     identity = store.key("tokens", spec, parents)
@@ -340,15 +354,7 @@ def blocks(data: DataSpec, tokenizer, split: str) -> TokenBlocks | StreamedBlock
         artefact = store.write(
             "tokens", identity, spec, parents, lambda f: _fill(f, data, tokenizer)
         )
-    with safe_open(artefact.file("tokens.safetensors"), "pt") as file:
-        found = file.get_tensor(split)
-    if not len(found):
-        raise SpecError(
-            f"data: the {split} split of {data.path} ({artefact.meta['documents'][split]} "
-            f"documents) fills no sequence of context_length {data.context_length}; expected more "
-            "text or a shorter context"
-        )
-    return TokenBlocks(found)
+    return artefact
 
 
 def _fill(folder: Path, data: DataSpec, tokenizer) -> dict:
