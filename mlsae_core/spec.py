@@ -135,7 +135,7 @@ class TrainSpec:
     micro_batch_tokens: tokens per forward and backward pass; each micro-batch's FVU is normalised
         by its own variance, so this is part of the spec. Default: batch_tokens, at most 8192.
     learning_rate: constant rate of Adam. Default: the paper's 1e-4 for its 1 B tokens, larger for
-        shorter runs by the square root of the ratio, at most 3e-3 (measured for runs of 200k tokens).
+        shorter runs by the square root of the ratio, at most 3e-3.
     precision: of the autoencoder under accelerate; fp16 and bf16 need a GPU.
     """
 
