@@ -135,7 +135,7 @@ class TrainSpec:
     micro_batch_tokens: tokens per forward and backward pass; each micro-batch's FVU is normalised
         by its own variance, so this is part of the spec. Default: batch_tokens, at most 8192.
     learning_rate: constant rate of Adam. Default: the paper's 1e-4 for its 1 B tokens, larger for
-        shorter runs by the square root of the ratio, at most 3e-3.
+        shorter runs by the square root of the ratio, at most 6e-3.
     precision: of the autoencoder under accelerate; fp16 and bf16 need a GPU.
     """
 
@@ -160,7 +160,7 @@ class TrainSpec:
             object.__setattr__(self, "micro_batch_tokens", min(self.batch_tokens, 8192))
         if self.learning_rate is None:
             rate = PAPER_LEARNING_RATE * max(PAPER_TOKENS / self.tokens, 1) ** 0.5
-            object.__setattr__(self, "learning_rate", float(f"{min(rate, 3e-3):.2g}"))
+            object.__setattr__(self, "learning_rate", float(f"{min(rate, 6e-3):.2g}"))
 
 
 @dataclass(frozen=True)
