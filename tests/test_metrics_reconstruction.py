@@ -71,6 +71,9 @@ def test_reconstruction_by_hand():
     assert result.l0.item() == 1.5
     assert result.fvu_global.item() == pytest.approx(1 / 104, abs=1e-15)
     assert result.fvu_per_dimension.item() == 0.25
+    total.update(x, recon)  # without values: L1 and L0 stay the means over the first two tokens
+    assert (total.compute().l1.item(), total.compute().l0.item()) == (2.5, 1.5)
+    assert total.compute().mse.item() == 0.25
 
 
 @quick
@@ -82,7 +85,7 @@ def test_fvu_is_its_definition(seed, variant):
     )
 
 
-@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e6])
 @pytest.mark.parametrize("variant", ["global", "per_dimension"])
 def test_float32_and_large_offsets_keep_five_digits(variant, offset):
     x, recon = activations(1, offset=offset, dtype=torch.float32)

@@ -30,16 +30,15 @@ def fvu(x: Tensor, recon: Tensor, variant: Variant = "global") -> Tensor:
         recon: their reconstructions, the same shape.
         variant: which baseline.
 
-    A layer without variance gives inf, or nan where it is reconstructed exactly. For more than
-    one batch use `Reconstruction`: a mean of ratios is not the ratio of the sums.
+    A layer without variance gives inf, or nan where it is reconstructed exactly. No gradient. For
+    more than one batch use `Reconstruction`: a mean of ratios is not the ratio of the sums.
     """
     _check_pair(x, recon)
     if variant not in ("global", "per_dimension"):
         raise ValueError(f"variant must be 'global' or 'per_dimension', got {variant!r}")
-    x, recon = _at_least_float32(x), _at_least_float32(recon)
-    over = (1, 2) if variant == "global" else 1
-    baseline = x.mean(over, keepdim=True, dtype=torch.float64).to(x.dtype)
-    return _sum_squares(x - recon) / _sum_squares(x - baseline)
+    total = Reconstruction(x.shape[0], x.shape[2], x.device)
+    total.update(x, recon)
+    return getattr(total.compute(), f"fvu_{variant}")
 
 
 class LayerMoments:
