@@ -38,7 +38,7 @@ VEGA, FONT = "vega.js", "STIXTwoMath-Regular.ttf"
 INPUTS = (
     "mlsae_core/**/*.py",
     "book/experiments/**/*",
-    "data/*/**/*",
+    "data/**/*",
     "constraints.txt",
     "pyproject.toml",
 )
@@ -140,7 +140,8 @@ def _styled(char: str, variant: str) -> str:
     style = style.replace("DOUBLE STRUCK", "DOUBLE-STRUCK").replace("SANS SERIF", "SANS-SERIF")
     name = unicodedata.name(char, "").replace("LATIN ", "").replace("GREEK ", "")
     name = name.replace("LETTER ", "")
-    for candidate in (f"MATHEMATICAL {style} {name}", f"{style} {name}"):
+    plain = style.replace("FRAKTUR", "BLACK-LETTER")  # ℝ, ℒ and ℭ are older than their alphabets
+    for candidate in (f"MATHEMATICAL {style} {name}", f"{plain} {name}"):
         try:
             return unicodedata.lookup(candidate)
         except KeyError:
@@ -225,6 +226,16 @@ def _prepare(app, config) -> None:
     config.html_static_path.append(str(assets))
 
 
+def _drop_thebe(app, pagename, templatename, context, doctree) -> None:
+    """Jupyter Book always adds sphinx-thebe, twice and with an outside address; it is not used."""
+    for kind in ("script_files", "css_files"):
+        context[kind] = [
+            file
+            for file in context.get(kind, [])
+            if "thebe" not in f"{file} {getattr(file, 'attributes', {}).get('body', '')}".lower()
+        ]
+
+
 def missing_pages(root: Path) -> list[str]:
     """Chapters of ``root/_toc.yml`` that have no html page under ``root/_build/html``."""
     chapters = list(parse_toc_yaml(root / "_toc.yml"))
@@ -236,6 +247,7 @@ def setup(app) -> dict[str, Any]:
     app.add_css_file("book.css")
     app.add_html_math_renderer("mathml", (_visit_math, None), (_visit_math_block, None))
     app.connect("config-inited", _prepare, priority=10)
+    app.connect("html-page-context", _drop_thebe, priority=900)
     return {"version": __version__, "parallel_read_safe": True, "parallel_write_safe": False}
 
 

@@ -24,14 +24,14 @@ SCHEMA = "https://vega.github.io/schema/vega-lite/v5.json"
 MAX_ROWS = 5000
 DIGITS = 4
 
-PAGE = {"light": "#ffffff", "dark": "#14181e"}
+PAGE = {"light": "#ffffff", "dark": "#121212"}
 INK = {"light": "#24292f", "dark": "#e6e6e6"}
 MUTED = {"light": "#59636e", "dark": "#a3adb8"}
 GRID = {"light": "#e4e7eb", "dark": "#333a44"}
 #: For models and other unordered things.
 CATEGORY = {
     "light": ["#0072b2", "#c24e00", "#00805d", "#b0508a", "#8a6a00", "#5b5b5b"],
-    "dark": ["#56b4e9", "#f08a3c", "#2fc49b", "#e08fc0", "#e3c14a", "#b4b4b4"],
+    "dark": ["#56b4e9", "#f08a3c", "#2fc49b", "#d07fb0", "#e3c14a", "#b4b4b4"],
 }
 #: For layers: lightness is monotone, so that the order survives a grey print.
 LAYERS = {
@@ -43,10 +43,10 @@ HEAT = {"light": {"scheme": "purpleblue"}, "dark": {"scheme": "darkblue"}}
 
 #: Axis titles of the metrics that `metric_by_layer` draws, with their units.
 METRICS = {
-    "fvu_global": "FVU, global variance (fraction of variance unexplained)",
-    "fvu_per_dimension": "FVU, per-dimension variance (fraction of variance unexplained)",
-    "mse": "MSE (mean squared error per dimension, squared activation units)",
-    "l1": "L1 (sum of latent activations per token, standard deviations)",
+    "fvu_global": "FVU, global variance (fraction)",
+    "fvu_per_dimension": "FVU, per-dimension variance (fraction)",
+    "mse": "MSE (squared activation units per dimension)",
+    "l1": "L1 (sum of latent activations per token)",
     "l0": "L0 (active latents per token)",
     "delta_ce": "Delta CE (nats per predicted token)",
     "kl": "KL, original to replaced (nats per token)",
@@ -86,6 +86,7 @@ def theme(dark: bool = False) -> dict[str, Any]:
             **text,
             "titleFontWeight": "normal",
             "orient": "top",
+            "offset": 34,
             "symbolStrokeWidth": 3,
             "gradientThickness": 10,
         },
@@ -148,7 +149,7 @@ def training_curves(log: pd.DataFrame, title: str, subtitle: str | None = None) 
         .mark_line()
         .encode(
             x=tokens.title(None),
-            y=alt.Y("fvu:Q", title="FVU (fraction of variance unexplained), log scale").scale(
+            y=alt.Y("fvu:Q", title="FVU (fraction of variance unexplained, log scale)").scale(
                 type="log", nice=False
             ),
             color=alt.Color("layer:O", title="Layer"),
@@ -190,15 +191,15 @@ def metric_by_layer(
     ``table`` has one row per ``layer`` (and per value of the column named by ``color``, such as
     ``model``) and at least one column named in `METRICS`.
     """
-    table = _table(table, "metric_by_layer", "layer", *([color] if color else []))
     metrics = [name for name in METRICS if name in table]
     if not metrics:
         raise ValueError(
             f"metric_by_layer: expected at least one of the columns {', '.join(METRICS)}; "
             f"the table has {', '.join(map(str, table.columns))}"
         )
-    keys = ["layer", *([color] if color else [])]
-    long = table.melt(id_vars=keys, value_vars=metrics, var_name="metric").dropna(subset=["value"])
+    keys = ["layer", color] if color else ["layer"]
+    table = _table(table, "metric_by_layer", *keys, *metrics)
+    long = table.melt(id_vars=keys, value_vars=metrics, var_name="metric").dropna(subset="value")
     metric = alt.param(
         name="metric",
         value=metrics[0],
@@ -320,6 +321,36 @@ def norms(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.C
     return _titled(chart.properties(width="container", height=280), title, subtitle)
 
 
+def prompt_norms(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.Chart:
+    """Norm of the activations at every token and layer; the reader chooses the prompt.
+
+    ``table`` has one row per (prompt, position, layer): ``prompt``, ``position``, ``token`` (its
+    text), ``layer`` and ``norm`` (L2, activation units).
+    """
+    table = _table(table, "prompt_norms", "prompt", "position", "token", "layer", "norm")
+    prompts = list(dict.fromkeys(table["prompt"]))
+    prompt = alt.selection_point(
+        name="prompt",
+        fields=["prompt"],
+        value=prompts[0],
+        bind=alt.binding_select(options=prompts, name="Prompt "),
+    )
+    chart = (
+        alt.Chart(table, name="prompt_norms")
+        .transform_filter(prompt)
+        .transform_calculate(label="datum.position + 1 + ' ' + datum.token")
+        .mark_rect()
+        .encode(
+            x=alt.X("label:O", title="Token", sort=alt.EncodingSortField("position")),
+            y=alt.Y("layer:O", title="Layer", sort="descending"),
+            color=alt.Color("norm:Q", title="L2 norm"),
+            tooltip=["token:N", "position:Q", "layer:O", alt.Tooltip("norm:Q", title="L2 norm")],
+        )
+        .add_params(prompt)
+    )
+    return _titled(chart.properties(width="container", height=220), title, subtitle)
+
+
 def _level_axis_title(
     chart, name: str, titles: dict, names: Sequence[str], param
 ) -> alt.LayerChart:
@@ -349,7 +380,7 @@ def _table(table: pd.DataFrame, chart: str, *columns: str) -> pd.DataFrame:
         )
     if table.empty:
         raise ValueError(f"{chart}: the table has no rows, so there is nothing to draw")
-    return _limited(table, chart).apply(_significant)
+    return _limited(table[list(dict.fromkeys(columns))], chart).apply(_significant)
 
 
 def _limited(table: pd.DataFrame, chart: str) -> pd.DataFrame:

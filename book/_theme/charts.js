@@ -1,5 +1,5 @@
-// Draws every Vega-Lite figure of the page, again whenever the page turns dark or light, is
-// printed, or (for charts of several panels) changes its width.  What a reader has chosen stays.
+// Draws every Vega-Lite figure of the page, and again when the page turns dark or light, is printed
+// or changes its width.  What a reader has chosen stays chosen.
 (() => {
   const merge = (base, over) => {
     const result = { ...base };
@@ -9,8 +9,10 @@
     }
     return result;
   };
-  const isDark = () => document.documentElement.dataset.theme === "dark";
-  // Vega sizes single views and layers to their container by itself, panels not.
+  const root = document.documentElement;
+  const isDark = () =>
+    root.dataset.theme === "dark" ||
+    (root.dataset.theme !== "light" && matchMedia("(prefers-color-scheme: dark)").matches);
   const panels = (spec) => spec.vconcat ?? [];
 
   class Chart {
@@ -18,65 +20,71 @@
       this.view = figure.querySelector(".chart-view");
       this.controls = figure.querySelector(".chart-controls");
       this.spec = JSON.parse(figure.querySelector("script").textContent);
-      this.margin = 0;
+      delete this.spec.$schema; // JupyterLab wants version 5, the book's own Vega-Lite is newer
     }
 
-    async draw(dark = isDark()) {
-      const spec = structuredClone(this.spec);
-      if (dark) spec.config = merge(spec.config ?? {}, DARK_CHARTS);
+    async draw(dark) {
       const width = this.view.clientWidth;
+      if (this.dark === dark && this.width === width) return;
+      const first = this.width === undefined;
+      [this.dark, this.width] = [dark, width];
+      await this.embed();
+      // The first drawing tells how much the axes add to the declared width of a panel.
+      const [panel] = panels(this.spec);
+      if (first && panel) {
+        this.margin = this.view.querySelector("svg").width.baseVal.value - panel.width;
+        await this.embed();
+      }
+    }
+
+    async embed() {
+      const spec = structuredClone(this.spec);
+      if (this.dark) spec.config = merge(spec.config ?? {}, DARK_CHARTS);
+      if (spec.width === "container") {
+        spec.width = this.width; // Vega itself would follow the window, not the text's column
+        spec.autosize = { type: "fit-x", contains: "padding" };
+      }
       for (const panel of panels(spec)) {
-        if (panel.width > 0) panel.width = Math.max(120, Math.min(panel.width, width - this.margin));
+        if (this.margin !== undefined) panel.width = Math.max(120, this.width - this.margin);
       }
       const old = this.result;
-      const chosen = old && Object.fromEntries(
-        (old.vgSpec.signals ?? []).filter((s) => s.bind).map((s) => [s.name, old.view.signal(s.name)]),
-      );
+      const chosen = new Map();
+      for (const { name, bind } of old?.vgSpec.signals ?? []) {
+        if (bind) chosen.set(name, old.view.signal(name));
+      }
+      old?.finalize();
       this.result = await vegaEmbed(this.view, spec, {
         mode: "vega-lite",
         renderer: "svg",
         bind: this.controls,
         actions: false,
-        tooltip: { theme: dark ? "dark" : "light" },
-        patch: (vega) => {
-          for (const signal of vega.signals ?? []) {
-            if (chosen && signal.name in chosen) signal.value = chosen[signal.name];
-          }
-          return vega;
-        },
+        tooltip: { theme: this.dark ? "dark" : "light" },
       });
-      old?.finalize();
-      this.width = width;
-    }
-
-    // The first drawing tells how much the axes and legends add to the declared width.
-    async fit() {
-      await this.draw();
-      const [panel] = panels(this.spec);
-      if (!panel?.width) return;
-      const svg = this.view.querySelector("svg");
-      const drawn = Math.min(panel.width, this.view.clientWidth - this.margin);
-      this.margin = Math.max(0, svg.width.baseVal.value - drawn);
-      if (svg.width.baseVal.value > this.view.clientWidth) await this.draw();
+      for (const [name, value] of chosen) this.result.view.signal(name, value);
+      await this.result.view.runAsync();
     }
   }
 
   const charts = [...document.querySelectorAll(".vega-lite-chart")].map((f) => new Chart(f));
-  const drawAll = (dark) => Promise.all(charts.map((chart) => chart.draw(dark)));
-  window.chartsDrawn = Promise.all(charts.map((chart) => chart.fit()));
-
-  new MutationObserver(() => { window.chartsDrawn = drawAll(); }).observe(
-    document.documentElement, { attributeFilter: ["data-theme"] },
-  );
-  addEventListener("beforeprint", () => { if (isDark()) drawAll(false); });
-  addEventListener("afterprint", () => { if (isDark()) drawAll(); });
-  let waiting;
-  addEventListener("resize", () => {
-    clearTimeout(waiting);
-    waiting = setTimeout(() => {
-      for (const chart of charts) {
-        if (panels(chart.spec).length && chart.view.clientWidth !== chart.width) chart.draw();
-      }
-    }, 150);
+  // One drawing after the other, so that the last wish wins.
+  window.chartsDrawn = Promise.resolve();
+  const draw = () => {
+    window.chartsDrawn = window.chartsDrawn.then(() =>
+      Promise.all(charts.map((chart) => chart.draw(isDark()))),
+    );
+  };
+  draw();
+  new MutationObserver(draw).observe(root, { attributeFilter: ["data-theme"] });
+  let theme;
+  addEventListener("beforeprint", () => {
+    theme = root.dataset.theme;
+    root.dataset.theme = "light";
   });
+  addEventListener("afterprint", () => { root.dataset.theme = theme; });
+  let waiting;
+  const resized = new ResizeObserver(() => {
+    clearTimeout(waiting);
+    waiting = setTimeout(draw, 150);
+  });
+  for (const chart of charts) resized.observe(chart.view);
 })();

@@ -1,0 +1,286 @@
+"""The book's sources and its machinery: pairs, contents, pins, mathematics, pages, imports."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from xml.etree import ElementTree
+
+import jupytext
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from sphinx_external_toc.parsing import parse_toc_yaml
+
+from mlsae_core import book
+
+ROOT = Path(__file__).parents[1]
+BOOK = ROOT / "book"
+CHAPTERS = sorted(p for p in BOOK.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+every_chapter = pytest.mark.parametrize(
+    "chapter", CHAPTERS, ids=lambda p: p.relative_to(BOOK).as_posix()
+)
+
+
+def code_cells(chapter):
+    return [cell for cell in jupytext.read(chapter).cells if cell.cell_type == "code"]
+
+
+# Chapters ---------------------------------------------------------------------------------------
+
+
+@every_chapter
+def test_both_halves_of_a_pair_say_the_same(chapter):
+    notebook, script = (
+        [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in half.cells]
+        for half in (jupytext.read(chapter), jupytext.read(chapter.with_suffix(".py")))
+    )
+    assert notebook == script, "run `make notebooks`"
+
+
+def test_every_script_has_its_notebook():
+    assert {p.with_suffix(".ipynb") for p in BOOK.rglob("*.py")} == set(CHAPTERS)
+
+
+@every_chapter
+def test_stored_outputs_come_from_one_run_from_top_to_bottom(chapter):
+    cells = code_cells(chapter)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    errors = [o for cell in cells for o in cell.outputs if o.output_type == "error"]
+    assert not errors
+
+
+@every_chapter
+def test_cells_are_short_and_hold_no_program(chapter):
+    """What needs a function or a loop belongs into the package, where it is tested."""
+    program = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.While, ast.comprehension)
+    for cell in code_cells(chapter):
+        assert len(cell.source.splitlines()) <= 12, cell.source
+        found = [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, program)]
+        assert not found, f"{type(found[0]).__name__} in:\n{cell.source}"
+
+
+@every_chapter
+def test_widgets_are_left_out_of_the_page_and_of_the_comparison(chapter):
+    """A static page shows a dead widget: it has a twin with controls in the chart instead."""
+    for cell in code_cells(chapter):
+        views = [
+            o
+            for o in cell.outputs
+            if "application/vnd.jupyter.widget-view+json" in o.get("data", {})
+        ]
+        assert not views, "tag the cell remove-output and nbval-ignore-output, run `make notebooks`"
+
+
+def test_contents_list_every_chapter_and_no_other():
+    listed = {str(BOOK / name) for name in parse_toc_yaml(ROOT / "_toc.yml")}
+    pages = {*CHAPTERS, *BOOK.rglob("*.md")}
+    assert listed == {str(page.with_suffix("")) for page in pages}
+
+
+def test_both_tables_of_contents_are_the_same():
+    """`book/_toc.yml` is a link; a checkout without links makes a text file of it."""
+    top, linked = (ROOT / "_toc.yml").read_text(), (BOOK / "_toc.yml").read_text()
+    assert linked == top, "book/_toc.yml is no link here: copy _toc.yml over it"
+
+
+def test_a_chapter_without_page_is_missed(tmp_path):
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: a\nchapters:\n- file: part/b\n")
+    html = tmp_path / "_build" / "html"
+    html.mkdir(parents=True)
+    (html / "a.html").touch()
+    assert book.missing_pages(tmp_path) == ["part/b"]
+
+
+# Pins -------------------------------------------------------------------------------------------
+
+
+def pins():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pairs}
+
+
+def test_every_requirement_has_a_pin_within_its_range():
+    extras = PROJECT["optional-dependencies"].values()
+    for line in [*PROJECT["dependencies"], *(line for extra in extras for line in extra)]:
+        requirement = Requirement(line)
+        version = pins()[re.sub(r"[-_.]+", "-", requirement.name).lower()]
+        assert version in requirement.specifier, line
+    assert pins()["torch"] == "2.13.0"
+
+
+def test_pins_hold_on_every_platform():
+    assert not {"pip", "setuptools", "wheel", PROJECT["name"]} & set(pins())
+    assert not [version for version in pins().values() if "+" in version]
+
+
+def test_conda_environment_declares_no_version_but_pythons():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python, pip, nested = environment["dependencies"]
+    assert (python, pip) == ("python=3.11", "pip")
+    constraints, project = nested["pip"]
+    assert constraints == "-c constraints.txt"
+    extras = re.fullmatch(r"-e \.\[(.*)\]", project)[1].split(",")
+    assert set(extras) == {"book", "test"} <= set(PROJECT["optional-dependencies"])
+
+
+# The execution cache ----------------------------------------------------------------------------
+
+
+def test_outputs_are_cached_under_what_they_depend_on(tmp_path):
+    def write(name, text):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return book.fingerprint(tmp_path)
+
+    keys = [
+        write("mlsae_core/sae.py", "a"),
+        write("mlsae_core/sae.py", "b"),
+        write("mlsae_core/metrics/fvu.py", "a"),
+        write("book/experiments/one.yml", "a"),
+        write("data/docstrings.yml", "a"),
+        write("data/models/one/config.json", "a"),
+        write("constraints.txt", "a"),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert write("mlsae_core/sae.py", "b") == keys[-1]
+    for irrelevant in ("mlsae_core/book.py", "data/store/runs/1/meta.json", "README.md"):
+        assert write(irrelevant, "a") == keys[-1], irrelevant
+
+
+# Pages ------------------------------------------------------------------------------------------
+
+
+def test_a_chart_cannot_break_out_of_its_script():
+    spec = {"title": {"text": "1 < 2"}, "description": "</script><b>", "mark": "bar"}
+    html = book.figure(spec)
+    assert html.count("</script>") == 1
+    assert '<p class="chart-title">1 &lt; 2</p>' in html
+    [stored] = re.findall("<script[^>]*>(.*?)</script>", html)
+    assert json.loads(stored) == {"description": "</script><b>", "mark": "bar"}
+
+
+@pytest.mark.parametrize(
+    ("tex", "text"),
+    [
+        (r"x \in \mathbb{R}", "x∈ℝ"),
+        (r"\mathbf{W} \mathcal{L} \mathfrak{C} \boldsymbol{\alpha}", "𝐖ℒℭ𝜶"),
+        (r"\mathrm{FVU}_\ell \le \tfrac{1}{2}", "FVUℓ≤12"),
+        (r"\operatorname{TopK}_k(x)", "TopK\u2061k(x)"),
+    ],
+)
+def test_letters_of_an_equation(tex, text):
+    math = ElementTree.fromstring(book.mathml(tex))
+    annotation = math.find(".//{*}annotation")
+    assert annotation.text == tex
+    assert "".join(math.itertext()).removesuffix(tex) == text
+    assert not [e for e in math.iter() if e.get("mathvariant", "normal") != "normal"]
+
+
+def test_columns_of_an_equation_are_aligned_by_css():
+    math = ElementTree.fromstring(book.mathml(r"\begin{split}a &= b \\ c &= d\end{split}", True))
+    cells = list(math.iter(f"{{{book.MATHML}}}mtd"))
+    assert len(cells) == 4
+    assert [re.match("text-align:(.*?);", c.get("style"))[1] for c in cells] == [
+        "right",
+        "left",
+    ] * 2
+    assert math.get("display") == "block"
+
+
+def test_a_mistake_in_an_equation_is_an_error_that_says_where():
+    with pytest.raises(ValueError, match=r"Undefined control sequence: \\relu at position 1"):
+        book.mathml(r"\relu(x)")
+
+
+@pytest.mark.slow
+def test_a_failing_cell_fails_the_build(tmp_path):
+    """By default Jupyter Book prints the error into the page and exits with 0."""
+    (tmp_path / "book").mkdir()
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    del config["bibtex_bibfiles"]
+    config["sphinx"]["config"]["html_static_path"] = [str(BOOK / "_theme")]
+    (tmp_path / "_config.yml").write_text(yaml.safe_dump(config))
+    (tmp_path / "book/_toc.yml").write_text("format: jb-book\nroot: page\n")
+    page = jupytext.reads("# %% [markdown]\n# # Page\n\n# %%\n1 / 0\n", "py:percent")
+    jupytext.write(page, tmp_path / "book/page.ipynb")
+    build = [Path(sys.executable).with_name("jupyter-book"), "build", tmp_path / "book"]
+    run = subprocess.run(build, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "ZeroDivisionError" in run.stdout + run.stderr
+
+
+# The house --------------------------------------------------------------------------------------
+
+#: A module imports only what stands above it.
+MODULES = (
+    "spec",
+    "store",
+    "metrics",
+    "text",
+    "lm",
+    "lens",
+    "activations",
+    "kernels",
+    "sae",
+    "objective",
+    "train",
+    "analysis",
+    "interop",
+    "pipeline",
+    "charts",
+    "widgets",
+    "pretrain",
+    "book",
+    "__main__",
+)
+ALONE = {"spec", "metrics", "charts"}
+PACKAGE = ROOT / "mlsae_core"
+
+
+def imports(path):
+    """Names that a source file imports, absolute: "torch.nn", "mlsae_core.sae"."""
+    here = ["mlsae_core", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else []
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def module_of(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def test_the_table_of_modules_is_complete():
+    assert {module_of(path) for path in SOURCES} <= set(MODULES)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_a_module_imports_only_what_stands_above_it(path):
+    module = module_of(path)
+    ours = {name.split(".")[1] for name in imports(path) if name.startswith("mlsae_core.")}
+    ours -= {module, "__version__"}
+    above = set() if module in ALONE else set(MODULES[: MODULES.index(module)])
+    assert ours <= above, f"{module} imports {', '.join(sorted(ours - above))}"
+
+
+def test_statistics_know_no_drawing_and_drawing_knows_no_models():
+    names = {module: set() for module in MODULES}
+    for path in SOURCES:
+        names[module_of(path)] |= {name.split(".")[0] for name in imports(path)}
+    assert not names["metrics"] & {"altair", "pandas"}
+    assert not names["charts"] & {"torch", "transformers"}
+    assert not names["spec"] & {"torch", "transformers"}
