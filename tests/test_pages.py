@@ -1,0 +1,188 @@
+"""The built pages in a real browser without a network: everything is drawn, and chosen by readers.
+
+`make book` builds the pages, `pip install ".[browser]"` and Debian's chromium open them; without
+them these tests are skipped, in CI they fail.  `SCREENSHOTS=folder` keeps what was seen.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from sphinx_external_toc.parsing import parse_toc_yaml
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).parents[1]
+HTML = ROOT / "_build" / "html"
+PAGES = list(parse_toc_yaml(ROOT / "_toc.yml"))
+SIZES = {"wide": (1400, 900), "narrow": (390, 844)}
+
+
+def missing():
+    """What these tests lack, or None."""
+    if not (HTML / f"{PAGES[0]}.html").exists():
+        return "no built book: run `make book`"
+    try:
+        import playwright.sync_api  # noqa: F401
+    except ImportError:
+        return 'no playwright: pip install -c constraints.txt -e ".[browser]"'
+    if chromium() is None:
+        return "no browser is installed: apt install chromium"
+    return None
+
+
+def chromium():
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    lack = missing()
+    if lack and os.environ.get("CI"):
+        pytest.fail(lack)
+    if lack:
+        pytest.skip(lack)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+        engine = playwright.chromium.launch(executable_path=chromium(), args=flags)
+        yield engine
+        engine.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens a page of the book; whatever goes wrong in it is collected in ``page.complaints``."""
+    contexts = []
+
+    def open_page(name, size="wide", scheme="light"):
+        width, height = SIZES[size]
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme, offline=True
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.complaints = []
+        page.on("pageerror", lambda error: page.complaints.append(f"script error: {error}"))
+        page.on(
+            "console",
+            lambda line: line.type in ("error", "warning") and page.complaints.append(line.text),
+        )
+        page.on(
+            "request",
+            lambda request: (
+                request.url.startswith(("file:", "data:", "blob:"))
+                or page.complaints.append(f"request: {request.url}")
+            ),
+        )
+        page.goto((HTML / f"{name}.html").as_uri())
+        settle(page)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+def settle(page):
+    """Wait until every chart of the page is drawn."""
+    page.wait_for_timeout(50)
+    page.evaluate("window.chartsDrawn")
+
+
+def pictures(page):
+    """The drawn charts, without the numbers by which Vega counts its gradients and clips."""
+    return page.locator(".vega-lite-chart .chart-view").evaluate_all(
+        "all => all.map(v => v.innerHTML.replace(/(gradient_|clip)[0-9]+/g, '$1'))"
+    )
+
+
+every_page = pytest.mark.parametrize("name", PAGES)
+
+
+@every_page
+def test_every_chart_is_drawn_and_described(open_page, name):
+    page = open_page(name)
+    assert page.complaints == []
+    for figure in page.locator(".vega-lite-chart").all():
+        svg = figure.locator(".chart-view svg").first
+        assert svg.get_attribute("aria-label") or svg.locator("[aria-label]").count()
+        drawn = svg.locator(".role-mark > path").evaluate_all(
+            "paths => paths.filter(p => p.getBoundingClientRect().width > 0).length"
+        )
+        assert drawn > 0, figure.inner_text()
+
+
+@every_page
+def test_every_control_changes_its_chart(open_page, name):
+    page = open_page(name)
+    for figure in page.locator(".vega-lite-chart").all():
+        for control in figure.locator(".chart-controls select, .chart-controls input").all():
+            view = figure.locator(".chart-view")
+            before = view.inner_html()
+            if control.evaluate("c => c.tagName") == "SELECT":
+                last = control.locator("option").count() - 1
+                chosen = control.evaluate("c => c.selectedIndex")
+                control.select_option(index=last if chosen != last else 0)
+            else:
+                control.focus()
+                here = control.evaluate("c => c.value - c.min > c.max - c.value")
+                control.press("Home" if here else "End")
+            page.wait_for_timeout(100)
+            assert view.inner_html() != before, control.evaluate("c => c.name")
+    assert page.complaints == []
+
+
+@every_page
+def test_charts_follow_the_page_into_the_dark_and_keep_what_was_chosen(open_page, name):
+    page = open_page(name)
+    light = pictures(page)
+    selects = page.locator(".vega-lite-chart .chart-controls select")
+    for select in selects.all():
+        select.select_option(index=select.locator("option").count() - 1)
+    chosen = [select.input_value() for select in selects.all()]
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    settle(page)
+    assert all(a != b for a, b in zip(light, pictures(page), strict=True))
+    assert [select.input_value() for select in selects.all()] == chosen
+    dark = pictures(page)
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    settle(page)
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    settle(page)
+    assert pictures(page) == dark
+    assert page.complaints == []
+
+
+@every_page
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_nothing_is_cut_off(open_page, name, size, scheme, tmp_path):
+    page = open_page(name, size, scheme)
+    assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    height = page.evaluate("document.documentElement.scrollHeight")
+    page.set_viewport_size({"width": SIZES[size][0], "height": min(height + 100, 12_000)})
+    settle(page)
+    page.screenshot(path=folder / f"{name.replace('/', '-')}-{size}-{scheme}.png")
+    assert page.evaluate("document.scrollingElement.scrollWidth - innerWidth") <= 0
+    too_wide = page.locator(".vega-lite-chart svg").evaluate_all(
+        "all => all.filter(svg => svg.clientWidth > svg.closest('figure').clientWidth + 1).length"
+    )
+    assert too_wide == 0
+    assert page.complaints == []
+
+
+@every_page
+def test_equations_are_drawn(open_page, name):
+    page = open_page(name)
+    for math in page.locator("span.math, div.math").all():
+        assert math.locator("math").count() == 1, math.inner_text()
+        assert math.locator("math").bounding_box()["height"] > 5
+    if page.locator("math").count():
+        assert page.evaluate("document.fonts.check('16px \"STIX Two Math\"')")
