@@ -103,5 +103,5 @@ def loss(sae: MLSAE, source: Tensor, target: Tensor | None = None, alpha: float 
 def _unexplained(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squared error and global FVU, each (layer,), of two (layer, token, d) tensors."""
     mse = (x - recon).square().mean((1, 2))
-    variance = x.var((1, 2), correction=0)
+    variance = (x - x.mean((1, 2), keepdim=True)).square().mean((1, 2))
     return mse, mse / variance.clamp_min(torch.finfo(x.dtype).tiny)
