@@ -16,18 +16,17 @@ from typing import Any
 
 import pandas as pd
 import torch
-import yaml
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from mlsae_core import store, text
-from mlsae_core.spec import DataSpec, SpecError, build
+from mlsae_core.spec import DataSpec, Spec, SpecError, build, read_yaml
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Spec):
     """How a language model of the suite is made.
 
     architecture: `model_type` and the fields of its Hugging Face config. tokenizer: name of a
@@ -49,6 +48,8 @@ class Recipe:
     weight_decay: float = 0.1
     warmup: float = 0.02
     seed: int = 0
+
+    _prefix = "recipe."
 
 
 def train_tokenizer(documents: list[str], vocab_size: int):
@@ -167,7 +168,7 @@ def read_recipe(path: str | Path) -> tuple[Recipe, Path]:
         path = store.MODELS / path / "recipe.yml"
     if not path.is_file():
         raise SpecError(f"recipe: no file {path}; expected data/models/<name>/recipe.yml")
-    return build(Recipe, yaml.safe_load(path.read_text())), path.parent
+    return build(Recipe, read_yaml(path, typed=True)), path.parent
 
 
 def pretrain(path: str | Path, stop_after: float | None = None) -> Path:

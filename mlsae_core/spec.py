@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import math
+import numbers
+import os
+import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -33,10 +37,42 @@ class SpecError(ValueError):
 
 
 @dataclass(frozen=True)
-class ModelSpec:
+class Spec:
+    """Base of all specs: fields are coerced by their annotations however a spec is built.
+
+    So `1` and `1.0`, or a list and a tuple, cannot make two keys of one run.
+    """
+
+    _prefix = ""  # of field names in messages
+
+    def __post_init__(self):
+        hints = _hints(type(self))
+        for f in dataclasses.fields(self):
+            value = coerce(self._prefix + f.name, getattr(self, f.name), hints[f.name])
+            object.__setattr__(self, f.name, value)
+
+    def _require(self, holds: bool, name: str, expected: str):
+        if not holds:
+            raise SpecError(
+                f"{self._prefix}{name}: expected {expected}, got {_shown(getattr(self, name))}"
+            )
+
+    def _positive(self, *names: str):
+        for name in names:
+            value = getattr(self, name)
+            self._require(value is None or value > 0, name, "a number above 0")
+
+    def _seed(self, name: str):
+        value = getattr(self, name)
+        self._require(value is None or 0 <= value < 2**32, name, "a number from 0 to 2**32 - 1")
+
+
+@dataclass(frozen=True)
+class ModelSpec(Spec):
     """A frozen causal language model.
 
-    path: a name under ``data/models``, a Hugging Face folder, or a hub id.
+    path: a name under ``data/models``, a Hugging Face folder, or a hub id. A relative folder is
+        looked up from the working directory.
     revision: hub revision; ignored for folders.
     dtype: precision of weights and activations of the language model.
     random_weights: seed of a randomly initialised copy with the same architecture, or none.
@@ -47,13 +83,22 @@ class ModelSpec:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     random_weights: int | None = None
 
+    _prefix = "model."
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._require(self.path.strip() != "", "path", "a shipped name, a folder or a hub id")
+        self._seed("random_weights")
+
 
 @dataclass(frozen=True)
-class DataSpec:
+class DataSpec(Spec):
     """Text, and how it becomes sequences.
 
-    path: ``docstrings`` (the embedded corpus), a file or folder (.jsonl, .jsonl.zst, .json, .txt,
-        .parquet), or the id of a hub dataset, which is streamed.
+    path: ``docstrings`` (the embedded corpus), a file or folder (.jsonl, .json, .txt, .parquet, and
+        all but the last also compressed as .zst; a .txt file's documents are its paragraphs), or
+        the id of a hub dataset, which is streamed. A relative path is looked up from the working
+        directory.
     name, split, revision: configuration, split and revision of a hub dataset.
     text_column: the column that holds a document's text.
     context_length: tokens per sequence.
@@ -66,16 +111,21 @@ class DataSpec:
     text_column: str = "text"
     context_length: int = 256
 
+    _prefix = "data."
+
     def __post_init__(self):
-        _positive(self, "context_length", at_least=2)
+        super().__post_init__()
+        self._require(self.path.strip() != "", "path", "docstrings, a file, a folder or a hub id")
+        self._require(self.context_length >= 2, "context_length", "a number of at least 2")
 
 
 @dataclass(frozen=True)
-class SiteSpec:
+class SiteSpec(Spec):
     """Which activations the autoencoder reads and which it predicts.
 
     layers: ``all`` or a list of block indices from 0.
-    source, target: hook points; ``target: same`` is an autoencoder, anything else a transcoder.
+    source, target: hook points; ``target: same`` (or the source's name) is an autoencoder, anything
+        else a transcoder.
     basis: ``identity`` or a tuned-lens folder; alignment: ``aligned`` (translator l+1 for the
         residual stream after block l) or ``as-released`` (translator l).
     stacked: concatenate the layers into one vector (the feature-stacked alternative).
@@ -89,18 +139,36 @@ class SiteSpec:
     stacked: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
+        if self.target == self.source:
+            object.__setattr__(self, "target", "same")
         if self.layers != "all":
-            layers = tuple(self.layers)
-            if not layers or sorted(set(layers)) != list(layers) or layers[0] < 0:
-                raise SpecError(
-                    f"layers: expected `all` or increasing block indices from 0, got {layers!r}"
-                )
-        if self.basis != "identity" and (self.source, self.target) != ("residual", "same"):
-            raise SpecError("basis: a tuned lens applies to the residual stream only")
+            increasing = sorted(set(self.layers)) == list(self.layers)
+            self._require(
+                bool(self.layers) and increasing and self.layers[0] >= 0,
+                "layers",
+                "`all` or increasing block indices from 0",
+            )
+        residual = (self.source, self.target) == ("residual", "same")
+        self._require(
+            residual or self.basis == "identity",
+            "basis",
+            "`identity` where source or target is not the residual stream",
+        )
+
+    def indices(self, n_layers: int) -> list[int]:
+        """The block indices in a model of n_layers blocks; one that does not exist is refused."""
+        layers = list(range(n_layers)) if self.layers == "all" else list(self.layers)
+        if layers[-1] >= n_layers:
+            raise SpecError(
+                f"layers: expected block indices from 0 to {n_layers - 1}, since the model has "
+                f"{n_layers} blocks, got {layers[-1]}"
+            )
+        return layers
 
 
 @dataclass(frozen=True)
-class SaeSpec:
+class SaeSpec(Spec):
     """The TopK autoencoder (MLSAE paper, Section 3.2).
 
     expansion_factor: n_latents / width of the input. k: active latents per vector.
@@ -119,21 +187,24 @@ class SaeSpec:
     standardize: bool = True
 
     def __post_init__(self):
-        _positive(self, "expansion_factor", "k", "dead_tokens")
-        if self.aux_k is not None and self.aux_k < 0:
-            raise SpecError(f"aux_k: expected 0 or more, got {self.aux_k}")
+        super().__post_init__()
+        self._positive("expansion_factor", "k", "dead_tokens")
+        for name in ("aux_k", "aux_alpha", "dead_threshold"):
+            self._require((getattr(self, name) or 0) >= 0, name, "0 or more")
 
 
 @dataclass(frozen=True)
-class TrainSpec:
+class TrainSpec(Spec):
     """The optimisation (MLSAE paper, Appendix A).
 
-    tokens: training tokens, special ones included; the text is repeated if it is shorter.
+    tokens: training tokens, special ones included, rounded down to whole steps; the text is
+        repeated if it is shorter.
     seed: of the initial weights and of the order of sequences.
-    batch_tokens: tokens per optimiser step. Default: the power of two that gives the paper's 7629
-        steps, between 2048 and the paper's 131072.
-    micro_batch_tokens: tokens per forward and backward pass; each micro-batch's FVU is normalised
-        by its own variance, so this is part of the spec. Default: batch_tokens, at most 8192.
+    batch_tokens: tokens per optimiser step, a multiple of micro_batch_tokens. Default: the power of
+        two that gives the paper's 7629 steps, between 2048 and the paper's 131072.
+    micro_batch_tokens: tokens per forward and backward pass, rounded down to whole sequences; each
+        micro-batch's FVU is normalised by its own variance, so this is part of the spec. Default:
+        batch_tokens, at most 8192.
     learning_rate: constant rate of Adam. Default: the paper's 1e-4 for its 1 B tokens, larger for
         shorter runs by the square root of the ratio, at most 6e-3.
     precision: of the autoencoder under accelerate; fp16 and bf16 need a GPU.
@@ -148,7 +219,9 @@ class TrainSpec:
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
 
     def __post_init__(self):
-        _positive(self, "tokens", "batch_tokens", "micro_batch_tokens", "learning_rate", "adam_eps")
+        super().__post_init__()
+        self._positive("tokens", "batch_tokens", "micro_batch_tokens", "learning_rate", "adam_eps")
+        self._seed("seed")
         if self.batch_tokens is None:
             exponent = math.floor(
                 math.log2(max(self.tokens * PAPER_BATCH_TOKENS / PAPER_TOKENS, 1))
@@ -164,7 +237,7 @@ class TrainSpec:
 
 
 @dataclass(frozen=True)
-class RunSpec:
+class RunSpec(Spec):
     """One trained dictionary. In YAML the fields of `site`, `sae` and `train` stand flat."""
 
     model: ModelSpec
@@ -174,31 +247,55 @@ class RunSpec:
     train: TrainSpec
 
     def __post_init__(self):
+        super().__post_init__()
         if self.sae.dead_tokens is None:
             window = min(10_000_000, max(self.train.tokens // 10, 1))
             object.__setattr__(self, "sae", dataclasses.replace(self.sae, dead_tokens=window))
-        context, micro = self.data.context_length, self.train.micro_batch_tokens
-        if micro < context or self.train.batch_tokens < micro:
+        context, train = self.data.context_length, self.train
+        micro, batch = train.micro_batch_tokens, train.batch_tokens
+        if micro < context:
             raise SpecError(
-                f"batch_tokens: expected context_length {context} ≤ micro_batch_tokens ≤ "
-                f"batch_tokens, got {micro} and {self.train.batch_tokens}"
+                f"micro_batch_tokens: expected at least one sequence of data.context_length "
+                f"{context}, got {micro}; batch_tokens is {batch}"
             )
-        if self.train.tokens < self.train.batch_tokens:
+        if batch % micro:
             raise SpecError(
-                f"tokens: expected at least one batch of {self.train.batch_tokens} tokens, "
-                f"got {self.train.tokens}"
+                f"batch_tokens: expected a multiple of micro_batch_tokens {micro}, got {batch}"
             )
+        if train.tokens < batch:
+            raise SpecError(
+                f"tokens: expected at least one batch of batch_tokens {batch}, got {train.tokens}"
+            )
+
+    def n_latents(self, n_layers: int, d_model: int) -> int:
+        """The size of the dictionary on a model of n_layers blocks of width d_model.
+
+        Raises:
+            SpecError: a layer that the model does not have, or k larger than the dictionary.
+        """
+        layers = self.site.indices(n_layers)
+        width = d_model * (len(layers) if self.site.stacked else 1)
+        n_latents = width * self.sae.expansion_factor
+        if self.sae.k > n_latents:
+            raise SpecError(
+                f"k: expected at most the {n_latents} latents that expansion_factor "
+                f"{self.sae.expansion_factor} gives at width {width}, got {self.sae.k}"
+            )
+        return n_latents
 
 
 @dataclass(frozen=True)
-class EvaluateSpec:
+class EvaluateSpec(Spec):
     """How much of which split an analysis reads: tokens of the `test` split by default."""
 
     tokens: int = 1_000_000
     split: Split = "test"
 
+    _prefix = "evaluate."
+
     def __post_init__(self):
-        _positive(self, "tokens")
+        super().__post_init__()
+        self._positive("tokens")
 
 
 @dataclass(frozen=True)
@@ -212,14 +309,6 @@ class Experiment:
     title: str
     runs: tuple[tuple[dict[str, Any], RunSpec], ...]
     evaluate: EvaluateSpec | None = field(default_factory=EvaluateSpec)
-
-
-def _positive(spec, *names, at_least=None):
-    for name in names:
-        value = getattr(spec, name)
-        if value is not None and not (value > 0 if at_least is None else value >= at_least):
-            bound = "above 0" if at_least is None else f"of at least {at_least}"
-            raise SpecError(f"{name}: expected a number {bound}, got {value!r}")
 
 
 # --- canonical form -------------------------------------------------------------------------
@@ -242,15 +331,21 @@ def flat(run: RunSpec) -> dict[str, Any]:
     }
 
 
+def run_settings(run: RunSpec) -> dict[str, Any]:
+    """The fields of a run that count by themselves; model, text and lens count by their content."""
+    spec = flat(run)
+    model, data = spec.pop("model"), spec.pop("data")
+    del spec["basis"]
+    return spec | {
+        "dtype": model["dtype"],
+        "random_weights": model["random_weights"],
+        "context_length": data["context_length"],
+    }
+
+
 def canonical(value) -> str:
     """Canonical JSON: sorted keys, no blanks, floats by shortest representation."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def difference(a: RunSpec, b: RunSpec) -> list[str]:
-    """Names of the fields in which two runs differ, for messages."""
-    one, two = flat(a), flat(b)
-    return [name for name in one if one[name] != two[name]]
 
 
 # --- strict reading ---------------------------------------------------------------------------
@@ -260,65 +355,96 @@ _OWNER = {f.name: key for key, cls in _SECTIONS.items() for f in dataclasses.fie
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `on` as true and `032` as 26; here only true/false and decimals are."""
+    """YAML in which a key that is given twice is an error; plain YAML takes the last one."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise SpecError(f"{key.value}: given twice (line {key.start_mark.line + 1})")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=True)
 
 
-_Loader.yaml_implicit_resolvers = {
-    key: [(tag, pattern) for tag, pattern in rules if tag.rsplit(":")[-1] in ("null", "merge")]
-    for key, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+class _TextLoader(_Loader):
+    """Scalars stay text, for `coerce`: YAML 1.1 reads `on` as true, `032` as 26, `1e-4` as text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as in the base class)
+        key: [(tag, pattern) for tag, pattern in rules if tag.rsplit(":")[-1] in ("null", "merge")]
+        for key, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-def _construct_unique_mapping(loader, node, deep=False):
-    seen = set()
-    for key, _ in node.value:
-        if key.value in seen:
-            raise SpecError(f"{key.value}: given twice (line {key.start_mark.line + 1})")
-        seen.add(key.value)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 80
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", lambda s, n: _construct_unique_mapping(s, n, True))
+def _shown(value) -> str:
+    """A value in a message: short, on one line."""
+    return "nothing" if value is None else _repr.repr(value)
+
+
+@functools.cache
+def _hints(cls) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def coerce(name: str, value, annotation):
     """`value` as `annotation` asks: numbers may be written 2_000_000, 1e-4 or 2e6."""
     origin, options = get_origin(annotation), get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        failures = []
         for option in options:
             try:
                 return coerce(name, value, option)
-            except SpecError as failure:
-                failures.append(failure)
-        raise SpecError(f"{name}: expected {_describe(annotation)}, got {value!r}")
-    if annotation is type(None):
+            except SpecError:
+                continue
+    elif annotation is type(None):
         if value is None or value == "null":
             return None
     elif origin is Literal:
-        if value in options:
+        if isinstance(value, str) and value in options:
             return value
     elif origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
+        items = value if isinstance(value, list | tuple | range) else [value]
         return tuple(coerce(name, item, options[0]) for item in items)
     elif annotation is bool:
         if str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
-    elif annotation in (int, float) and isinstance(value, str | int | float):
-        try:
-            number = float(str(value).replace("_", ""))
-        except ValueError:
-            number = math.nan
-        if math.isfinite(number) and not isinstance(value, bool):
-            if annotation is float:
-                return number
-            if number == int(number):
-                return int(number)
-    elif annotation in (str, dict) and isinstance(value, annotation):
+    elif annotation in (int, float):
+        if (number := _number(value, annotation)) is not None:
+            return number
+    elif annotation is str and isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    elif annotation is dict and isinstance(value, dict):
         return value
     elif dataclasses.is_dataclass(annotation):
-        return build(annotation, value, prefix=f"{name}.")
-    raise SpecError(f"{name}: expected {_describe(annotation)}, got {value!r}")
+        return value if isinstance(value, annotation) else build(annotation, value, name)
+    raise SpecError(f"{name}: expected {_describe(annotation)}, got {_shown(value)}")
+
+
+def _number(value, kind: type) -> int | float | None:
+    """A finite number of that kind, whole ones below 2**63; nothing where `value` is not one."""
+    if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
+        return None
+    digits = str(value).replace("_", "")
+    try:
+        whole = int(digits)
+    except ValueError:
+        try:
+            number = float(digits)
+        except ValueError:
+            return None
+        if not math.isfinite(number):
+            return None
+        if kind is float:
+            return number
+        if number != int(number):
+            return None
+        whole = int(number)
+    if abs(whole) >= 2**63:
+        return None
+    return kind(whole)
 
 
 def _describe(annotation) -> str:
@@ -334,9 +460,9 @@ def _describe(annotation) -> str:
         float: "number",
         str: "text",
         bool: "true | false",
-        dict: "fields",
+        type(None): "nothing",
     }
-    return "nothing" if annotation is type(None) else names.get(annotation, str(annotation))
+    return names.get(annotation, "fields")
 
 
 def _reject_unknown(values: dict, known, prefix: str = ""):
@@ -347,19 +473,24 @@ def _reject_unknown(values: dict, known, prefix: str = ""):
             raise SpecError(f"{prefix}{name}: unknown field; {hint}")
 
 
-def build(cls, values, prefix: str = ""):
-    """A spec dataclass from a mapping; a bare string is its `path`."""
-    if isinstance(values, str) and "path" in {f.name for f in dataclasses.fields(cls)}:
+def build(cls, values, name: str = ""):
+    """A spec from a mapping of its fields; a bare string is its `path`.
+
+    name: of the field that the spec stands in, for messages.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if isinstance(values, str | os.PathLike) and "path" in fields:
         values = {"path": values}
     if not isinstance(values, dict):
-        raise SpecError(f"{prefix.rstrip('.') or cls.__name__}: expected fields, got {values!r}")
-    hints = get_type_hints(cls)
-    _reject_unknown(values, hints, prefix)
-    for f in dataclasses.fields(cls):
+        expected = "a path or fields" if "path" in fields else "fields"
+        raise SpecError(f"{name or cls.__name__}: expected {expected}, got {_shown(values)}")
+    _reject_unknown(values, fields, cls._prefix)
+    for f in fields.values():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and f.name not in values:
-            raise SpecError(f"{prefix}{f.name}: missing; expected {_describe(hints[f.name])}")
-    return cls(**{name: coerce(prefix + name, v, hints[name]) for name, v in values.items()})
+            expected = _describe(_hints(cls)[f.name])
+            raise SpecError(f"{cls._prefix}{f.name}: missing; expected {expected}")
+    return cls(**values)
 
 
 def run_from_dict(values: dict) -> RunSpec:
@@ -372,29 +503,38 @@ def run_from_dict(values: dict) -> RunSpec:
     if "model" not in values:
         raise SpecError("model: missing; expected a shipped name, a folder or a hub id")
     return RunSpec(
-        model=build(ModelSpec, values["model"], "model."),
-        data=build(DataSpec, values.get("data", {}), "data."),
+        model=build(ModelSpec, values["model"], "model"),
+        data=build(DataSpec, values.get("data", {}), "data"),
         **{key: build(cls, sections[key]) for key, cls in _SECTIONS.items()},
     )
 
 
-def read_yaml(path: str | Path) -> dict:
-    """A YAML file as a mapping, with one clear error for whatever is wrong with it."""
+def read_yaml(path: str | Path, typed: bool = False) -> dict:
+    """A YAML file as a mapping, with one clear error for whatever is wrong with it.
+
+    typed: numbers and truth values as YAML reads them; otherwise they stay text, for `coerce`.
+    """
     path = Path(path)
     if not path.is_file():
-        raise SpecError(f"{path}: no such file; expected a YAML spec")
+        raise SpecError(f"{path}: no such file; expected a YAML file")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = path.read_text(encoding="utf-8")
+        values = yaml.load(content, Loader=_Loader if typed else _TextLoader)
+    except SpecError:
+        raise
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise SpecError(f"{path}: expected `field: value` lines, got {type(values).__name__}")
+        raise SpecError(f"{path}: expected `field: value` lines, got {_shown(values)}")
     return values
 
 
 def load_run(path: str | Path) -> RunSpec:
     """Read one run from a YAML file."""
-    return run_from_dict(read_yaml(path))
+    values = read_yaml(path)
+    if "run" in values:
+        raise SpecError(f"run: {path} is an experiment; expected a run, or use `materialise`")
+    return run_from_dict(values)
 
 
 def load_experiment(path: str | Path) -> Experiment:
@@ -409,9 +549,9 @@ def load_experiment(path: str | Path) -> Experiment:
     _reject_unknown(values, {"title", "run", "sweep", "evaluate"})
     base, sweep = values["run"], values.get("sweep") or {}
     if not isinstance(base, dict):
-        raise SpecError(f"run: expected the fields of a run, got {base!r}")
+        raise SpecError(f"run: expected the fields of a run, got {_shown(base)}")
     if not isinstance(sweep, dict) or not all(isinstance(v, list) and v for v in sweep.values()):
-        raise SpecError(f"sweep: expected `field: [value, value]` lines, got {sweep!r}")
+        raise SpecError(f"sweep: expected `field: [value, value]` lines, got {_shown(sweep)}")
     runs = []
     for combination in itertools.product(*sweep.values()):
         chosen = dict(zip(sweep, combination, strict=True))
@@ -420,10 +560,9 @@ def load_experiment(path: str | Path) -> Experiment:
         labels = {n: everything[n] if n in _OWNER else chosen[n] for n in chosen}
         runs.append((labels, run))
     evaluate = values.get("evaluate", {})
+    off = evaluate is None or str(evaluate).lower() == "false"
     return Experiment(
-        title=str(values.get("title", Path(path).stem)),
+        title=coerce("title", values.get("title", Path(path).stem), str),
         runs=tuple(runs),
-        evaluate=None
-        if evaluate in (None, "false")
-        else build(EvaluateSpec, evaluate, "evaluate."),
+        evaluate=None if off else build(EvaluateSpec, evaluate, "evaluate"),
     )
