@@ -26,9 +26,6 @@ from torch import Tensor
 Kernel = Literal["sparse", "dense"]
 KERNELS: tuple[str, ...] = ("sparse", "dense")
 
-CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
-"""Rows of the score matrix held at a time, by device type."""
-
 BLOCK_SIZE = 2**17
 """Elements of a parameter that the optimiser treats at a time on a CPU."""
 
@@ -146,7 +143,7 @@ def select(
     if dead is not None:
         aux_values = centred.new_empty(n, aux_k)
         aux_indices = torch.empty(n, aux_k, dtype=torch.int64, device=centred.device)
-    rows = min(n, CHUNK_ROWS.get(device, 4096))
+    rows = min(n, chunk_rows(len(encoder), device))
     buffer = _kept_buffer(rows * len(encoder), precision, centred.device).view(rows, -1)
     for start in range(0, n, rows):
         here = slice(start, min(start + rows, n))
@@ -159,6 +156,12 @@ def select(
     if dead is not None:
         aux_values.relu_()
     return Code(values.relu_(), indices, aux_values, aux_indices)
+
+
+def chunk_rows(n_latents: int, device: str) -> int:
+    """Rows of scores held at a time: at most 512, or 64 MiB in float32, on a CPU."""
+    rows = min(512, 2**24 // n_latents) if device == "cpu" else 2**27 // n_latents
+    return max(1, rows)
 
 
 def group_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
