@@ -53,17 +53,26 @@ def test_median_leaves_a_data_point_that_is_not_optimal():
     torch.testing.assert_close(geometric_median(points), expected, atol=1e-5, rtol=0)
 
 
+def test_median_at_a_data_point_steps_as_vardi_and_zhang_do():
+    # pull 1 < 3 copies: optimal, so it stays to the last bit, however the copies are chunked
+    points = torch.tensor([[-1, 0], [0, 0], [-1, 0], [0, 0], [0, 0], [2, 0]], dtype=torch.float64)
+    assert geometric_median(points, chunk=1).tolist() == [0, 0]
+    # pull 2.02 > 2 copies: a full step of Weiszfeld from there would end 1.3 higher
+    points = [[3, -4], [-5, -5], [0, -6], [-3, -1], [5, 16], [0, 0], [0, 0]]
+    points = torch.tensor(points, dtype=torch.float64)
+    once = geometric_median(points, max_iterations=1)
+    cost = [torch.linalg.vector_norm(points - y, dim=1).sum() for y in (points.mean(0), once)]
+    assert cost[1] < cost[0]
+
+
 def check_stationary(points, found):
     """No nearby point has a smaller sum of distances."""
-
-    def cost(y):
-        return torch.linalg.vector_norm(points - y, dim=1).sum()
-
     generator = torch.Generator().manual_seed(0)
-    for radius in (1e-3, 1e-2, 1e-1):
-        for _ in range(20):
-            step = torch.randn(points.shape[1], generator=generator, dtype=torch.float64)
-            assert cost(found) <= cost(found + radius * step / step.norm()) + 1e-9
+    step = torch.randn(60, len(found), generator=generator, dtype=torch.float64)
+    step = step / step.norm(dim=1, keepdim=True) * torch.tensor([1e-3, 1e-2, 0.1] * 20)[:, None]
+    places = torch.cat([found[None], found + step])
+    cost = torch.linalg.vector_norm(points[:, None] - places, dim=2).sum(0)
+    assert cost[0] <= cost.min() + 1e-9
 
 
 @quick
@@ -225,6 +234,15 @@ def test_histogram_counts_every_pair_once(blocks, n_bins):
 def test_histogram_holds_its_ends():
     rows = torch.tensor([[1.0, 0.1], [1.0, 0.1], [-1.0, -0.1]])
     assert cosine_histogram(rows, 10).counts.tolist() == [2, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+
+
+def test_histogram_loses_no_pair_to_rounding():
+    rows = random_rows(0, 300, 3, torch.float32)
+    unit = torch.nn.functional.normalize(rows)
+    assert (unit * -unit).sum(1).min() < -1
+    counts = cosine_histogram(torch.cat([rows, -rows])).counts
+    assert counts.sum() == 600 * 599 // 2
+    assert counts[0] >= 300
 
 
 def test_controls_have_the_moments_of_the_paper():
