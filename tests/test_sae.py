@@ -121,6 +121,18 @@ def test_dead_means_tokens_since_the_last_activation_above_the_threshold():
     assert sae.dead.tolist() == [False, True, True, False]
 
 
+def test_the_optimiser_holds_the_decoder_alone_at_unit_norm():
+    sae = make()
+    optimiser = sae.make_optimizer(learning_rate=0.1)
+    for _ in range(3):
+        optimiser.zero_grad()
+        sae(vectors(30)).recon.square().mean().backward()
+        optimiser.step()
+    torch.testing.assert_close(sae.decoder.norm(dim=1), torch.ones(N))
+    assert (sae.encoder.norm(dim=1) - 1).abs().max() > 0.01
+    assert sae.pre_bias.abs().min() > 0.01
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
