@@ -62,7 +62,9 @@ def theme(dark: bool = False) -> dict[str, Any]:
     return {
         "background": "transparent",
         "font": font,
-        "view": {"stroke": None, "continuousWidth": 600, "continuousHeight": 280},
+        # Charts name no width: a page stretches them to its column, JupyterLab draws them so wide.
+        # (It hangs on Vega-Lite's own "container".)
+        "view": {"stroke": None} | dict.fromkeys(("continuousWidth", "discreteWidth"), 600),
         "axis": {
             **text,
             "titleFontWeight": "normal",
@@ -145,7 +147,7 @@ def training_curves(log: pd.DataFrame, title: str, subtitle: str | None = None) 
     )
     tokens = alt.X("tokens:Q", axis=alt.Axis(format="~s", tickCount=6))
     fvu = (
-        alt.Chart(log, name="fvu", height=260, width=600)
+        alt.Chart(log, name="fvu", height=260)
         .mark_line()
         .encode(
             x=tokens.title(None),
@@ -165,7 +167,7 @@ def training_curves(log: pd.DataFrame, title: str, subtitle: str | None = None) 
     )
     steps = log.drop_duplicates("step")
     dead = (
-        alt.Chart(steps, name="dead", height=70, width=600)
+        alt.Chart(steps, name="dead", height=70)
         .mark_area(line={"strokeWidth": 1.5})
         .encode(
             x=tokens.title("Training tokens"),
@@ -244,7 +246,7 @@ def loss_curve(log: pd.DataFrame, title: str, subtitle: str | None = None) -> al
             ],
         )
     )
-    return _titled(chart.properties(width="container", height=280), title, subtitle)
+    return _titled(chart.properties(height=280), title, subtitle)
 
 
 def heatmap(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.LayerChart:
@@ -298,7 +300,7 @@ def heatmap(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt
         .properties(name="share")
     )
     chart = alt.layer(cells, share).add_params(threshold)
-    return _titled(chart.properties(width="container", height=220), title, subtitle)
+    return _titled(chart.properties(height=220), title, subtitle)
 
 
 def norms(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.Chart:
@@ -318,37 +320,39 @@ def norms(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.C
             tooltip=["model:N", "relative_layer:Q", "norm:Q"],
         )
     )
-    return _titled(chart.properties(width="container", height=280), title, subtitle)
+    return _titled(chart.properties(height=280), title, subtitle)
 
 
 def prompt_norms(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.Chart:
     """Norm of the activations at every token and layer; the reader chooses the prompt.
 
-    ``table`` has one row per (prompt, position, layer): ``prompt``, ``position``, ``token`` (its
-    text), ``layer`` and ``norm`` (L2, activation units).
+    ``table`` has one row per (prompt, position, layer): ``prompt``, ``position`` (0, 1, …),
+    ``token`` (its text), ``layer`` and ``norm`` (L2, activation units).
     """
     table = _table(table, "prompt_norms", "prompt", "position", "token", "layer", "norm")
-    prompts = list(dict.fromkeys(table["prompt"]))
-    prompt = alt.selection_point(
-        name="prompt",
-        fields=["prompt"],
-        value=prompts[0],
-        bind=alt.binding_select(options=prompts, name="Prompt "),
-    )
+    prompts = list(table["prompt"].unique())
+    prompt = alt.param(name="prompt", value=prompts[0])
+    if len(prompts) > 1:
+        labels = [p if len(p) < 40 else f"{p[:38]}…" for p in prompts]
+        prompt.param.bind = alt.binding_select(options=prompts, labels=labels, name="Prompt ")
+    # Tokens repeat, their positions do not: both make the label, of which the token is shown.
+    tokens = alt.Axis(labelExpr="slice(datum.label, indexof(datum.label, ' ') + 1)", labelAngle=-60)
     chart = (
         alt.Chart(table, name="prompt_norms")
-        .transform_filter(prompt)
-        .transform_calculate(label="datum.position + 1 + ' ' + datum.token")
+        .transform_filter(alt.datum.prompt == prompt)
+        .transform_calculate(label="datum.position + ' ' + replace(datum.token, /\\s/g, '␣')")
         .mark_rect()
         .encode(
-            x=alt.X("label:O", title="Token", sort=alt.EncodingSortField("position")),
+            x=alt.X("label:O", title="Token", sort=alt.EncodingSortField("position"), axis=tokens),
             y=alt.Y("layer:O", title="Layer", sort="descending"),
-            color=alt.Color("norm:Q", title="L2 norm"),
+            color=alt.Color("norm:Q", title="L2 norm (activation units, log scale)").scale(
+                type="log", domain=[float(table["norm"].min()), float(table["norm"].max())]
+            ),
             tooltip=["token:N", "position:Q", "layer:O", alt.Tooltip("norm:Q", title="L2 norm")],
         )
         .add_params(prompt)
     )
-    return _titled(chart.properties(width="container", height=220), title, subtitle)
+    return _titled(chart.properties(height=220), title, subtitle)
 
 
 def _level_axis_title(
@@ -361,7 +365,7 @@ def _level_axis_title(
         .mark_text(align="left", baseline="bottom", text=alt.ExprRef(f"({lookup})[{param.name}]"))
         .encode(x=alt.value(0), y=alt.value(-8))
     )
-    return alt.layer(chart, label).add_params(param).properties(width="container", height=280)
+    return alt.layer(chart, label).add_params(param).properties(height=280)
 
 
 def _titled(chart, title: str, subtitle: str | None):

@@ -56,12 +56,24 @@ def norms():
     return pd.concat(frames)
 
 
+def prompt_norms():
+    prompts = {"a b c": ["a", " b", " c"], "x\ny": ["x", "\n", "y"]}
+    rows = [
+        {"prompt": prompt, "position": i, "token": token, "layer": layer, "norm": 1 + i + layer / 3}
+        for prompt, tokens in prompts.items()
+        for i, token in enumerate(tokens)
+        for layer in range(LAYERS)
+    ]
+    return pd.DataFrame(rows)
+
+
 # name: (function, its table, the marks that must be drawn)
 CASES = {
     "training_curves": (charts.training_curves, training_log, {"line": LAYERS + 1, "area": 1}),
     "metric_by_layer": (charts.metric_by_layer, evaluation, {"line": 1, "symbol": LAYERS}),
     "loss_curve": (charts.loss_curve, loss_log, {"line": 2}),
     "heatmap": (charts.heatmap, distributions, {"rect": LATENTS * LAYERS}),
+    "prompt_norms": (charts.prompt_norms, prompt_norms, {"rect": 3 * LAYERS}),
     "norms": (charts.norms, norms, {"line": 2, "symbol": 2 * LAYERS}),
 }
 every_chart = pytest.mark.parametrize("name", CASES)
@@ -111,6 +123,14 @@ def test_same_table_same_specification(name):
 def test_nothing_is_named_by_a_counter(name):
     for automatic in ("view_", "param_", "concat_"):
         assert f'"{automatic}' not in drawn(name)
+
+
+@every_chart
+def test_width_is_left_to_the_page(name):
+    """JupyterLab's tab hangs on Vega-Lite's width "container"."""
+    spec = specification(name)
+    assert '"container"' not in drawn(name)
+    assert not [part for part in (spec, *spec.get("vconcat", [])) if "width" in part]
 
 
 @every_chart
@@ -171,6 +191,15 @@ def test_the_threshold_counts_the_latents_that_reach_it():
     assert 0 < kept < LATENTS
     svg = vl_convert.vegalite_to_svg(spec, vl_version="5.8")
     assert f"{kept} of {LATENTS} latents ({kept / LATENTS:.0%})" in svg
+
+
+def test_the_tokens_of_the_chosen_prompt_are_written_beneath_it():
+    spec = charts.prompt_norms(prompt_norms(), "A finding").to_dict()
+    spec["params"][0]["value"] = "x\ny"
+    svg = vl_convert.vegalite_to_svg(spec, vl_version="5.8")
+    assert ">␣</text>" in svg
+    single = prompt_norms().query("prompt == 'a b c'")
+    assert "bind" not in charts.prompt_norms(single, "A finding").to_dict()["params"][0]
 
 
 def test_title_and_subtitle_are_also_what_a_screen_reader_reads():

@@ -13,7 +13,8 @@
   const isDark = () =>
     root.dataset.theme === "dark" ||
     (root.dataset.theme !== "light" && matchMedia("(prefers-color-scheme: dark)").matches);
-  const panels = (spec) => spec.vconcat ?? [];
+  // Charts above each other; like single ones they fill the column where they name no width.
+  const panels = (spec) => (spec.vconcat ?? []).filter((panel) => !panel.width);
 
   class Chart {
     constructor(figure) {
@@ -32,7 +33,8 @@
       // The first drawing tells how much the axes add to the declared width of a panel.
       const [panel] = panels(this.spec);
       if (first && panel) {
-        this.margin = this.view.querySelector("svg").width.baseVal.value - panel.width;
+        const declared = this.spec.config.view.continuousWidth;
+        this.margin = this.view.querySelector("svg").width.baseVal.value - declared;
         await this.embed();
       }
     }
@@ -40,8 +42,8 @@
     async embed() {
       const spec = structuredClone(this.spec);
       if (this.dark) spec.config = merge(spec.config ?? {}, DARK_CHARTS);
-      if (spec.width === "container") {
-        spec.width = this.width; // Vega itself would follow the window, not the text's column
+      if (!spec.width && (spec.mark || spec.layer)) {
+        spec.width = this.width; // Vega's own "container" follows the window, not the column
         spec.autosize = { type: "fit-x", contains: "padding" };
       }
       for (const panel of panels(spec)) {
