@@ -60,7 +60,7 @@ def theme(dark: bool = False) -> dict[str, Any]:
     font = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
     text = {"labelColor": muted, "titleColor": ink, "labelFontSize": 12, "titleFontSize": 12}
     return {
-        "background": "transparent",
+        "background": PAGE[mode],
         "font": font,
         # Charts name no width: a page stretches them to its column, JupyterLab draws them so wide.
         # (It hangs on Vega-Lite's own "container".)
@@ -314,7 +314,11 @@ def norms(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.C
         alt.Chart(table, name="norms")
         .mark_line(point=True)
         .encode(
-            x=alt.X("relative_layer:Q", title="Relative layer (0 first, 1 last)"),
+            x=alt.X(
+                "relative_layer:Q",
+                title="Relative layer (0 first, 1 last)",
+                axis=alt.Axis(format=".1f", tickCount=5),
+            ),
             y=alt.Y("norm:Q", title="Mean L2 norm (activation units)"),
             color=alt.Color("model:N", title=None),
             tooltip=["model:N", "relative_layer:Q", "norm:Q"],
@@ -345,7 +349,7 @@ def prompt_norms(table: pd.DataFrame, title: str, subtitle: str | None = None) -
         .encode(
             x=alt.X("label:O", title="Token", sort=alt.EncodingSortField("position"), axis=tokens),
             y=alt.Y("layer:O", title="Layer", sort="descending"),
-            color=alt.Color("norm:Q", title="L2 norm (activation units, log scale)").scale(
+            color=alt.Color("norm:Q", title="L2 norm (log scale)").scale(
                 type="log", domain=[float(table["norm"].min()), float(table["norm"].max())]
             ),
             tooltip=["token:N", "position:Q", "layer:O", alt.Tooltip("norm:Q", title="L2 norm")],
