@@ -218,12 +218,14 @@ def test_known_extremes():
 def test_many_chunks_and_layers():
     """More entries than one internal chunk, against the dense definition."""
     indices, values = codes(5, tokens=70, layers=50, latents=64, k=40)
-    result = accumulate(indices, values, 70, latents=64).compute()
-    small = LayerDistribution(50, 64)
+    whole, small = LayerDistribution(50, 64, 3), LayerDistribution(50, 64, 3)
+    whole.update(indices, values, torch.arange(70))
     for t in range(70):
-        small.update(indices[:, t : t + 1], values[:, t : t + 1])
+        small.update(indices[:, t : t + 1], values[:, t : t + 1], torch.tensor([t]))
     assert indices.numel() > 2**17
+    result = whole.compute()
     assert_same(small.compute(), result, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(small.sums, whole.sums)
     h = torch.zeros(50, 70, 64, dtype=torch.float64).scatter_(2, indices, values)
     p = h / h.sum(0)
     torch.testing.assert_close(result.probs, p.nanmean(1))

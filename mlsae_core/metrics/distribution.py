@@ -224,7 +224,7 @@ def _variances(sums: Tensor) -> Variances:
     live = n > 0
     n_live = live.sum(-1)
     mean, mean_square, within = (sums[..., i, :] / n.clamp(min=1) for i in (1, 2, 3))
-    given_j = within + (mean_square - mean**2).clamp(min=0)
+    given_j = within + mean_square - mean**2
     centre = mean.sum(-1, keepdim=True) / n_live[..., None]
     between = torch.where(live, (mean - centre) ** 2, 0).sum(-1) / n_live
     token, latent = within.sum(-1) / n_live, given_j.sum(-1) / n_live
