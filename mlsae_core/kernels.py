@@ -153,9 +153,7 @@ def select(
         if dead is not None:
             aux_values[here], aux = group_topk(scores.index_select(1, dead), aux_k)
             aux_indices[here] = dead.index_select(0, aux.view(-1)).view_as(aux)
-    if dead is not None:
-        aux_values.relu_()
-    return Code(values.relu_(), indices, aux_values, aux_indices)
+    return Code(values, indices, aux_values, aux_indices)
 
 
 def chunk_rows(n_latents: int, device: str) -> int:
@@ -165,29 +163,35 @@ def chunk_rows(n_latents: int, device: str) -> int:
 
 
 def group_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`torch.topk(scores, k, dim=1)` by way of group maxima: exact, in no particular order.
+    """`torch.topk(scores, k, dim=1)` followed by ReLU: exact, in no particular order.
 
     The columns are dealt into groups; each of the k largest scores lies in one of the k groups
     with the largest maxima (were it in another, k maxima would exceed it). So two small top-k
-    problems replace one large one. Among equal scores the choice is arbitrary, as it is in
-    `torch.topk`.
+    problems replace one large one. They compare the bits of floats as integers, which is faster
+    and the same for all but negative scores, and these become zero anyhow. Among equal scores the
+    choice is arbitrary, as it is in `torch.topk`.
     """
-    n, width = scores.shape
-    if width < 8 * k:
-        return scores.topk(k, dim=1, sorted=False)
+    (n, width), device = scores.shape, scores.device
+    keys = scores.view(_INTEGERS[scores.element_size()])
     size = 4
     while 64 * size * size * k <= width:  # near the square root of width / k, where both are small
         size *= 2
     groups = width // size
-    body = scores[:, : groups * size].view(n, size, groups)
-    winners = body.amax(1).topk(k, dim=1, sorted=False).indices
-    members = winners.unsqueeze(1) + torch.arange(size, device=scores.device)[:, None] * groups
-    members = members.flatten(1)
-    if groups * size < width:
-        rest = torch.arange(groups * size, width, device=scores.device).expand(n, -1)
-        members = torch.cat((members, rest), 1)
-    values, positions = scores.gather(1, members).topk(k, dim=1, sorted=False)
-    return values, members.gather(1, positions)
+    if width < 8 * k:
+        indices = keys.topk(k, dim=1, sorted=False).indices
+    else:
+        maxima = keys[:, : groups * size].view(n, size, groups).amax(1)
+        winners = maxima.topk(k, dim=1, sorted=False).indices.unsqueeze(1)
+        members = (winners + torch.arange(size, device=device)[:, None] * groups).flatten(1)
+        if groups * size < width:
+            rest = torch.arange(groups * size, width, device=device).expand(n, -1)
+            members = torch.cat((members, rest), 1)
+        positions = keys.gather(1, members).topk(k, dim=1, sorted=False).indices
+        indices = members.gather(1, positions)
+    return scores.gather(1, indices).relu_(), indices
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _kept_buffer(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -42,7 +42,11 @@ PAPER_BATCH_TOKENS = 131_072
 
 
 class TopK(NamedTuple):
-    """The k latents that were selected: `values` ≥ 0 and `indices`, both of shape (…, k)."""
+    """The k latents that were selected: `values` ≥ 0 and `indices`, both of shape (…, k).
+
+    Indices are distinct. Where fewer than k scores are positive, the rest have the value 0, and
+    which latents they name means nothing.
+    """
 
     values: Tensor
     indices: Tensor
