@@ -14,6 +14,7 @@ BUILT := _build/.built
 INPUTS := $(shell find book mlsae_core data _config.yml _toc.yml -type f \
 	-not -path 'data/store/*' -not -path '*/__pycache__/*' -not -path '*/.*' 2>/dev/null)
 
+.DEFAULT_GOAL := book
 .PHONY: setup book test lab notebooks clean
 
 setup: $(STAMP)
@@ -47,8 +48,8 @@ $(BUILT): $(STAMP) $(INPUTS)
 	@test -e $@ || rm -rf _build/.doctrees
 	@rm -f $@
 	@$(BIN)/jupyter-book build -n -W --keep-going book/ && $(BIN)/python -m mlsae_core.book || { \
-	  $(BIN)/python -m pip check || echo "A package is missing: run \`rm -r $(VENV)\` and try again."; \
-	  echo "The book was not built: the first message above says which page and why." >&2; exit 1; }
+	  $(BIN)/python -m pip check >/dev/null || echo "A package is missing: run \`rm -r $(VENV)\` and try again."; \
+	  echo "The book was not built: the messages above say which page and why." >&2; exit 1; }
 	@touch $@
 
 test: $(STAMP)
@@ -62,9 +63,12 @@ lab: $(STAMP)
 notebooks: $(STAMP)
 	@$(BIN)/jupytext --to ipynb --update $(CHAPTERS)
 	@$(BIN)/jupyter nbconvert --to notebook --inplace --execute --log-level=WARN \
-	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False \
-	  $(CHAPTERS:.py=.ipynb)
+	  --ExecutePreprocessor.record_timing=False $(CHAPTERS:.py=.ipynb)
 	@$(BIN)/jupyter nbconvert --to notebook --inplace --log-level=WARN \
+	  --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.clear_cell_metadata=False \
+	  --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec \
+	  --ClearMetadataPreprocessor.preserve_nb_metadata_mask=language_info \
+	  --ClearMetadataPreprocessor.preserve_nb_metadata_mask=jupytext \
 	  --TagRemovePreprocessor.enabled=True \
 	  --TagRemovePreprocessor.remove_all_outputs_tags=remove-output $(CHAPTERS:.py=.ipynb)
 
