@@ -7,8 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from mlsae_core import __version__
-from mlsae_core.spec import EvaluateSpec, SpecError, load_experiment, load_run
+from mlsae_core import __version__, store
+from mlsae_core.spec import EvaluateSpec, SpecError, build, load_experiment, load_run
 
 _EXAMPLE = """\
 a minimal SPEC.yml:
@@ -23,6 +23,12 @@ a minimal SPEC.yml:
 
 All other fields have defaults, documented in mlsae_core/spec.py. An EXPERIMENT.yml has `title`,
 `run` (the fields above), `sweep` (field: [values]) and `evaluate` (tokens, split).
+
+Relative paths in these files start at the working directory. Results are looked up in data/shipped,
+then in data/store, where new ones are written; MLSAE_DATA names another folder in the place of
+data. `accelerate launch -m mlsae_core train SPEC.yml` trains on several devices.
+
+Exit codes: 0 done; 2 bad input, which the message names; 1 stopped before the end; 130 interrupted.
 """
 
 
@@ -56,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     defaults = EvaluateSpec()
     about_tokens = f"tokens of the split to read (default {defaults.tokens})"
-    evaluate.add_argument("--tokens", type=int, default=defaults.tokens, help=about_tokens)
+    evaluate.add_argument("--tokens", default=defaults.tokens, help=about_tokens)
     evaluate.add_argument(
         "--split", default=defaults.split, help="train, validation or test (default)"
     )
@@ -74,77 +80,100 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 when done, 2 for bad input, 1 for anything that stopped the work."""
     options = _parser().parse_args(arguments)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging
-
-    from mlsae_core.store import StoreError
-    from mlsae_core.train import TrainingStopped
-
-    logging.disable_progress_bar()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before transformers is imported
     try:
-        _run(options)
-    except SpecError as error:
+        _COMMANDS[options.command](options)
+    except (SpecError, store.Stopped) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (StoreError, TrainingStopped) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, SpecError) else 1
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print(
+            "interrupted; the same command continues from the last checkpoint, if there is one",
+            file=sys.stderr,
+        )
         return 130
     return 0
 
 
-def _run(options: argparse.Namespace):
+def _mode(options: argparse.Namespace) -> str:
+    return "force" if options.force else "read-only" if options.read_only else "cached"
+
+
+def _show(table):
+    print(table.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
+
+
+def _train(options: argparse.Namespace):
+    run = load_run(options.spec)
     import pandas as pd
 
     from mlsae_core import pipeline
 
-    mode = "cached"
-    if getattr(options, "force", False):
-        mode = "force"
-    elif getattr(options, "read_only", False):
-        mode = "read-only"
-
-    def show(table: pd.DataFrame):
-        print(table.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
-
-    if options.command == "train":
-        artefact = pipeline.Session(mode, tuple(options.track)).train(load_run(options.spec))
-        last = pd.read_csv(artefact.file("log.csv")).iloc[-1]
-        print(f"{artefact.path}\nFVU {last.fvu:.4f}, dead latents {last.dead_fraction:.1%}, "
-              f"{int(last.tokens):,} tokens in {artefact.meta['seconds']:.0f} s")  # fmt: skip
-    elif options.command == "evaluate":
-        if options.split not in ("train", "validation", "test"):
-            raise SpecError(f"split: expected train, validation or test, got {options.split}")
-        settings = EvaluateSpec(options.tokens, options.split)
-        artefact = pipeline.Session(mode).evaluate(load_run(options.spec), settings)
-        show(pd.read_csv(artefact.file("evaluation.csv")))
-        print(artefact.path)
-    elif options.command == "materialise":
-        made = pipeline.materialise(load_experiment(options.experiment), mode, options.ship)
-        show(made.provenance)
-    elif options.command == "status":
-        show(_status(options.experiment))
-    elif options.command == "pretrain":
-        from mlsae_core import pretrain
-
-        print(pretrain.pretrain(options.recipe))
+    artefact = pipeline.Session(_mode(options), tuple(options.track)).train(run)
+    last = pd.read_csv(artefact.file("log.csv")).iloc[-1]
+    if pipeline.is_main_process():
+        print(
+            f"{artefact.path}\nFVU {last.fvu:.4f}, dead latents {last.dead_fraction:.1%}, "
+            f"{int(last.tokens):,} tokens in {artefact.meta['seconds']:.0f} s"
+        )
 
 
-def _status(path: str | None):
+def _evaluate(options: argparse.Namespace):
+    run = load_run(options.spec)
+    settings = build(EvaluateSpec, {"tokens": options.tokens, "split": options.split})
     import pandas as pd
 
-    from mlsae_core import pipeline, store
+    from mlsae_core import pipeline
 
-    if path is not None:
-        return pipeline.status(load_experiment(path))
+    artefact = pipeline.Session(_mode(options)).evaluate(run, settings)
+    if pipeline.is_main_process():
+        _show(pd.read_csv(artefact.file("evaluation.csv")))
+        print(artefact.path)
+
+
+def _materialise(options: argparse.Namespace):
+    experiment = load_experiment(options.experiment)
+    from mlsae_core import pipeline
+
+    made = pipeline.materialise(experiment, _mode(options), options.ship)
+    if pipeline.is_main_process():
+        _show(made.provenance)
+
+
+def _status(options: argparse.Namespace):
+    if options.experiment is not None:
+        experiment = load_experiment(options.experiment)
+        from mlsae_core import pipeline
+
+        return _show(pipeline.status(experiment))
+    import pandas as pd
+
+    from mlsae_core import pipeline
+
     rows = []
     for stage in store.STAGES:
         for artefact in store.artefacts(stage):
             state = "shipped" if Path(artefact.path).is_relative_to(store.SHIPPED) else "stored"
             rows.append({**pipeline.provenance(artefact), "state": state})
-    return pd.DataFrame(rows, columns=["stage", "key", "state", "tokens", "seconds", "written"])
+    if not rows:
+        return print(f"no results yet, neither in {store.SHIPPED} nor in {store.STORE}")
+    columns = ["stage", "key", "state", "tokens", "seconds", "written"]
+    return _show(pd.DataFrame(rows, columns=columns))
+
+
+def _pretrain(options: argparse.Namespace):
+    from mlsae_core import pretrain
+
+    print(pretrain.pretrain(options.recipe))
+
+
+_COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "materialise": _materialise,
+    "status": _status,
+    "pretrain": _pretrain,
+}
 
 
 if __name__ == "__main__":

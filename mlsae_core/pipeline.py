@@ -1,7 +1,8 @@
 """Name → stage: from specs to trained dictionaries and tables, each computed once.
 
 Every stage is looked up in the shipped results, then in this machine's store, and only then
-computed. `Session` keeps the language models, text and dictionaries of one process in memory.
+computed. `Session` keeps the language model and the new results of one process in memory. Modules
+that need torch or transformers are imported where something is computed: looking up needs neither.
 """
 
 from __future__ import annotations
@@ -9,22 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
 import pandas as pd
-import torch
-from safetensors.torch import load_file, save_file
 
-from mlsae_core import activations, analysis, store, text, train
-from mlsae_core.lens import Lens
-from mlsae_core.lm import LanguageModel
-from mlsae_core.sae import MLSAE
+from mlsae_core import store, text
 from mlsae_core.spec import (
     EvaluateSpec,
     Experiment,
@@ -33,9 +30,17 @@ from mlsae_core.spec import (
     SpecError,
     canonical,
     flat,
+    run_settings,
     to_dict,
 )
-from mlsae_core.store import Artefact, StoreError
+from mlsae_core.store import Artefact, Stopped, StoreError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mlsae_core.lens import Lens
+    from mlsae_core.lm import LanguageModel
+    from mlsae_core.sae import MLSAE
 
 Mode = Literal["cached", "force", "read-only"]
 EVALUATION_BATCH_TOKENS = 2048
@@ -47,23 +52,23 @@ def _hash(value) -> str:
 
 def run_key(run: RunSpec) -> tuple[str, dict, dict]:
     """Key, spec and parents of a run's training: content, never paths, so it holds anywhere."""
-    spec = flat(run)
-    model, data, basis = spec.pop("model"), spec.pop("data"), spec.pop("basis")
-    spec |= {"dtype": model["dtype"], "random_weights": model["random_weights"]}
-    spec |= {"context_length": data["context_length"]}
+    basis = run.site.basis
     parents = {
         "model": store.model_key(run.model.path, run.model.revision),
         "data": _hash(text.data_key(run.data)),
         "lens": "identity" if basis == "identity" else _lens_key(basis),
     }
-    return store.key("train", spec, parents), flat(run), parents
+    return store.key("train", run_settings(run), parents), flat(run), parents
 
 
 def _lens_key(folder: str) -> str:
     files = sorted(file for file in Path(folder).glob("*") if file.is_file())
     if not files:
-        raise SpecError(f"basis: expected `identity` or a tuned-lens folder, got {folder}")
-    return _hash({file.name: store.file_hash(file) for file in files})
+        raise SpecError(
+            f"basis: expected `identity` or a tuned-lens folder (from {Path.cwd()}, if relative), "
+            f"got {folder}"
+        )
+    return _hash({file.name: store.source_hash(file) for file in files})
 
 
 def analysis_key(stage: str, run: RunSpec, settings: EvaluateSpec) -> tuple[str, dict, dict]:
@@ -75,10 +80,14 @@ def analysis_key(stage: str, run: RunSpec, settings: EvaluateSpec) -> tuple[str,
 
 @dataclass
 class Session:
-    """Stages of one process: `mode` says what may be computed, `device` where.
+    """Stages of one process: `mode` says what may be computed.
 
     mode: ``cached`` computes what is missing, ``force`` everything anew, ``read-only`` nothing.
     trackers: names of accelerate trackers to log training to.
+
+    Under `accelerate launch` all processes train; the main one measures and writes, the others
+    wait. Whatever can be refused is refused (SpecError) before text is tokenised or anything is
+    computed.
     """
 
     mode: Mode = "cached"
@@ -86,60 +95,79 @@ class Session:
 
     def __post_init__(self):
         self._models: dict[ModelSpec, LanguageModel] = {}
-        self._done: set[tuple[str, str]] = set()
+        self._made: dict[tuple[str, str], Artefact] = {}
+        if self.trackers:
+            from mlsae_core import train
+
+            train.check_trackers(self.trackers)
 
     @cached_property
     def device(self) -> torch.device:
+        """Where language models and dictionaries live: accelerate's device."""
         from accelerate import PartialState
 
         return PartialState().device
 
     def lm(self, spec: ModelSpec) -> LanguageModel:
         """The language model of a spec, loaded once."""
+        from mlsae_core.lm import LanguageModel
+
         if spec not in self._models:
-            path = store.model_folder(spec.path) or spec.path
-            loaded = LanguageModel.load(replace(spec, path=str(path)), self.device)
+            loaded = LanguageModel.load(spec, self.device)
             self._models = {spec: loaded}  # one at a time: models are large
         return self._models[spec]
 
-    def blocks(self, run: RunSpec, split: str):
-        """The packed text of a run's split."""
-        return text.blocks(run.data, self.lm(run.model).tokenizer, split)
+    def blocks(self, run: RunSpec, split: str) -> text.TokenBlocks | text.StreamedBlocks:
+        """The packed text of a run's split; the main process tokenises for all."""
+        from accelerate import PartialState
+
+        with PartialState().main_process_first():
+            return text.blocks(run.data, self.lm(run.model).tokenizer, split)
 
     # --- stages -------------------------------------------------------------------------------
 
     def train(self, run: RunSpec) -> Artefact:
         """The trained dictionary: `model.safetensors`, `config.json` and `log.csv`."""
         identity, spec, parents = run_key(run)
+        if found := self._find("train", identity, spec):
+            return found
+        from mlsae_core import train
+
+        accelerator = train.make_accelerator(run, self.trackers, project_dir=store.STORE)
+        lm, lens = self._inputs(run)
+        blocks = self.blocks(run, "train")
+        if self.trackers:
+            accelerator.init_trackers("mlsae", config={"spec": canonical(spec)})
+        checkpoint = _checkpoint(identity)
+        trained = train.train(
+            run,
+            lm,
+            blocks,
+            lens,
+            accelerator=accelerator,
+            checkpoint=checkpoint,
+            description=f"training {identity}",
+        )
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
         def fill(folder: Path) -> dict:
-            lm = self.lm(run.model)
-            check(run, lm)
-            accelerator = train.make_accelerator(run, list(self.trackers), project_dir=store.STORE)
-            if self.trackers:
-                accelerator.init_trackers("mlsae", config={"spec": canonical(spec)})
-            checkpoint = store.STORE / "checkpoints" / f"{identity}.safetensors"
-            trained = train.train(
-                run,
-                lm,
-                self.blocks(run, "train"),
-                accelerator=accelerator,
-                checkpoint=checkpoint,
-                description=f"training {identity}",
-            )
-            accelerator.end_training()
             trained.sae.save_pretrained(folder)
             trained.log.to_csv(folder / "log.csv", index=False, float_format="%.6g")
-            checkpoint.unlink(missing_ok=True)
-            last = trained.log.iloc[-1]
-            return {"tokens": int(last.tokens), "tokens_per_second": int(last.tokens_per_second)}
+            last, seconds = trained.log.iloc[-1], round(trained.seconds, 1)
+            speed = int(last.tokens_per_second)
+            return {"tokens": int(last.tokens), "seconds": seconds, "tokens_per_second": speed}
 
-        return self._stage("train", identity, spec, parents, fill)
+        made = self._write("train", identity, spec, parents, fill)
+        checkpoint.unlink(missing_ok=True)
+        return made
 
     def evaluate(self, run: RunSpec, settings: EvaluateSpec) -> Artefact:
         """Reconstruction and downstream loss per layer: `evaluation.csv`."""
 
         def fill(folder: Path, lm, sae, lens, batches) -> int:
+            from mlsae_core import analysis
+
             table = analysis.evaluate(lm, sae, lens, run.site, batches)
             table.to_csv(folder / "evaluation.csv", index=False, float_format="%.8g")
             return int(table.tokens.iloc[0])
@@ -148,8 +176,14 @@ class Session:
 
     def distributions(self, run: RunSpec, settings: EvaluateSpec) -> Artefact:
         """Distributions over layers: `distributions.safetensors` and `variances.json`."""
+        if run.site.stacked:
+            raise SpecError("stacked: expected false for distributions over layers, got true")
 
         def fill(folder: Path, lm, sae, lens, batches) -> int:
+            from safetensors.torch import save_file
+
+            from mlsae_core import analysis
+
             arrays, numbers = analysis.distributions(lm, sae, lens, run.site, batches)
             save_file(arrays, folder / "distributions.safetensors")
             (folder / "variances.json").write_text(json.dumps(numbers, indent=1) + "\n")
@@ -157,31 +191,82 @@ class Session:
 
         return self._analysis("distributions", run, settings, fill)
 
-    def _analysis(self, stage: str, run: RunSpec, settings: EvaluateSpec, fill) -> Artefact:
-        identity, spec, parents = analysis_key(stage, run, settings)
-
-        def compute(folder: Path) -> dict:
-            sae = self.sae(run)
-            lm = self.lm(run.model)
-            batches = Batches(self.blocks(run, settings.split), run, settings)
-            lens = Lens.load(run.site, self.device)
-            return {"tokens": fill(folder, lm, sae, lens, batches)}
-
-        return self._stage(stage, identity, spec, parents, compute)
-
     def sae(self, run: RunSpec) -> MLSAE:
         """The trained dictionary of a run as a module."""
+        from mlsae_core.sae import MLSAE
+
         return MLSAE.from_pretrained(self.train(run).path).to(self.device).eval()
 
-    def _stage(self, stage, identity, spec, parents, fill: Callable[[Path], dict]) -> Artefact:
-        found = store.find(stage, identity)
-        if found and (self.mode != "force" or (stage, identity) in self._done):
+    def _analysis(self, stage: str, run: RunSpec, settings: EvaluateSpec, measure) -> Artefact:
+        """`measure(folder, lm, sae, lens, batches)` writes its files and returns the tokens."""
+        identity, spec, parents = analysis_key(stage, run, settings)
+        if found := self._find(stage, identity, spec):
             return found
-        if self.mode == "read-only":
+        from mlsae_core.activations import ActivationError
+
+        lm, lens = self._inputs(run)
+        batches = Batches(self.blocks(run, settings.split), run, settings)
+        sae = self.sae(run)
+
+        def fill(folder: Path) -> dict:
+            try:
+                return {"tokens": measure(folder, lm, sae, lens, batches)}
+            except ActivationError as error:
+                raise Stopped(f"{stage}: {error}") from error
+
+        return self._write(stage, identity, spec, parents, fill)
+
+    def _inputs(self, run: RunSpec) -> tuple[LanguageModel, Lens]:
+        """Language model and lens of a run, after a look at whether they fit it and each other."""
+        from mlsae_core import activations
+
+        check(run)
+        lm = self.lm(run.model)
+        text.check_tokenizer(lm.tokenizer, lm.vocab_size)
+        layers, points = run.site.indices(lm.n_layers), activations.hook_points(run.site)
+        lm.capture(lm.special_ids.new_zeros(1, 2), layers, points)
+        return lm, _load_lens(run, lm)
+
+    def _find(self, stage: str, identity: str, spec: dict) -> Artefact | None:
+        """What exists and may be used; all processes look before any of them computes."""
+        _wait()
+        found = self._made.get((stage, identity))
+        if found is None and self.mode != "force":
+            found = store.find(stage, identity)
+        _wait()
+        if found is None and self.mode == "read-only":
             raise StoreError(_missing(stage, identity, spec))
-        made = store.write(stage, identity, spec, parents, fill)
-        self._done.add((stage, identity))
+        return found
+
+    def _write(self, stage, identity, spec, parents, fill: Callable[[Path], dict]) -> Artefact:
+        """The main process calls `fill` and writes the artefact; the others wait for it."""
+        if is_main_process():
+            store.write(stage, identity, spec, parents, fill, replace=self.mode == "force")
+        _wait()
+        made = self._made[stage, identity] = store.read(store.STORE / stage / identity)
         return made
+
+
+def _processes() -> int:
+    names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    return max(int(os.environ.get(name, 1)) for name in names)
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process or the main one of an accelerate launch."""
+    if _processes() == 1:
+        return True
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+def _wait():
+    """Meet the other processes of an accelerate launch, if there are any."""
+    if _processes() > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
 
 
 class Batches:
@@ -207,39 +292,97 @@ class Batches:
                 return
 
 
-def check(run: RunSpec, lm: LanguageModel):
-    """Refuse what does not fit the model before anything is computed."""
-    layers = activations.site_layers(run.site, lm.n_layers)
-    if max(layers) >= lm.n_layers:
+def _checkpoint(identity: str) -> Path:
+    return store.STORE / "checkpoints" / f"{identity}.safetensors"
+
+
+def _config(model: ModelSpec):
+    """The configuration of a language model: its dimensions, without its weights."""
+    from transformers import AutoConfig
+
+    folder = store.model_folder(model.path)
+    try:
+        found = AutoConfig.from_pretrained(
+            folder or model.path, revision=None if folder else model.revision
+        ).get_text_config()
+        if min(found.num_hidden_layers, found.hidden_size, found.vocab_size) < 1:
+            raise ValueError("a dimension is 0")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise SpecError(
-            f"layers: {max(layers)} does not exist; {run.model.path} has {lm.n_layers} layers, "
-            f"expected 0 to {lm.n_layers - 1}"
-        )
-    limit = lm.max_positions
-    if limit is not None and run.data.context_length > limit:
+            f"model.path: expected a shipped name ({', '.join(store.shipped_models())}), a Hugging "
+            f"Face folder or a hub id, got {model.path}, whose config.json cannot be read: {reason}"
+        ) from error
+    return found
+
+
+def check(run: RunSpec):
+    """Refuse what does not fit the model's configuration; neither weights nor text are read."""
+    config = _config(run.model)
+    n_latents = run.n_latents(config.num_hidden_layers, config.hidden_size)
+    limit, context = getattr(config, "max_position_embeddings", None), run.data.context_length
+    if limit is not None and context > limit:
         raise SpecError(
             f"data.context_length: expected at most the {limit} positions of {run.model.path}, "
-            f"got {run.data.context_length}"
+            f"got {context}"
         )
-    train.build_sae(run, lm)
+    # Two matrices; of each the weights, the gradient and Adam's two moments, in float32.
+    needed = 2 * 4 * 4 * n_latents * n_latents // run.sae.expansion_factor
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise SpecError(
+            f"expansion_factor: expected a dictionary that can be trained in {memory / 1e9:.0f} GB "
+            f"of memory, got {n_latents} latents, which need {needed / 1e9:.0f} GB"
+        )
+
+
+def _load_lens(run: RunSpec, lm: LanguageModel) -> Lens:
+    from mlsae_core.lens import Lens
+
+    try:
+        lens = Lens.load(run.site, lm.device)
+    except SpecError:
+        raise
+    except Exception as error:  # json, pickle and safetensors have each their own
+        reason = " ".join(str(error).split())[:200]
+        raise SpecError(f"basis: cannot read {run.site.basis}: {reason}") from error
+    expected = (lm.n_layers, lm.d_model, lm.d_model)
+    if not lens.is_identity and lens.weight.shape != expected:
+        raise SpecError(
+            f"basis: expected a tuned lens of {lm.n_layers} layers and {lm.d_model} dimensions for "
+            f"{lm.name}, got weights of shape {tuple(lens.weight.shape)}"
+        )
+    return lens
+
+
+def _leaves(spec: dict, prefix: str = "") -> dict:
+    """Dotted names and values of a nested spec; the fields of its run without `run.`."""
+    found = {}
+    for name, value in spec.items():
+        if isinstance(value, dict):
+            found |= _leaves(value, "" if name == "run" else f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
 
 
 def _missing(stage: str, identity: str, spec: dict) -> str:
     """Which field differs from the nearest existing result, and what would compute this one."""
-    run = spec.get("run", spec)
-    nearest: tuple[int, list[str]] | None = None
+    wanted, hints = _leaves(spec), []
     for artefact in store.artefacts(stage):
-        other = artefact.spec.get("run", artefact.spec)
-        fields = [name for name in run if run[name] != other.get(name)]
-        if nearest is None or len(fields) < nearest[0]:
-            nearest = (len(fields), fields)
-    if nearest is None:
+        other = _leaves(artefact.spec)
+        fields = [name for name in wanted if wanted[name] != other.get(name)]
+        hints.append([f"{name} ({wanted[name]}, there {other.get(name)})" for name in fields])
+    if not hints:
         hint = "nothing of this stage exists"
-    elif not nearest[1]:
-        hint = "one with the same fields exists, but its model, text or settings differ"
+    elif nearest := min(hints, key=len):
+        hint = f"the nearest existing one differs in {', '.join(nearest)}"
     else:
-        hint = f"the nearest existing one differs in {', '.join(nearest[1])}"
-    command = "materialise" if stage == "distributions" else stage
+        hint = (
+            "one with the same fields exists, but of other files of the model, the text or the "
+            "lens, or of another version of this stage"
+        )
+    command = "materialise EXPERIMENT.yml" if stage == "distributions" else f"{stage} SPEC.yml"
     return (
         f"{stage} {identity} does not exist: {hint}; `python -m mlsae_core {command}` computes it"
     )
@@ -271,10 +414,11 @@ def materialise(experiment: Experiment, mode: Mode = "cached", ship: bool = Fals
         if experiment.evaluate is not None:
             made.append(session.evaluate(run, experiment.evaluate))
             tables.append(_labelled(pd.read_csv(made[1].file("evaluation.csv")), labels))
-            made.append(session.distributions(run, experiment.evaluate))
+            if not run.site.stacked:
+                made.append(session.distributions(run, experiment.evaluate))
         for artefact in made:
             notes.append(_labelled(pd.DataFrame([provenance(artefact)]), labels))
-            if ship:
+            if ship and is_main_process():
                 store.ship(artefact)
     evaluation = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     return Materialised(
@@ -299,6 +443,8 @@ def provenance(artefact: Artefact) -> dict:
 
 def read_distributions(artefact: Artefact) -> tuple[dict[str, torch.Tensor], dict]:
     """Arrays (layer, latent) and the variance decomposition of a `distributions` result."""
+    from safetensors.torch import load_file
+
     arrays = load_file(artefact.file("distributions.safetensors"))
     return arrays, json.loads(artefact.file("variances.json").read_text())
 
@@ -340,45 +486,41 @@ def published(table: str) -> pd.DataFrame:
 
 
 def status(experiment: Experiment) -> pd.DataFrame:
-    """One row per result: whether it is shipped, stored or missing, and the seconds it would take.
+    """One row per result: shipped, stored, begun or missing, and the seconds it would still take.
 
     The estimate counts floating-point operations and divides by the measured speed of a matrix
-    product on this machine; expect it to be right within a factor of two.
+    product on this machine; expect it to be right within a factor of two. A run that was begun
+    continues from its checkpoint and takes less.
     """
     rows, speed = [], None
     for labels, run in experiment.runs:
         keys = {"train": run_key(run)[0]}
         if experiment.evaluate is not None:
-            for stage in ("evaluate", "distributions"):
+            for stage in ("evaluate", "distributions")[: 1 if run.site.stacked else 2]:
                 keys[stage] = analysis_key(stage, run, experiment.evaluate)[0]
         for stage, identity in keys.items():
-            where = _where(stage, identity)
-            seconds = 0.0
-            if where == "missing":
+            state, seconds = _state(stage, identity), 0.0
+            if state in ("begun", "missing"):
                 speed = speed or _speed()
                 seconds = _operations(stage, run, experiment.evaluate) / speed
-            rows.append({**labels, "stage": stage, "key": identity, "state": where,
-                         "seconds": round(seconds)})  # fmt: skip
+            row = {"stage": stage, "key": identity, "state": state, "seconds": round(seconds)}
+            rows.append(labels | row)
     return pd.DataFrame(rows)
 
 
-def _where(stage: str, identity: str) -> str:
+def _state(stage: str, identity: str) -> str:
     for name, root in (("shipped", store.SHIPPED), ("stored", store.STORE)):
         if (root / stage / identity / "meta.json").is_file():
             return name
-    checkpoint = store.STORE / "checkpoints" / f"{identity}.safetensors"
-    return "begun" if checkpoint.exists() else "missing"
+    return "begun" if _checkpoint(identity).exists() else "missing"
 
 
 def _operations(stage: str, run: RunSpec, settings: EvaluateSpec | None) -> float:
     """Floating-point operations of a stage, at the share of peak speed that was measured."""
-    from transformers import AutoConfig
-
-    path = store.model_folder(run.model.path) or run.model.path
-    config = AutoConfig.from_pretrained(path).get_text_config()
+    config = _config(run.model)
     width, depth, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
     model = 24 * depth * width**2 + 4 * depth * width * run.data.context_length
-    layers = len(activations.site_layers(run.site, depth))
+    layers = len(run.site.indices(depth))
     encode = 2 * layers * width * width * run.sae.expansion_factor
     if stage == "train":
         return run.train.tokens * (model + 2.5 * encode) * 2
@@ -387,14 +529,10 @@ def _operations(stage: str, run: RunSpec, settings: EvaluateSpec | None) -> floa
 
 
 def _speed() -> float:
-    a = torch.randn(768, 768)
+    """Floating-point operations per second of this machine's matrix product, in float32."""
+    a = np.ones((768, 768), np.float32)
     a @ a
     start = time.perf_counter()
     for _ in range(5):
         a @ a
     return 5 * 2 * 768**3 / (time.perf_counter() - start)
-
-
-def say(message: str):
-    """A line for people, on stderr so that tables on stdout stay clean."""
-    print(message, file=sys.stderr)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from tqdm.auto import tqdm
 
 from mlsae_core import store, text
 from mlsae_core.spec import DataSpec, Spec, SpecError, build, read_yaml
+from mlsae_core.store import Stopped
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -51,6 +54,15 @@ class Recipe(Spec):
 
     _prefix = "recipe."
 
+    def __post_init__(self):
+        super().__post_init__()
+        self._positive("vocab_size", "micro_batch", "rate_muon", "rate_adam")
+        self._seed("seed")
+        self._require("model_type" in self.architecture, "architecture", "`model_type` among it")
+        for name, least in (("batch_tokens", self.data.context_length), ("tokens", "batch_tokens")):
+            bound = least if isinstance(least, int) else getattr(self, least)
+            self._require(getattr(self, name) >= bound, name, f"a number of at least {bound}")
+
 
 def train_tokenizer(documents: list[str], vocab_size: int):
     """A byte-level BPE tokenizer with one special token, the end of text."""
@@ -73,14 +85,46 @@ def train_tokenizer(documents: list[str], vocab_size: int):
 
 
 def _tokenizer(recipe: Recipe, folder: Path):
+    """The tokenizer of a shipped model, or the folder's own, trained if it is not there."""
     from transformers import AutoTokenizer
 
     if recipe.tokenizer is not None:
-        return AutoTokenizer.from_pretrained(store.model_folder(recipe.tokenizer))
+        shared = store.model_folder(recipe.tokenizer)
+        if shared is None:
+            raise SpecError(
+                f"recipe.tokenizer: expected one of {', '.join(store.shipped_models())} or a "
+                f"folder, got {recipe.tokenizer}"
+            )
+        return AutoTokenizer.from_pretrained(shared)
     if not (folder / "tokenizer.json").exists():
-        documents = [d for d in text.docstrings() if text.split_of(d) == "train"]
-        train_tokenizer(documents, recipe.vocab_size).save_pretrained(folder)
+        documents = [d for d in text.documents(recipe.data) if text.split_of(d) == "train"]
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as temporary:
+            train_tokenizer(documents, recipe.vocab_size).save_pretrained(temporary)
+            for file in sorted(Path(temporary).iterdir(), reverse=True):  # tokenizer.json last
+                os.replace(file, folder / file.name)
     return AutoTokenizer.from_pretrained(folder)
+
+
+def _model(recipe: Recipe, tokenizer):
+    """The untrained model, its weights drawn from the recipe's seed."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    architecture: dict[str, Any] = dict(recipe.architecture)
+    try:
+        config = AutoConfig.for_model(
+            architecture.pop("model_type"),
+            vocab_size=len(tokenizer),
+            max_position_embeddings=recipe.data.context_length,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **architecture,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise SpecError(f"recipe.architecture: {reason}") from error
 
 
 class Muon(torch.optim.Optimizer):
@@ -163,120 +207,164 @@ def validation_loss(model, blocks, batch_size: int = 16, limit: int | None = Non
 
 def read_recipe(path: str | Path) -> tuple[Recipe, Path]:
     """A recipe and the model folder it belongs to, from a shipped name or a recipe.yml."""
-    path = Path(path)
-    if not path.suffix:
-        path = store.MODELS / path / "recipe.yml"
+    named = store.MODELS / path / "recipe.yml"
+    path = named if named.is_file() else Path(path)
     if not path.is_file():
-        raise SpecError(f"recipe: no file {path}; expected data/models/<name>/recipe.yml")
+        known = sorted(recipe.parent.name for recipe in store.MODELS.glob("*/recipe.yml"))
+        raise SpecError(f"recipe: expected a YAML file or one of {', '.join(known)}, got {path}")
     return build(Recipe, read_yaml(path, typed=True)), path.parent
+
+
+@dataclass
+class _State:
+    """How far a training is: steps, seconds, log rows, and the losses since the last row."""
+
+    step: int = 0
+    seconds: float = 0.0
+    log: list[dict[str, float]] = field(default_factory=list)
+    running: list[torch.Tensor] = field(default_factory=list)
 
 
 def pretrain(path: str | Path, stop_after: float | None = None) -> Path:
     """Train the model of a recipe; resumes from its checkpoint; returns the finished folder.
 
     stop_after: seconds after which to stop at a checkpoint, for tests.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
 
+    Raises:
+        SpecError: a recipe that cannot be followed.
+        Stopped: the loss is not finite; the last checkpoint is kept.
+    """
     recipe, folder = read_recipe(path)
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise SpecError(f"pretrain: expected one process, got {accelerator.num_processes}")
     tokenizer = _tokenizer(recipe, folder)
+    text.check_tokenizer(tokenizer)
+    model = _model(recipe, tokenizer).to(accelerator.device)
     train = text.blocks(recipe.data, tokenizer, "train")
     validation = text.blocks(recipe.data, tokenizer, "validation")
-
-    accelerator = Accelerator()
-    architecture: dict[str, Any] = dict(recipe.architecture)
-    config = AutoConfig.for_model(
-        architecture.pop("model_type"),
-        vocab_size=len(tokenizer),
-        max_position_embeddings=recipe.data.context_length,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **architecture,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.to(accelerator.device)
-    optimizers = _optimizers(model, recipe)
-    step_batch = recipe.batch_tokens // recipe.data.context_length
-    steps = recipe.tokens // recipe.batch_tokens
-    interval = max(steps // 100, 1)
-    peaks = [group["lr"] for o in optimizers for group in o.param_groups]
-
-    checkpoint = store.STORE / "pretrain" / f"{folder.name}.safetensors"
-    first, log, seconds = 0, [], 0.0
-    if checkpoint.exists():
-        state = store.load_checkpoint(checkpoint)
-        if state["recipe"] == repr(recipe):
-            model.load_state_dict(state["model"])
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            first, log, seconds = state["step"], state["log"], state["seconds"]
-
-    def save(step: int):
-        state = {
-            "recipe": repr(recipe),
-            "model": model.state_dict(),
-            "optimizers": [o.state_dict() for o in optimizers],
-            "step": step,
-            "log": log,
-            "seconds": seconds + time.perf_counter() - start,
-        }
-        store.save_checkpoint(checkpoint, state)
-
-    compiled = torch.compile(model) if accelerator.device.type == "cuda" else model
-    start, running = time.perf_counter(), []
-    progress = tqdm(total=steps * recipe.batch_tokens, initial=first * recipe.batch_tokens,
-                    desc=folder.name, unit=" tokens", unit_scale=True)  # fmt: skip
-    batches = train.batches(step_batch, seed=recipe.seed, start=first)
-    for step in range(first, steps):
-        scale = _rate(step, steps, recipe.warmup)
-        for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks, strict=True):
-            group["lr"] = peak * scale
-        tokens = next(batches).to(accelerator.device)
-        for part in tokens.split(recipe.micro_batch):
-            loss = _loss(compiled, part) * (len(part) / len(tokens))
-            loss.backward()
-            running.append(loss.detach())
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        progress.update(recipe.batch_tokens)
-        if (step + 1) % interval == 0 or step + 1 == steps:
-            now = float(torch.stack(running).sum()) / ((step % interval) + 1)
-            if not math.isfinite(now):
-                raise RuntimeError(f"loss is {now} at step {step}; the last checkpoint is kept")
-            running = []
-            row = {"tokens": (step + 1) * recipe.batch_tokens, "train": round(now, 4)}
-            if (step + 1) % (5 * interval) == 0 or step + 1 == steps:
-                row["validation"] = round(validation_loss(model, validation, limit=16), 4)
-                save(step + 1)
-            log.append(row)
-            progress.set_postfix(row)
-        if stop_after is not None and time.perf_counter() - start > stop_after:
-            save(step + 1)
-            return folder
-    seconds += time.perf_counter() - start
-    _write(folder, recipe, model, tokenizer, train, validation, log, seconds)
+    training = _Training(
+        recipe, model, _optimizers(model, recipe), train, validation,
+        store.STORE / "pretrain" / f"{folder.name}.safetensors",
+    )  # fmt: skip
+    state = training.restore()
+    if training.run(state, folder.name, stop_after):
+        _write(folder, training, tokenizer, state)
     return folder
 
 
-def _write(folder, recipe, model, tokenizer, train, validation, log, seconds):
-    final = validation_loss(model, validation)
+@dataclass(frozen=True)
+class _Training:
+    """What a training is made of, its steps and its checkpoint."""
+
+    recipe: Recipe
+    model: Any
+    optimizers: list[torch.optim.Optimizer]
+    train: text.TokenBlocks
+    validation: text.TokenBlocks
+    checkpoint: Path
+
+    def run(self, state: _State, name: str, stop_after: float | None) -> bool:
+        """Make the steps that are left; false if time was up before the last."""
+        recipe, device = self.recipe, self.model.device
+        steps = recipe.tokens // recipe.batch_tokens
+        interval = max(steps // 100, 1)
+        step_batch = recipe.batch_tokens // recipe.data.context_length
+        batches = self.train.batches(step_batch, seed=recipe.seed, start=state.step)
+        compiled = torch.compile(self.model) if device.type == "cuda" else self.model
+        started = last = time.perf_counter()
+        with tqdm(total=steps * recipe.batch_tokens, initial=state.step * recipe.batch_tokens,
+                  desc=name, unit=" tokens", unit_scale=True) as progress:  # fmt: skip
+            while state.step < steps:
+                scale = _rate(state.step, steps, recipe.warmup)
+                state.running += self.step(compiled, next(batches).to(device), scale)
+                state.step += 1
+                now = time.perf_counter()
+                state.seconds, last = state.seconds + now - last, now
+                progress.update(recipe.batch_tokens)
+                final, since = state.step == steps, (state.step - 1) % interval + 1
+                if since == interval or final:
+                    checked = final or state.step % (5 * interval) == 0
+                    progress.set_postfix(self.log(state, since, checked))
+                    if checked:
+                        self.save(state)
+                if stop_after is not None and now - started > stop_after and not final:
+                    self.save(state)
+                    return False
+        return True
+
+    def step(self, model, tokens: torch.Tensor, scale: float) -> list[torch.Tensor]:
+        """One step of all optimisers at that share of their peak rates; the parts of the loss."""
+        for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * scale
+        losses = []
+        for part in tokens.split(self.recipe.micro_batch):
+            loss = _loss(model, part) * (len(part) / len(tokens))
+            loss.backward()
+            losses.append(loss.detach())
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+
+    @property
+    def peaks(self) -> tuple[float, float]:
+        """Peak learning rates in the order of the optimisers."""
+        return self.recipe.rate_muon, self.recipe.rate_adam
+
+    def log(self, state: _State, since: int, checked: bool) -> dict[str, float]:
+        """Add the row of the last `since` steps, with a validation loss where it is `checked`."""
+        loss = float(torch.stack(state.running).sum()) / since
+        if not math.isfinite(loss):
+            raise Stopped(f"loss is {loss} at step {state.step}; the last checkpoint is kept")
+        row = {"tokens": state.step * self.recipe.batch_tokens, "train": round(loss, 4)}
+        if checked:
+            row["validation"] = round(validation_loss(self.model, self.validation, limit=16), 4)
+        state.log.append(row)
+        state.running = []
+        return row
+
+    def save(self, state: _State):
+        """Write all that the rest of the training depends on."""
+        content = {
+            "recipe": repr(self.recipe),
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            **vars(state),
+        }
+        store.save_checkpoint(self.checkpoint, content)
+
+    def restore(self) -> _State:
+        """Where the training stands; a checkpoint of another recipe is not continued."""
+        if not self.checkpoint.exists():
+            return _State()
+        content = store.load_checkpoint(self.checkpoint)
+        if content["recipe"] != repr(self.recipe):
+            return _State()
+        self.model.load_state_dict(content["model"])
+        for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        running = [loss.to(self.model.device) for loss in content.get("running", [])]
+        return _State(content["step"], content["seconds"], content["log"], running)
+
+
+def _write(folder: Path, training: _Training, tokenizer, state: _State):
+    recipe, model = training.recipe, training.model
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_tokens": recipe.tokens // recipe.batch_tokens * recipe.batch_tokens,
-        "distinct_tokens": train.blocks.numel(),
-        "validation_tokens": validation.blocks.numel(),
-        "validation_loss": round(final, 4),
-        "seconds": round(seconds),
+        "distinct_tokens": training.train.blocks.size,
+        "validation_tokens": training.validation.blocks.size,
+        "validation_loss": round(validation_loss(model, training.validation), 4),
+        "seconds": round(state.seconds),
         "seed": recipe.seed,
         **store.provenance(),
     }
     with store.atomic_folder(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        pd.DataFrame(log).to_csv(new / "log.csv", index=False)
+        pd.DataFrame(state.log).to_csv(new / "log.csv", index=False)
         (new / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
         (new / "README.md").write_text(_card(folder.name, recipe, facts))
         (new / "recipe.yml").write_bytes((folder / "recipe.yml").read_bytes())

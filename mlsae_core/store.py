@@ -4,11 +4,16 @@ An artefact is a folder ``<stage>/<key>/`` that holds files plus ``spec.json`` (
 function of) and ``meta.json`` (how it came to be, and the SHA-256 of every file). The key hashes
 the spec, the stage's name and version and the keys of its parents. Lookup goes shipped results
 (``data/shipped``, tracked) → this machine's store (``data/store``) → compute.
+
+Torch is imported where tensors are read or written, so that looking results up does not wait for
+it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -22,10 +27,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-
 from mlsae_core import __version__
 from mlsae_core.spec import SpecError, canonical
 
@@ -37,14 +38,29 @@ MODELS, SHIPPED, STORE = DATA / "models", DATA / "shipped", DATA / "store"
 STAGES = {"documents": 1, "tokens": 1, "train": 1, "evaluate": 1, "distributions": 1, "norms": 1}
 
 
-class StoreError(RuntimeError):
-    """A damaged or missing artefact: the message names the file and the remedy."""
+class StoreError(SpecError):
+    """A damaged or missing result: the message names the file and the remedy."""
+
+
+class Stopped(RuntimeError):
+    """A computation that stopped before its end: the message says why, and what is kept."""
 
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def source_hash(path: Path) -> str:
+    """SHA-256 of an input (weights, text), computed once per process while it does not change."""
+    state = path.stat()
+    return _source_hash(path, state.st_mtime_ns, state.st_size)
+
+
+@functools.cache
+def _source_hash(path: Path, modified: int, size: int) -> str:
+    return file_hash(path)
 
 
 def key(stage: str, spec: dict, parents: dict[str, str]) -> str:
@@ -75,10 +91,15 @@ class Artefact:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that replaces it when the block ends without an error."""
+def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends without an error.
+
+    replace: false leaves an artefact that another process finished meanwhile, since somebody may
+        be reading it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    _remove_leftovers(path)
+    work = _beside(path)
     try:
         yield work
         for file in work.rglob("*"):
@@ -86,23 +107,44 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 with open(file, "rb+") as handle:
                     os.fsync(handle.fileno())
         work.chmod(0o755)
-        old = None
-        if path.exists():
-            old = path.with_name(f".{path.name}-old-{os.getpid()}")
-            path.rename(old)
-        work.rename(path)
-        if old is not None:
-            shutil.rmtree(old)
+        while work.exists():
+            try:
+                work.rename(path)
+            except OSError:  # a folder with content is there
+                if not replace and (path / "meta.json").is_file():
+                    break
+                with contextlib.suppress(FileNotFoundError):
+                    path.rename(old := _beside(path))
+                    shutil.rmtree(old)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_text(path: Path, text: str):
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def _beside(path: Path) -> Path:
+    """A new hidden folder next to `path`, named after it and this process."""
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}-{os.getpid()}-", dir=path.parent))
+
+
+def _remove_leftovers(path: Path):
+    """Remove what killed processes left beside `path`."""
+    prefix = f".{path.name}-"
+    for left in path.parent.iterdir():
+        process = left.name.removeprefix(prefix).partition("-")[0]
+        if left.name.startswith(prefix) and process.isdecimal() and not _is_running(int(process)):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # somebody else's
+    return True
 
 
 def provenance() -> dict:
@@ -124,20 +166,21 @@ def provenance() -> dict:
 
 def read(path: Path, check: bool = True) -> Artefact:
     """Read an artefact and check every file against its recorded hash."""
+    restore = "restore it with git" if path.is_relative_to(SHIPPED) else f"delete {path}"
+    remedy = f"{restore}, or compute it anew with --force"
     try:
-        spec = json.loads((path / "spec.json").read_text())
-        meta = json.loads((path / "meta.json").read_text())
+        spec = json.loads((path / "spec.json").read_text(encoding="utf-8"))
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         files = dict(meta["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise StoreError(
-            f"{path}: spec.json or meta.json is missing or damaged; delete the folder to recompute"
-        ) from None
+        spec.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise StoreError(f"{path}: spec.json or meta.json is damaged; {remedy}") from None
     for name, digest in files.items() if check else ():
         file = path / name
         if not file.is_file():
-            raise StoreError(f"{file}: missing; delete {path} to recompute it")
+            raise StoreError(f"{file}: missing; {remedy}")
         if file_hash(file) != digest:
-            raise StoreError(f"{file}: damaged (hash differs); delete {path} to recompute it")
+            raise StoreError(f"{file}: damaged (its hash differs from meta.json); {remedy}")
     return Artefact(path, spec, meta)
 
 
@@ -155,8 +198,9 @@ def artefacts(stage: str) -> list[Artefact]:
     found = []
     for root in (SHIPPED, STORE):
         for path in sorted((root / stage).glob("*/meta.json")):
-            with contextlib.suppress(StoreError):
-                found.append(read(path.parent, check=False))
+            if not path.parent.name.startswith("."):  # of a run that was killed
+                with contextlib.suppress(StoreError):
+                    found.append(read(path.parent, check=False))
     return found
 
 
@@ -166,11 +210,15 @@ def write(
     spec: dict,
     parents: dict[str, str],
     fill: Callable[[Path], dict],
+    replace: bool = False,
 ) -> Artefact:
-    """Compute an artefact: `fill(folder)` writes its files, returns what to note in meta.json."""
+    """Compute an artefact: `fill(folder)` writes its files, returns what to note in meta.json.
+
+    If another process finishes the same one first, that one is kept, unless `replace`.
+    """
     start = time.perf_counter()
     path = STORE / stage / identity
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, replace) as folder:
         notes = fill(folder)
         files = {f.relative_to(folder).as_posix(): file_hash(f) for f in sorted(folder.rglob("*"))}
         meta = {
@@ -191,6 +239,8 @@ def write(
 def ship(artefact: Artefact, only: tuple[str, ...] | None = None) -> Path:
     """Copy an artefact (or some of its files) into the tracked results; returns where it lies."""
     target = SHIPPED / artefact.meta["stage"] / artefact.key
+    if artefact.path == target:
+        return target
     kept = artefact.meta["files"] if only is None else {n: artefact.meta["files"][n] for n in only}
     with atomic_folder(target) as folder:
         for name in kept:
@@ -207,6 +257,9 @@ def ship(artefact: Artefact, only: tuple[str, ...] | None = None) -> Path:
 
 def save_checkpoint(path: Path, state):
     """Write nested dicts and lists of tensors and plain values as one file, atomically."""
+    import torch
+    from safetensors.torch import save_file
+
     tensors: dict[str, torch.Tensor] = {}
 
     def plain(value):
@@ -221,6 +274,7 @@ def save_checkpoint(path: Path, state):
         return {"value": value}
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     save_file(tensors, temporary, metadata={"state": json.dumps(plain(state))})
     os.replace(temporary, path)
@@ -228,22 +282,23 @@ def save_checkpoint(path: Path, state):
 
 def load_checkpoint(path: Path):
     """What `save_checkpoint` wrote; a damaged file is named."""
-    try:
-        with safe_open(path, "pt") as file:
-            structure = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors has its own exception type, json another
-        raise StoreError(f"{path}: damaged checkpoint ({error}); delete it to start anew") from None
+    from safetensors import safe_open
 
     def nested(node):
-        (kind, content), *_ = node.items()
+        ((kind, content),) = node.items()
         if kind == "tensor":
             return tensors[content]
         if kind == "items":
             return {key: nested(item) for key, item in content}
         return [nested(item) for item in content] if kind == "list" else content
 
-    return nested(structure)
+    try:
+        with safe_open(path, "pt") as file:
+            structure = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return nested(structure)
+    except Exception as error:  # safetensors has its own exception type, json another
+        raise StoreError(f"{path}: damaged checkpoint ({error}); delete it to start anew") from None
 
 
 # --- language models --------------------------------------------------------------------------
@@ -256,15 +311,28 @@ def shipped_models() -> list[str]:
 
 def model_folder(path: str) -> Path | None:
     """The folder of a shipped name or a path; nothing if `path` can only be a hub id."""
-    if (MODELS / path / "config.json").is_file():
-        return MODELS / path
+    if Path(path).name == path:
+        if (MODELS / path / "config.json").is_file():
+            return MODELS / path
+        if (MODELS / path / "recipe.yml").is_file():
+            raise SpecError(
+                f"model.path: {path} is not trained yet; `python -m mlsae_core pretrain {path}` "
+                "trains it"
+            )
+        if near := difflib.get_close_matches(path, shipped_models(), n=1, cutoff=0.8):
+            raise SpecError(f"model.path: no model {path}; did you mean `{near[0]}`?")
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise SpecError(f"model: {path} has no config.json; expected a Hugging Face folder")
+            raise SpecError(
+                f"model.path: {path} has no config.json; expected a Hugging Face folder"
+            )
         return folder
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise SpecError(f"model: no folder {path}; shipped models: {', '.join(shipped_models())}")
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise SpecError(
+            f"model.path: expected a shipped name ({', '.join(shipped_models())}), a hub id or a "
+            f"folder (from {Path.cwd()}, if relative), got {path}"
+        )
     return None
 
 
@@ -273,7 +341,8 @@ def model_key(path: str, revision: str | None) -> str:
     folder = model_folder(path)
     if folder is None:
         return f"{path}@{revision or 'main'}"
-    patterns = ("config.json", "*.safetensors", "tokenizer.json", "tokenizer.model")
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-    digests = {file.name: file_hash(file) for file in files}
+    tokenizer = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+    patterns = ("config.json", "*.safetensors", *tokenizer)
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    digests = {file.name: source_hash(file) for file in files}
     return hashlib.sha256(canonical(digests).encode()).hexdigest()[:16]

@@ -9,36 +9,74 @@ nothing is read twice).
 from __future__ import annotations
 
 import ast
+import collections
 import gc
 import hashlib
 import importlib.metadata
 import inspect
+import io
 import itertools
+import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
-import torch
-import yaml
+import pyarrow
+import pyarrow.parquet
+import zstandard
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from mlsae_core import store
-from mlsae_core.spec import DataSpec, SpecError
+from mlsae_core.spec import DataSpec, SpecError, read_yaml
+
+if TYPE_CHECKING:
+    import torch
 
 SPLITS = ("train", "validation", "test")
 DOCUMENTS_PER_CHUNK = 1024  # Appendix A: so many documents are joined before cutting
-_FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
+DOCSTRINGS = "docstrings"  # the path of the embedded corpus
+_FORMATS = (".jsonl", ".json", ".txt", ".parquet")  # all but the last also with .zst
 
 
 def split_of(document: str) -> str:
     """The split a document belongs to: 1/8 test, 1/32 validation, the rest train, by its hash."""
-    first = hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()[0]
+    first = _digest(document)[0]
     return "test" if first < 32 else "validation" if first < 40 else "train"
+
+
+def _digest(document: str) -> bytes:
+    return hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
+
+
+def documents(data: DataSpec) -> Iterable[str]:
+    """Documents that are not blank, in their order; of local sources no document twice.
+
+    Raises:
+        SpecError: nothing is there, it cannot be read, or it has no such text column.
+    """
+    if data.path == DOCSTRINGS:
+        return docstrings()
+    return _distinct_documents(data)
+
+
+def _distinct_documents(data: DataSpec) -> Iterator[str]:
+    files, seen = local_files(data), set()
+    rows = (text for file in files for text in _file_documents(file, data)) if files else _hub(data)
+    for text in rows:
+        if not text.isascii():  # halves of surrogate pairs, which no tokenizer takes
+            text = text.encode("utf-8", "replace").decode()
+        if text.strip() and (digest := _digest(text)) not in seen:
+            if files:
+                seen.add(digest)
+            yield text
 
 
 # --- the docstring corpus -----------------------------------------------------------------------
@@ -46,17 +84,31 @@ def split_of(document: str) -> str:
 
 def corpus_pins() -> dict[str, str]:
     """Distribution → release of the packages whose docstrings are the embedded corpus."""
-    return _corpus()["packages"]
+    return {name: str(pin) for name, pin in _corpus()["packages"].items()}
 
 
 def _corpus() -> dict:
-    return yaml.safe_load((store.DATA / "docstrings.yml").read_text())
+    return read_yaml(store.DATA / "docstrings.yml", typed=True)
 
 
 def corpus_drift() -> list[str]:
     """Installed releases that differ from the corpus' pins, as `name pinned → installed`."""
     pins = corpus_pins().items()
     return [f"{name} {pin} → {_installed(name)}" for name, pin in pins if _installed(name) != pin]
+
+
+def _warn_of_drift(characters: dict[str, int]):
+    """Say which packages differ from the pins, and how much of the text comes from them."""
+    if drift := corpus_drift():
+        share = sum(characters.get(line.split()[0], 0) for line in drift)
+        share /= max(sum(characters.values()), 1)
+        print(
+            f"note: {len(drift)} of the {len(corpus_pins())} packages of the corpus, which hold "
+            f"{share:.0%} of its text, differ from its pins ({'; '.join(drift[:4])}"
+            f"{'; …' if len(drift) > 4 else ''}): new results come from slightly other text than "
+            "the shipped ones, which stay valid",
+            file=sys.stderr,
+        )
 
 
 def file_docstrings(path: Path) -> list[str]:
@@ -83,10 +135,10 @@ def file_docstrings(path: Path) -> list[str]:
     return found
 
 
-def _docstrings_of(paths: list[Path]) -> list[str]:
+def _docstrings_of(paths: list[Path]) -> list[list[str]]:
     gc.disable()  # syntax trees are large and acyclic: a third of the time otherwise
     try:
-        return [text for path in paths for text in file_docstrings(path)]
+        return [file_docstrings(path) for path in paths]
     finally:
         gc.enable()
 
@@ -100,12 +152,13 @@ def docstrings() -> list[str]:
     if artefact is None:
 
         def fill(folder: Path) -> dict:
-            texts = extract_docstrings()
+            texts, characters = extract_docstrings()
             frame = pd.DataFrame({"text": texts})
             frame.to_parquet(folder / "documents.parquet", compression="zstd", index=False)
-            return {"documents": len(texts), "characters": sum(map(len, texts))}
+            return {"documents": len(texts), "characters_per_package": characters}
 
         artefact = store.write("documents", identity, spec, {}, fill)
+    _warn_of_drift(artefact.meta["characters_per_package"])
     return pd.read_parquet(artefact.file("documents.parquet"))["text"].tolist()
 
 
@@ -116,98 +169,166 @@ def _installed(name: str) -> str:
         return "not installed"
 
 
-def extract_docstrings() -> list[str]:
-    """Distinct docstrings of the pinned packages in the order of their hashes, without tests."""
-    files = []
-    for name in corpus_pins():
-        try:
-            listed = importlib.metadata.distribution(name).files or []
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        for file in listed:
-            outside = {"..", "tests", "test"} & set(file.parts)
-            if file.suffix == ".py" and not outside:
-                files.append(Path(str(file.locate())))
-    files = [file for file in files if file.is_file()]
+def _source_files(package: str) -> list[Path]:
+    """A distribution's Python files, without its tests."""
+    try:
+        listed = importlib.metadata.distribution(package).files or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    inside = [f for f in listed if f.suffix == ".py" and not {"..", "tests", "test"} & set(f.parts)]
+    return [path for path in (Path(str(file.locate())) for file in inside) if path.is_file()]
+
+
+def extract_docstrings() -> tuple[list[str], dict[str, int]]:
+    """Distinct docstrings of the pinned packages in the order of their hashes.
+
+    Returns:
+        The documents, and characters per package (a text that several have counts for the first).
+    """
+    files = [(package, path) for package in corpus_pins() for path in _source_files(package)]
     if not files:
-        raise SpecError("data: none of the corpus' packages is installed; run `make book` first")
-    batches = [files[start::64] for start in range(64)]
+        raise SpecError(
+            "data.path: expected the packages of data/docstrings.yml, none is installed; install "
+            "the project's requirements, or name a file or a hub data set"
+        )
+    batches = [[path for _, path in files[start::64]] for start in range(64)]
     with ProcessPoolExecutor(os.cpu_count() or 1) as pool:
-        progress = tqdm(pool.map(_docstrings_of, batches), "reading docstrings", len(batches))
-        texts = {text for batch in progress for text in batch}
-    keep = _corpus()["minimum_characters"]
-    return sorted(
-        (text for text in texts if len(text) >= keep),
-        key=lambda text: hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(),
-    )
+        read = pool.map(_docstrings_of, batches)
+        found = list(tqdm(read, "reading docstrings", len(batches)))
+    least, owner = _corpus()["minimum_characters"], {}
+    for number, (package, _) in enumerate(files):
+        batch, position = number % 64, number // 64
+        for text in found[batch][position]:
+            if len(text) >= least:
+                owner.setdefault(text, package)
+    characters: collections.Counter[str] = collections.Counter()
+    for text, package in owner.items():
+        characters[package] += len(text)
+    return sorted(owner, key=_digest), dict(characters)
 
 
 # --- files and hub data sets --------------------------------------------------------------------
 
 
-def _local_files(path: str) -> list[Path]:
-    here = Path(path).expanduser()
+def local_files(data: DataSpec) -> list[Path]:
+    """The files that a path names, none where it can only be a hub data set."""
+    formats = f"{', '.join(_FORMATS)} (or .zst)"
+    here = Path(data.path).expanduser()
     if here.is_dir():
-        files = sorted(file for file in here.rglob("*") if _format(file))
-        if not files:
-            raise SpecError(f"data.path: {path} holds no {', '.join(_FORMATS)} (or .zst) file")
-        return files
+        if files := sorted(file for file in here.rglob("*") if _format(file) and file.is_file()):
+            return files
+        raise SpecError(f"data.path: expected {formats} files in the folder {data.path}, got none")
     if here.is_file():
-        if not _format(here):
-            raise SpecError(
-                f"data.path: expected a file ending in {', '.join(_FORMATS)} or .zst, got {path}"
-            )
-        return [here]
-    if here.suffix or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise SpecError(f"data.path: no such file or folder: {path}")
+        if _format(here):
+            return [here]
+        raise SpecError(f"data.path: expected a file ending in {formats}, got {data.path}")
+    if _format(here) or data.path.startswith((".", "/", "~")) or data.path.count("/") > 1:
+        raise SpecError(
+            f"data.path: expected {DOCSTRINGS}, a hub id, or a file or folder (from {Path.cwd()}, "
+            f"if relative), got {data.path}"
+        )
     return []
 
 
 def _format(path: Path) -> str | None:
-    return _FORMATS.get(Path(path.name.removesuffix(".zst")).suffix)
+    suffix = Path(path.name.lower().removesuffix(".zst")).suffix
+    return suffix if suffix in _FORMATS else None
 
 
-def _rows(data: DataSpec, files: list[Path]) -> Iterator[str]:
-    """Documents of local files or of a hub data set, streamed by the `datasets` library."""
+def _file_documents(path: Path, data: DataSpec) -> Iterator[str]:
+    """Documents of one file: rows of a table, JSON objects, or paragraphs of a plain text."""
+    try:
+        if _format(path) == ".parquet":
+            yield from _parquet(path, data.text_column)
+            return
+        compressed = path.suffix.lower() == ".zst"
+        with (zstandard.open if compressed else open)(path, "rt", encoding="utf-8-sig") as file:
+            if _format(path) == ".txt":
+                for blank, lines in itertools.groupby(file, lambda line: not line.strip()):
+                    if not blank:
+                        yield "".join(lines).rstrip("\n")
+            else:
+                for row in _json_rows(file):
+                    yield _text(row, data.text_column)
+    except SpecError:
+        raise
+    except (OSError, ValueError, RecursionError, EOFError, zstandard.ZstdError) as error:
+        raise SpecError(f"data.path: cannot read {path}: {_reason(error)}") from error
+
+
+def _parquet(path: Path, column: str) -> Iterator[str]:
+    with pyarrow.parquet.ParquetFile(path) as table:
+        names = table.schema_arrow.names
+        if column not in names:
+            _text(dict.fromkeys(names), column)
+        for batch in table.iter_batches(columns=[column]):
+            for value in batch.column(0).to_pylist():
+                yield _text({column: value}, column)
+
+
+def _json_rows(file: io.TextIOBase) -> Iterator:
+    """Rows of a JSON file: one list of objects, or one object per line."""
+    start = next((line for line in file if line.strip()), "")
+    if start.lstrip().startswith("["):
+        yield from json.loads(start + file.read())
+        return
+    for line in itertools.chain([start], file):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}, in {line.strip()[:40]!r}; expected a list of objects or one object "
+                    "per line"
+                ) from None
+
+
+def _text(row, column: str) -> str:
+    """A row's document; nothing is an empty one."""
+    if not isinstance(row, dict):
+        raise SpecError(f"data.path: expected objects with a text column, got {str(row)[:40]!r}")
+    if column not in row:
+        raise SpecError(f"data.text_column: expected one of {', '.join(row)}, got {column}")
+    value = row[column]
+    if value is not None and not isinstance(value, str):
+        raise SpecError(f"data.text_column: expected text in {column}, got {str(value)[:40]!r}")
+    return value or ""
+
+
+def _hub(data: DataSpec) -> Iterator[str]:
+    """Documents of a hub data set, streamed by the `datasets` library."""
     import datasets
 
     try:
-        if files:
-            kind = _format(files[0])
-            options = {"sample_by": "paragraph"} if kind == "text" else {}
-            rows = datasets.load_dataset(
-                kind, data_files=[str(f) for f in files], split="train", streaming=True, **options
-            )
-        else:
-            rows = datasets.load_dataset(
-                data.path, data.name, split=data.split, revision=data.revision, streaming=True
-            )
+        rows = datasets.load_dataset(
+            data.path, data.name, split=data.split, revision=data.revision, streaming=True
+        )
         for row in rows:
-            if data.text_column not in row:
-                raise SpecError(
-                    f"data.text_column: expected one of {', '.join(row)}, got {data.text_column}"
-                )
-            if isinstance(row[data.text_column], str):
-                yield row[data.text_column]
+            yield _text(row, data.text_column)
     except SpecError:
         raise
     except Exception as error:  # the library's errors are many; the reader needs one line
-        reason = " ".join(str(error).split())[:200]
-        raise SpecError(f"data.path: cannot read {data.path}: {reason}") from error
+        raise SpecError(
+            f"data.path: expected {DOCSTRINGS}, a file, a folder or a hub data set; as the last "
+            f"{data.path} cannot be read: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def is_streamed(data: DataSpec) -> bool:
     """Whether the text comes from a hub data set, whose length is not known."""
-    return data.path != "docstrings" and not _local_files(data.path)
+    return data.path != DOCSTRINGS and not local_files(data)
 
 
 def data_key(data: DataSpec) -> dict:
     """What identifies the text: package pins, hashes of local files, or a hub id and revision."""
-    if data.path == "docstrings":
-        return {"docstrings": _corpus()}
-    files = _local_files(data.path)
-    if files:
-        hashes = {str(i): store.file_hash(file) for i, file in enumerate(files)}
+    if data.path == DOCSTRINGS:
+        return {DOCSTRINGS: _corpus()}
+    if files := local_files(data):
+        hashes = [[_format(file), store.source_hash(file)] for file in files]
         return {"files": hashes, "text_column": data.text_column}
     return {n: v for n, v in asdict(data).items() if n != "context_length"}
 
@@ -216,10 +337,10 @@ def data_key(data: DataSpec) -> dict:
 
 
 def tokenizer_key(tokenizer) -> str:
-    """Hash of a tokenizer's whole definition."""
+    """Hash of a tokenizer's whole definition, and of the token that ends documents."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{text} {tokenizer.eos_token_id}".encode()).hexdigest()[:16]
 
 
 def token_ids(tokenizer, documents: list[str]) -> list[list[int]]:
@@ -234,30 +355,42 @@ def token_ids(tokenizer, documents: list[str]) -> list[list[int]]:
     return encoded["input_ids"]
 
 
-def pack(documents: Iterable[str], tokenizer, context_length: int) -> Iterator[torch.Tensor]:
+def pack(documents: Iterable[str], tokenizer, context_length: int) -> Iterator[np.ndarray]:
     """Join 1024 documents at a time with EOS and cut (Appendix A); yields (block, position) int32.
 
-    The incomplete last block of each chunk of 1024 documents is dropped.
+    Every document is followed by EOS. The incomplete last block of each chunk of 1024 documents is
+    dropped, and so is a document without a single token.
     """
-    if tokenizer.eos_token_id is None:
-        raise SpecError("model: its tokenizer has no EOS token; packing joins documents with it")
     documents = iter(documents)
     while chunk := list(itertools.islice(documents, DOCUMENTS_PER_CHUNK)):
         joined: list[int] = []
         for ids in token_ids(tokenizer, chunk):
-            joined += ids
-            joined.append(tokenizer.eos_token_id)
+            if ids:
+                joined += ids
+                joined.append(tokenizer.eos_token_id)
         whole = len(joined) // context_length
-        if whole:
-            ids = torch.tensor(joined[: whole * context_length], dtype=torch.int32)
-            yield ids.view(whole, context_length)
+        yield np.array(joined[: whole * context_length], np.int32).reshape(whole, context_length)
+
+
+def _tensor(rows: np.ndarray) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(rows.astype(np.int64))
+
+
+def _order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which a pass visits n sequences: a pure function of its arguments."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n, generator=generator).numpy()
 
 
 class TokenBlocks:
     """Packed sequences of one split held in memory: (block, position) int32, any order by seed."""
 
-    def __init__(self, blocks: torch.Tensor):
-        self.blocks = blocks
+    def __init__(self, blocks: np.ndarray):
+        self.blocks = np.asarray(blocks)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -273,19 +406,18 @@ class TokenBlocks:
         """
         if seed is None:
             for first in range(start * batch_size, len(self), batch_size):
-                yield self.blocks[first : first + batch_size].long()
+                yield _tensor(self.blocks[first : first + batch_size])
             return
-        orders: dict[int, torch.Tensor] = {}
+        orders: dict[int, np.ndarray] = {}
         for number in itertools.count(start):
             rows = []
             for position in range(number * batch_size, (number + 1) * batch_size):
                 epoch, index = divmod(position, len(self))
                 if epoch not in orders:
                     orders.pop(epoch - 2, None)
-                    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-                    orders[epoch] = torch.randperm(len(self), generator=generator)
-                rows.append(int(orders[epoch][index]))
-            yield self.blocks[rows].long()
+                    orders[epoch] = _order(len(self), seed, epoch)
+                rows.append(orders[epoch][index])
+            yield _tensor(self.blocks[rows])
 
 
 class StreamedBlocks:
@@ -299,87 +431,112 @@ class StreamedBlocks:
     ) -> Iterator[torch.Tensor]:
         """Yield (batch_size, position) int64 tensors from batch number `start` on (fast-forwarded).
 
-        The seed does not change the order; the stream starts again where it ends if it is given.
+        Without a seed: one pass, the last batch may be smaller. With one: endless passes, joined
+        without a gap, in the data set's order whatever the seed.
         """
-        while True:
-            found = False
-            for tokens in itertools.islice(self._pass(batch_size), start, None):
-                found = True
-                yield tokens
-            if seed is None:
-                return
-            if not found:
-                raise SpecError(
-                    f"data: {self.data.path} ends before batch {start} of its {self.split} split"
-                )
-            start = 0
+        sequences = itertools.islice(self._sequences(seed is not None), start * batch_size, None)
+        while rows := list(itertools.islice(sequences, batch_size)):
+            yield _tensor(np.stack(rows))
 
-    def _pass(self, batch_size: int) -> Iterator[torch.Tensor]:
-        documents = (d for d in _rows(self.data, []) if split_of(d) == self.split)
-        chunks = pack(documents, self.tokenizer, self.data.context_length)
-        blocks = (block for chunk in chunks for block in chunk)
-        while rows := list(itertools.islice(blocks, batch_size)):
-            yield torch.stack(rows).long()
+    def _sequences(self, endless: bool) -> Iterator[np.ndarray]:
+        while True:
+            chosen = (text for text in documents(self.data) if split_of(text) == self.split)
+            found = False
+            for chunk in pack(chosen, self.tokenizer, self.data.context_length):
+                found = found or len(chunk) > 0
+                yield from chunk
+            if not found:
+                raise SpecError(_too_short(self.data, self.split))
+            if not endless:
+                return
 
 
 def blocks(data: DataSpec, tokenizer, split: str) -> TokenBlocks | StreamedBlocks:
-    """The packed sequences of one split; tokenised once per (text, tokenizer, context length)."""
+    """The packed sequences of one split; tokenised once per (text, tokenizer, context length).
+
+    Raises:
+        SpecError: text that cannot be read or fills no sequence of the split, or a tokenizer
+            without an end-of-sequence token.
+    """
+    check_tokenizer(tokenizer)
     if is_streamed(data):
         return StreamedBlocks(data, tokenizer, split)
-    artefact = packed(data, tokenizer)
-    with safe_open(artefact.file("tokens.safetensors"), "pt") as file:
+    artefact = packed(data, tokenizer, split)
+    with safe_open(artefact.file("tokens.safetensors"), "np") as file:
         found = file.get_tensor(split)
     if not len(found):
-        raise SpecError(
-            f"data: the {split} split of {data.path} ({artefact.meta['documents'][split]} "
-            f"documents) fills no sequence of context_length {data.context_length}; expected more "
-            "text or a shorter context"
-        )
+        raise SpecError(_too_short(data, split))
     return TokenBlocks(found)
 
 
-def packed(data: DataSpec, tokenizer) -> store.Artefact:
-    """All splits packed, as `tokens.safetensors`; its meta has documents, characters and tokens."""
+def check_tokenizer(tokenizer, n_embeddings: int | None = None):
+    """Refuse a tokenizer that cannot end a document, or that gives ids that a model has not."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise SpecError(
+            "model.path: expected a tokenizer with an EOS token, which is put between documents, "
+            "got one without"
+        )
+    largest = max(end, tokenizer.vocab_size - 1)  # the latter without added tokens
+    if n_embeddings is not None and largest >= n_embeddings:
+        raise SpecError(
+            f"model.path: expected the model's own tokenizer, got one with ids up to {largest}; "
+            f"the model has {n_embeddings} embeddings"
+        )
+
+
+def _too_short(data: DataSpec, split: str) -> str:
+    return (
+        f"data.path: expected text that fills at least one sequence of data.context_length "
+        f"{data.context_length}, got less in the {split} split of {data.path}; give more text (an "
+        "eighth of the documents is test, a thirty-second validation) or a shorter context"
+    )
+
+
+def packed(data: DataSpec, tokenizer, split: str = "train") -> store.Artefact:
+    """All splits packed, as `tokens.safetensors`; its meta has documents, characters and tokens.
+
+    split: the one that is needed; where it fills no sequence, nothing is written.
+    """
     spec = {"data": data_key(data), "context_length": data.context_length}
     parents = {"tokenizer": tokenizer_key(tokenizer)}
     identity = store.key("tokens", spec, parents)
-    artefact = store.find("tokens", identity)
-    if artefact is None:
-        if data.path == "docstrings" and (drift := corpus_drift()):
-            print(
-                f"note: {len(drift)} of {len(corpus_pins())} packages differ from the corpus' pins "
-                f"({'; '.join(drift[:4])}{', …' if len(drift) > 4 else ''}): the text differs a "
-                "little from the one behind the shipped results, which stay valid"
-            )
-        artefact = store.write(
-            "tokens", identity, spec, parents, lambda f: _fill(f, data, tokenizer)
-        )
-    return artefact
+
+    def fill(folder: Path) -> dict:
+        blocks, notes = _pack_splits(data, tokenizer)
+        if not len(blocks[split]):
+            raise SpecError(_too_short(data, split))
+        save_file(blocks, folder / "tokens.safetensors")
+        return notes
+
+    return store.find("tokens", identity) or store.write("tokens", identity, spec, parents, fill)
 
 
-def _fill(folder: Path, data: DataSpec, tokenizer) -> dict:
-    if data.path == "docstrings":
-        documents: Iterable[str] = docstrings()
-    else:
-        documents = dict.fromkeys(t for t in _rows(data, _local_files(data.path)) if t.strip())
-    by_split: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for document in documents:
-        by_split[split_of(document)].append(document)
-    if not any(by_split.values()):
-        raise SpecError(f"data.path: {data.path} holds no text; expected at least one document")
-    tensors, total = {}, sum(map(len, by_split.values()))
+def _pack_splits(data: DataSpec, tokenizer) -> tuple[dict[str, np.ndarray], dict]:
+    """Blocks of every split, and its documents, characters and tokens; in one pass over text."""
+    waiting: dict[str, list[str]] = {split: [] for split in SPLITS}
+    counts = {name: dict.fromkeys(SPLITS, 0) for name in ("documents", "characters", "tokens")}
+    chunks = {split: [np.empty((0, data.context_length), np.int32)] for split in SPLITS}
+
+    def empty(split: str):
+        for chunk in pack(waiting[split], tokenizer, data.context_length):
+            chunks[split].append(chunk)
+            counts["tokens"][split] += chunk.size
+        progress.update(len(waiting[split]))
+        waiting[split].clear()
+
+    texts = documents(data)
+    total = len(texts) if isinstance(texts, list) else None
     with tqdm(total=total, desc="tokenising", unit=" documents") as progress:
-        for split, texts in by_split.items():
-            chunks = []
-            for start in range(0, len(texts), DOCUMENTS_PER_CHUNK):
-                chunk = texts[start : start + DOCUMENTS_PER_CHUNK]
-                chunks += pack(chunk, tokenizer, data.context_length)
-                progress.update(len(chunk))
-            empty = torch.empty((0, data.context_length), dtype=torch.int32)
-            tensors[split] = torch.cat([empty, *chunks])
-    save_file(tensors, folder / "tokens.safetensors")
-    return {
-        "documents": {split: len(texts) for split, texts in by_split.items()},
-        "characters": {split: sum(map(len, texts)) for split, texts in by_split.items()},
-        "tokens": {split: tensor.numel() for split, tensor in tensors.items()},
-    }
+        for text in texts:
+            split = split_of(text)
+            counts["documents"][split] += 1
+            counts["characters"][split] += len(text)
+            waiting[split].append(text)
+            if len(waiting[split]) == DOCUMENTS_PER_CHUNK:
+                empty(split)
+        for split in SPLITS:
+            empty(split)
+    if not any(counts["documents"].values()):
+        raise SpecError(f"data.path: expected at least one document, {data.path} holds no text")
+    return {split: np.concatenate(chunks[split]) for split in SPLITS}, counts

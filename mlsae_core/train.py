@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from mlsae_core import activations, metrics, objective, store
-from mlsae_core.activations import ActivationError
+from mlsae_core.activations import ActivationError, Batch
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.sae import MLSAE
-from mlsae_core.spec import RunSpec, SpecError, canonical, flat
+from mlsae_core.spec import RunSpec, SpecError, run_settings
+from mlsae_core.store import Stopped
 from mlsae_core.text import StreamedBlocks, TokenBlocks
 
 LOG_ROWS = 200
@@ -32,43 +38,50 @@ _ACCELERATE_PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 
 
 class Trained(NamedTuple):
-    """A trained autoencoder and its log: one row per interval, see `log_row`."""
+    """A trained autoencoder, its log (see `train`), and the seconds of training, stops left out."""
 
     sae: MLSAE
     log: pd.DataFrame
+    seconds: float
 
 
-class TrainingStopped(RuntimeError):
-    """The run stopped before its end; the message says why and names the last checkpoint."""
+def make_accelerator(run: RunSpec, trackers: tuple[str, ...] = (), **options) -> Accelerator:
+    """The accelerator a run asks for.
 
-
-def make_accelerator(run: RunSpec, trackers: list[str] | None = None, **options) -> Accelerator:
-    """The accelerator a run asks for; a precision that the device does not have is refused."""
-    if run.train.precision != "fp32" and not torch.cuda.is_available():
+    Raises:
+        SpecError: a precision that the device does not have, or a batch that cannot be dealt to the
+            processes.
+    """
+    precision = _ACCELERATE_PRECISION[run.train.precision]
+    if precision != "no" and PartialState().device.type != "cuda":
         raise SpecError(
-            f"precision: {run.train.precision} needs a CUDA device, and there is none here; "
-            "expected fp32"
+            f"precision: expected fp32 on this machine, which has no CUDA device, got "
+            f"{run.train.precision}"
         )
-    return Accelerator(
-        mixed_precision=_ACCELERATE_PRECISION[run.train.precision],
-        log_with=trackers or None,
-        **options,
-    )
+    AcceleratorState._reset_state()  # else the precision of this process' first run stays
+    accelerator = Accelerator(mixed_precision=precision, log_with=list(trackers) or None, **options)
+    _Plan.of(run, accelerator)
+    return accelerator
+
+
+def check_trackers(names: tuple[str, ...]):
+    """Refuse trackers that accelerate does not know or whose package is not installed."""
+    known = [name for name in LoggerType.list() if name != "all"]
+    for name in names:
+        if name not in known:
+            raise SpecError(f"--track: expected one of {', '.join(known)}, got {name}")
+        if name not in get_available_trackers():
+            raise SpecError(
+                f"--track: expected an installed tracker, got {name}, whose package is missing; "
+                f"`pip install {name.replace('_', '-')}` installs it"
+            )
 
 
 def build_sae(run: RunSpec, lm: LanguageModel) -> MLSAE:
-    """The untrained autoencoder of a run; refuses k larger than the number of latents."""
-    width = lm.d_model
-    if run.site.stacked:
-        width *= len(activations.site_layers(run.site, lm.n_layers))
-    n_latents = width * run.sae.expansion_factor
-    if run.sae.k > n_latents:
-        raise SpecError(
-            f"k: expected at most the {n_latents} latents that expansion_factor "
-            f"{run.sae.expansion_factor} gives at width {width}, got {run.sae.k}"
-        )
+    """The untrained autoencoder of a run; refuses what `RunSpec.n_latents` refuses."""
+    n_latents = run.n_latents(lm.n_layers, lm.d_model)
     return MLSAE(
-        width,
+        n_latents // run.sae.expansion_factor,
         n_latents,
         run.sae.k,
         run.sae.aux_k,
@@ -96,178 +109,237 @@ def train(
     Args:
         lens: the basis of the activations; by default the one `run.site` names.
         checkpoint: file to continue from if it exists and to write every `checkpoint_seconds`.
-        should_stop: asked after every step; true ends the run at a checkpoint.
+        should_stop: asked after every step but the last; true ends the run at a checkpoint.
 
     Returns:
-        The autoencoder on the accelerator's device, and the log: per interval the mean over its
-        steps of loss, AuxK and FVU per layer (`fvu_<layer>`), the fraction of dead latents at its
-        end, tokens so far and tokens per second.
+        The autoencoder on the accelerator's device, and the log, at most 400 rows. Each is of
+        the interval that ends with optimiser step ``step``, when ``tokens`` training tokens were
+        read; means over its steps of ``loss`` (mean FVU over layers + aux_alpha · AuxK), ``auxk``
+        (0 while no latent is dead), ``fvu`` (mean over layers) and ``fvu_<layer>`` (one per layer,
+        or ``fvu_stacked``), all global FVU (see `objective`); ``dead_fraction`` of latents at
+        its end; ``tokens_per_second`` since the start.
 
     Raises:
-        SpecError: precision, k, layers or hook points that do not fit the model or the device.
-        TrainingStopped: NaN or infinite activations (with layer, batch and last checkpoint), or a
-            stop that was asked for.
+        SpecError: precision, batch, k, layers or hook points that do not fit the model or device.
+        StoreError: a checkpoint that is damaged or belongs to another run.
+        Stopped: NaN or infinite activations or loss, text that holds nothing but special tokens
+            (with the batch, the step and the last checkpoint), or a stop that was asked for.
     """
     accelerator = accelerator or make_accelerator(run)
     sae = build_sae(run, lm).to(accelerator.device)
     lens = lens if lens is not None else Lens.load(run.site, accelerator.device)
     optimizer = sae.make_optimizer(run.train.learning_rate, run.train.adam_eps)
-    plan = _Plan(run, accelerator)
-
-    state = _restore(run, checkpoint, sae, optimizer, accelerator)
-    first, log, running, seconds = state["step"], state["log"], state["running"], state["seconds"]
-    if first == 0:
-        _set_bias(sae, _stream(run, lm, blocks, lens, plan, start=0, every=1), accelerator)
-    prepared = accelerator.prepare(optimizer)
-    batches = _stream(run, lm, blocks, lens, plan, first * plan.micro_batches, plan.every)
-    layers = activations.site_layers(run.site, lm.n_layers)
-    names = ["stacked"] if run.site.stacked else layers
-    interval = max(plan.steps // LOG_ROWS, 1)
-    started = saved = time.perf_counter()
-
-    def save(step: int):
-        if checkpoint is None or not accelerator.is_main_process:
-            return
-        content = {
-            "run": canonical(flat(run)),
-            "sae": sae.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
-            "step": step,
-            "log": log,
-            "running": running,
-            "seconds": seconds + time.perf_counter() - started,
-        }
-        store.save_checkpoint(checkpoint, content)
-
+    loop = _Loop(run, lm, blocks, lens, accelerator, sae, optimizer, _Plan.of(run, accelerator))
+    saved = _Checkpoint(checkpoint, loop)
+    state = saved.restore()
     progress = tqdm(
-        total=plan.steps * plan.step_tokens,
-        initial=first * plan.step_tokens,
+        total=loop.plan.steps * loop.plan.step_tokens,
+        initial=state.step * loop.plan.step_tokens,
         desc=description,
         unit=" tokens",
         unit_scale=True,
         disable=not accelerator.is_main_process,
     )
-    for step in range(first, plan.steps):
-        try:
-            step_log = _step(sae, prepared, batches, run, plan, accelerator)
-        except ActivationError as error:
-            reason = f"{error}; step {step} of {plan.steps}, {_kept(checkpoint)}"
-            raise TrainingStopped(reason) from error
-        running = step_log if running is None else running + step_log
-        progress.update(plan.step_tokens)
-        done = step + 1
-        if done % interval == 0 or done == plan.steps:
-            elapsed = seconds + time.perf_counter() - started
-            row = _log_row(running / (done % interval or interval), names, done, plan, elapsed, sae)
-            running = None
-            if not row["loss"] < float("inf"):
-                raise TrainingStopped(
-                    f"loss is {row['loss']} at step {done} of {plan.steps}; {_kept(checkpoint)}"
-                )
-            log.append(row)
-            progress.set_postfix(fvu=f"{row['fvu']:.4f}", dead=f"{row['dead_fraction']:.1%}")
-            if accelerator.trackers:
-                accelerator.log(row, step=done)
-        stop = should_stop(done)
-        if stop or time.perf_counter() - saved > checkpoint_seconds:
-            save(done)
-            saved = time.perf_counter()
-        if stop and done < plan.steps:
-            progress.close()
-            raise TrainingStopped(f"stopped after step {done} of {plan.steps}; {_kept(checkpoint)}")
-    progress.close()
-    return Trained(sae, pd.DataFrame(log))
+    last_save = time.perf_counter()
+    try:
+        with progress:
+            for row in loop.steps(state):
+                progress.update(loop.plan.step_tokens)
+                if row is not None:
+                    progress.set_postfix(
+                        fvu=f"{row['fvu']:.4f}", dead=f"{row['dead_fraction']:.1%}"
+                    )
+                    accelerator.log(row, step=state.step)
+                stop = state.step < loop.plan.steps and should_stop(state.step)
+                if stop or time.perf_counter() - last_save > checkpoint_seconds:
+                    saved.write(state)
+                    last_save = time.perf_counter()
+                if stop:
+                    raise Stopped("stopped as asked")
+    except (Stopped, ActivationError) as error:
+        raise Stopped(
+            f"{error}, after step {state.step} of {loop.plan.steps}; {saved.describe()}"
+        ) from error
+    return Trained(sae, pd.DataFrame(state.log), state.seconds)
 
 
+@dataclass
+class _State:
+    """What a checkpoint holds besides the weights and the optimiser: how far a run is.
+
+    running: (2 + layers,) sums of loss, AuxK and FVU over the steps since the last log row.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    running: Tensor | None = None
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class _Plan:
-    """How a run's tokens are cut: steps, micro-batches per step, sequences per micro-batch."""
+    """How a run's tokens are cut, and which micro-batches are this process' own.
 
-    def __init__(self, run: RunSpec, accelerator: Accelerator):
-        context = run.data.context_length
-        self.sequences = max(run.train.micro_batch_tokens // context, 1)
-        self.micro_batches = max(run.train.batch_tokens // (self.sequences * context), 1)
-        self.step_tokens = self.micro_batches * self.sequences * context
-        self.steps = max(run.train.tokens // self.step_tokens, 1)
-        self.every, self.offset = accelerator.num_processes, accelerator.process_index
-        if self.micro_batches % self.every:
+    sequences: per micro-batch. micro_batches: per step, of all processes. every: processes.
+    """
+
+    sequences: int
+    micro_batches: int
+    step_tokens: int
+    steps: int
+    every: int
+    offset: int
+
+    @classmethod
+    def of(cls, run: RunSpec, accelerator: Accelerator) -> _Plan:
+        """The plan of a run; a step whose micro-batches cannot be dealt evenly is refused."""
+        context, every = run.data.context_length, accelerator.num_processes
+        sequences = run.train.micro_batch_tokens // context
+        micro_batches = run.train.batch_tokens // (sequences * context)
+        if micro_batches % every:
             raise SpecError(
-                f"batch_tokens: {self.micro_batches} micro-batches of {self.sequences * context} "
-                f"tokens cannot be dealt to {self.every} processes; expected a multiple"
+                f"batch_tokens: expected a multiple of {every} micro-batches, one for each "
+                f"process, got {micro_batches} micro-batches of {sequences * context} tokens"
             )
-        self.own_micro_batches = self.micro_batches // self.every
+        step_tokens = micro_batches * sequences * context
+        steps = run.train.tokens // step_tokens
+        return cls(sequences, micro_batches, step_tokens, steps, every, accelerator.process_index)
 
 
-def _stream(run, lm, blocks, lens, plan: _Plan, start: int, every: int):
-    """Activations of this process' micro-batches, from micro-batch number `start` on."""
-    numbered = blocks.batches(plan.sequences, seed=run.train.seed, start=start)
-    offset = plan.offset if every > 1 else 0
-    own = itertools.islice(numbered, offset, None, every)
-    return activations.stream(lm, own, run.site, lens)
+@dataclass(frozen=True)
+class _Loop:
+    """What a run is made of, and its steps."""
+
+    run: RunSpec
+    lm: LanguageModel
+    blocks: TokenBlocks | StreamedBlocks
+    lens: Lens
+    accelerator: Accelerator
+    sae: MLSAE
+    optimizer: torch.optim.Optimizer
+    plan: _Plan
+
+    def steps(self, state: _State) -> Iterator[dict[str, Any] | None]:
+        """Make the steps that are left, one per item; yields a log row where an interval ends."""
+        if state.step == 0:
+            self.set_bias(next(self.batches(0, 0, 1)))
+        plan, interval = self.plan, max(self.plan.steps // LOG_ROWS, 1)
+        batches = self.batches(state.step * plan.micro_batches, plan.offset, plan.every)
+        prepared = self.accelerator.prepare(self.optimizer)
+        last = time.perf_counter()
+        while state.step < plan.steps:
+            sums = self.step(batches, prepared)
+            if not sums.isfinite().all():
+                raise Stopped(f"loss is {float(sums[0])}")
+            state.running = sums if state.running is None else state.running + sums
+            state.step += 1
+            now = time.perf_counter()
+            state.seconds, last = state.seconds + now - last, now
+            row = None
+            if state.step % interval == 0 or state.step == plan.steps:
+                row = self.row(state, state.step % interval or interval)
+                state.log.append(row)
+                state.running = None
+            yield row
+
+    def batches(self, start: int, offset: int, every: int) -> Iterator[Batch]:
+        """Activations of every `every`-th micro-batch from number `start` + `offset` on."""
+        numbered = self.blocks.batches(self.plan.sequences, self.run.train.seed, start)
+        own = itertools.islice(numbered, offset, None, every)
+        return activations.stream(self.lm, own, self.run.site, self.lens)
+
+    @torch.no_grad()
+    def set_bias(self, batch: Batch):
+        """Start the bias at the geometric median of the first batch's standardised vectors."""
+        scaled, _ = self.sae.standardise(batch.source)
+        self.sae.pre_bias.copy_(metrics.geometric_median(scaled.flatten(0, 1)))
+
+    def step(self, batches: Iterator[Batch], optimizer) -> Tensor:
+        """One optimiser step; returns (2 + layers,) means of loss, AuxK and FVU per layer."""
+        sae, accelerator, own = (
+            self.sae,
+            self.accelerator,
+            self.plan.micro_batches // self.plan.every,
+        )
+        logs, fired, kept = [], torch.zeros_like(sae.tokens_since_active, dtype=torch.bool), 0
+        for batch in itertools.islice(batches, own):
+            target = None if batch.target is batch.source else batch.target
+            with accelerator.autocast():
+                loss = objective.loss(sae, batch.source, target, self.run.sae.aux_alpha)
+            accelerator.backward(loss.total / own)
+            logs.append(torch.cat([loss.total.detach()[None], loss.auxk[None], loss.fvu]))
+            fired |= sae.fired(loss.topk)
+            kept += len(batch.tokens)
+        log = torch.stack(logs).mean(0)
+        if self.plan.every > 1:
+            for parameter in sae.parameters():
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+            log = accelerator.reduce(log, "mean")
+            fired = accelerator.reduce(fired.int(), "sum") > 0
+            kept = int(accelerator.reduce(torch.tensor(kept, device=fired.device), "sum"))
+        optimizer.step()
+        optimizer.zero_grad()
+        sae.count_tokens(fired, kept)
+        return log.cpu()
+
+    def row(self, state: _State, steps: int) -> dict[str, Any]:
+        """The log row of the `steps` steps since the last one."""
+        loss, auxk, *fvu = (state.running / steps).tolist()
+        site, tokens = self.run.site, state.step * self.plan.step_tokens
+        names = ["stacked"] if site.stacked else site.indices(self.lm.n_layers)
+        return {
+            "step": state.step,
+            "tokens": tokens,
+            "loss": loss,
+            "auxk": auxk,
+            "fvu": sum(fvu) / len(fvu),
+            "dead_fraction": float(self.sae.dead.float().mean()),
+            "tokens_per_second": round(tokens / state.seconds),
+            **{f"fvu_{name}": value for name, value in zip(names, fvu, strict=True)},
+        }
 
 
-@torch.no_grad()
-def _set_bias(sae: MLSAE, batches, accelerator: Accelerator):
-    """Start the bias at the geometric median of the first batch's standardised vectors."""
-    scaled, _ = sae.standardise(next(batches).source)
-    sae.pre_bias.copy_(metrics.geometric_median(scaled.flatten(0, 1)))
+class _Checkpoint:
+    """The file from which a run continues, or none."""
 
+    def __init__(self, path: Path | None, loop: _Loop):
+        self.path, self.loop = path, loop
 
-def _step(sae: MLSAE, optimizer, batches, run: RunSpec, plan: _Plan, accelerator: Accelerator):
-    """One optimiser step; returns (2 + layers,) means of loss, AuxK and FVU per layer."""
-    logs, fired, kept = [], torch.zeros_like(sae.tokens_since_active, dtype=torch.bool), 0
-    for _ in range(plan.own_micro_batches):
-        batch = next(batches)
-        target = None if batch.target is batch.source else batch.target
-        with accelerator.autocast():
-            loss = objective.loss(sae, batch.source, target, run.sae.aux_alpha)
-        accelerator.backward(loss.total / plan.own_micro_batches)
-        logs.append(torch.cat([loss.total.detach()[None], loss.auxk[None], loss.fvu]))
-        fired |= sae.fired(loss.topk)
-        kept += len(batch.tokens)
-    log = torch.stack(logs).mean(0)
-    if accelerator.num_processes > 1:
-        for parameter in sae.parameters():
-            parameter.grad = accelerator.reduce(parameter.grad, "mean")
-        log = accelerator.reduce(log, "mean")
-        fired = accelerator.reduce(fired.int(), "sum") > 0
-        kept = int(accelerator.reduce(torch.tensor(kept, device=fired.device), "sum"))
-    optimizer.step()
-    optimizer.zero_grad()
-    sae.count_tokens(fired, kept)
-    return log.cpu()
+    def write(self, state: _State):
+        """Write all that the rest of the run depends on; the main process does it for all."""
+        loop = self.loop
+        if self.path is None or not loop.accelerator.is_main_process:
+            return
+        scaler = loop.accelerator.scaler
+        content = {
+            "run": run_settings(loop.run),
+            "sae": loop.sae.state_dict(),
+            "optimizer": loop.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler else {},
+            "state": vars(state),
+        }
+        store.save_checkpoint(self.path, content)
 
+    def restore(self) -> _State:
+        """Where the run stands; weights and optimiser are set to it."""
+        if self.path is None or not self.path.exists():
+            return _State()
+        content, loop = store.load_checkpoint(self.path), self.loop
+        try:
+            if content["run"] != run_settings(loop.run):
+                raise ValueError("it belongs to another run")
+            loop.sae.load_state_dict(content["sae"])
+            loop.optimizer.load_state_dict(content["optimizer"])
+            if loop.accelerator.scaler and content["scaler"]:
+                loop.accelerator.scaler.load_state_dict(content["scaler"])
+            return _State(**content["state"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise store.StoreError(
+                f"{self.path}: expected a checkpoint of this run; {error}; delete it to start anew"
+            ) from error
 
-def _log_row(means, names, step, plan: _Plan, seconds, sae: MLSAE) -> dict[str, Any]:
-    loss, auxk, *fvu = means.tolist()
-    tokens = step * plan.step_tokens
-    return {
-        "step": step,
-        "tokens": tokens,
-        "loss": loss,
-        "auxk": auxk,
-        "fvu": sum(fvu) / len(fvu),
-        "dead_fraction": float(sae.dead.float().mean()),
-        "tokens_per_second": round(tokens / seconds),
-        **{f"fvu_{name}": value for name, value in zip(names, fvu, strict=True)},
-    }
-
-
-def _kept(checkpoint: Path | None) -> str:
-    if checkpoint is None or not checkpoint.exists():
-        return "no checkpoint was written"
-    return f"the last good checkpoint is {checkpoint}; the same command continues from it"
-
-
-def _restore(run: RunSpec, checkpoint, sae, optimizer, accelerator) -> dict[str, Any]:
-    fresh = {"step": 0, "log": [], "running": None, "seconds": 0.0}
-    if checkpoint is None or not checkpoint.exists():
-        return fresh
-    state = store.load_checkpoint(checkpoint)
-    if state["run"] != canonical(flat(run)):
-        raise store.StoreError(f"{checkpoint}: belongs to another run; delete it to start anew")
-    sae.load_state_dict(state["sae"])
-    optimizer.load_state_dict(state["optimizer"])
-    if accelerator.scaler and state["scaler"]:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    return state
+    def describe(self) -> str:
+        """What is left after a stop, for messages."""
+        if self.path is None or not self.path.exists():
+            return "no checkpoint was written"
+        return f"the last good checkpoint is {self.path}; the same command continues from it"

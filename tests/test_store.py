@@ -1,0 +1,229 @@
+"""The store: keys, whole-or-nothing writes, damage, leftovers, checkpoints, models."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import workers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlsae_core import store
+from mlsae_core.spec import SpecError
+
+
+def make(identity="0" * 16, text="x", **options):
+    def fill(folder):
+        (folder / "table.csv").write_text(text)
+        return {"tokens": 3}
+
+    return store.write("train", identity, {"a": 1}, {"model": "m"}, fill, **options)
+
+
+def test_a_key_depends_on_everything_and_on_nothing_else(monkeypatch):
+    def key(stage="train", spec=None, parents=None):
+        return store.key(stage, spec or {"a": 1, "b": 2}, parents or {"p": "x"})
+
+    assert key() == key(spec={"b": 2, "a": 1})
+    others = {
+        key("evaluate"), key(spec={"a": 1, "b": 3}), key(spec={"a": 1}), key(parents={"p": "y"})
+    }  # fmt: skip
+    assert len(others | {key()}) == 5
+    before = key()
+    monkeypatch.setitem(store.STAGES, "train", store.STAGES["train"] + 1)
+    assert key() != before
+
+
+def test_what_is_written_is_found_with_its_provenance(data):
+    made = make()
+    found = store.find("train", made.key)
+    assert found.file("table.csv").read_text() == "x"
+    assert (found.spec, found.meta["tokens"]) == ({"a": 1}, 3)
+    assert {"commit", "torch", "seconds", "written", "parents", "version"} <= set(found.meta)
+    with pytest.raises(store.StoreError, match=r"holds no log\.csv; it has table\.csv"):
+        found.file("log.csv")
+    assert store.find("train", "1" * 16) is None
+
+
+def test_shipped_results_come_first_and_shipping_keeps_what_is_asked(data):
+    made = make()
+    store.ship(made)
+    (made.path / "table.csv").write_text("damaged")
+    assert store.find("train", made.key).path.is_relative_to(store.SHIPPED)
+    shipped = store.find("train", made.key)
+    assert store.ship(shipped) == shipped.path
+    assert [a.path for a in store.artefacts("train")] == [shipped.path, made.path]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "table.csv").write_text("y"), r"table\.csv: damaged"),
+        (lambda path: (path / "table.csv").unlink(), r"table\.csv: missing"),
+        (lambda path: (path / "meta.json").write_text("{"), r"meta\.json is damaged"),
+        (lambda path: (path / "meta.json").write_text("[]"), r"meta\.json is damaged"),
+        (lambda path: (path / "meta.json").write_bytes(b"\xff"), r"meta\.json is damaged"),
+        (lambda path: (path / "spec.json").write_text("3"), r"spec\.json or"),
+        (lambda path: (path / "spec.json").unlink(), r"spec\.json or"),
+    ],
+)
+def test_damage_is_named_with_the_remedy(data, damage, message):
+    made = make()
+    damage(made.path)
+    with pytest.raises(store.StoreError, match=message) as error:
+        store.find("train", made.key)
+    assert "delete" in str(error.value)
+    assert "--force" in str(error.value)
+    assert isinstance(error.value, SpecError)
+
+
+def test_a_failed_computation_leaves_nothing(data):
+    def fill(folder):
+        (folder / "half").write_text("x")
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        store.write("train", "0" * 16, {}, {}, fill)
+    assert [path for path in data.rglob("*") if path.is_file()] == []
+    assert list((store.STORE / "train").iterdir()) == []
+
+
+def test_a_finished_artefact_is_kept_unless_it_is_to_be_replaced(data):
+    make(text="first")
+    assert make(text="second").file("table.csv").read_text() == "first"
+    assert make(text="third", replace=True).file("table.csv").read_text() == "third"
+    (store.STORE / "train" / ("0" * 16) / "meta.json").unlink()  # not finished
+    assert make(text="fourth").file("table.csv").read_text() == "fourth"
+    assert [path.name for path in (store.STORE / "train").iterdir()] == ["0" * 16]
+
+
+def test_leftovers_of_killed_processes_are_removed_and_never_listed(data):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    made = make()
+    dead, alive = (
+        made.path.with_name(f".{made.key}-{process}-abc") for process in (ended.pid, os.getpid())
+    )
+    for path in (dead, alive):
+        shutil.copytree(made.path, path)
+    other = made.path.with_name(f".{'1' * 16}-{ended.pid}-abc")
+    other.mkdir()
+    assert [a.key for a in store.artefacts("train")] == [made.key]
+    make(replace=True)
+    assert not dead.exists()
+    assert alive.exists()
+    assert other.exists()
+
+    checkpoint = store.STORE / "checkpoints" / "a.safetensors"
+    store.save_checkpoint(checkpoint, {"a": 1})
+    half = checkpoint.with_name(f".a.safetensors-{ended.pid}")
+    half.write_text("half")
+    store.save_checkpoint(checkpoint, {"a": 2})
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["a.safetensors"]
+
+
+def test_processes_that_compute_the_same_do_not_mix(data, processes):
+    go = processes.Barrier(3)
+    workers_ = [
+        processes.Process(target=workers.write_twice, args=(data, text, go)) for text in "abc"
+    ]
+    for process in workers_:
+        process.start()
+    for process in workers_:
+        process.join(300)
+    assert [process.exitcode for process in workers_] == [0, 0, 0]
+    (made,) = (store.STORE / "train").iterdir()
+    assert len({(made / f"{name}.txt").read_text() for name in ("first", "second")}) == 1
+
+
+_plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+_states = st.recursive(
+    _plain | st.integers(1, 3).map(torch.arange),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and a == b
+
+
+@settings(max_examples=30)
+@given(_states)
+def test_a_checkpoint_holds_what_was_saved(tmp_path_factory, state):
+    path = tmp_path_factory.getbasetemp() / "checkpoints" / "state"
+    store.save_checkpoint(path, state)
+    assert equal(state, store.load_checkpoint(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, b"\x08" + b"\0" * 7 + b"{}      "])
+def test_a_damaged_checkpoint_is_named(tmp_path, content):
+    path = tmp_path / "checkpoint"
+    path.write_bytes(content)
+    with pytest.raises(store.StoreError, match=r"checkpoint: damaged checkpoint.*delete it"):
+        store.load_checkpoint(path)
+
+
+def model(folder, **files):
+    folder.mkdir(parents=True)
+    defaults = {"config.json": "{}", "model.safetensors": "w", "tokenizer.json": "t"}
+    for name, content in (defaults | files).items():
+        (folder / name).write_text(content)
+    return str(folder)
+
+
+def test_a_models_key_is_its_content_not_its_place(data, tmp_path):
+    here = store.model_key(model(tmp_path / "a"), None)
+    assert store.model_key(model(tmp_path / "b", **{"README.md": "x"}), "main") == here
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "merges.txt"):
+        path = model(tmp_path / name, **{name: "other"})
+        assert store.model_key(path, None) != here
+    model(store.MODELS / "shipped")
+    assert store.model_key("shipped", None) == here
+    assert store.model_key("owner/name", "abc") == "owner/name@abc"
+    assert store.model_key("owner/name", None) == "owner/name@main"
+    (tmp_path / "a" / "model.safetensors").write_text("new weights")
+    assert store.model_key(str(tmp_path / "a"), None) != here  # although hashes are remembered
+
+
+def test_models_that_are_not_there_are_named(data, tmp_path):
+    model(store.MODELS / "neox-2l")
+    (store.MODELS / "planned").mkdir()
+    (store.MODELS / "planned" / "recipe.yml").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for path, message in {
+        "neox-3l": "did you mean `neox-2l`?",
+        "planned": "pretrain planned",
+        "empty": "empty has no config.json",
+        "./none": "expected a shipped name (neox-2l), a hub id or a folder",
+        "a/b/c": "expected a shipped name",
+        "file": "expected a shipped name",
+        "../models/neox-2l": "expected a shipped name",
+    }.items():
+        with pytest.raises(SpecError) as error:
+            store.model_folder(path)
+        assert str(error.value).startswith("model.path: ")
+        assert message in str(error.value)
+    assert store.model_folder("gpt2") is None
+    assert store.shipped_models() == ["neox-2l"]
+
+
+def test_looking_results_up_needs_neither_torch_nor_transformers():
+    heavy = ("torch", "transformers", "accelerate", "datasets")
+    code = f"import sys, mlsae_core.pipeline; print([m for m in {heavy} if m in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(ran.stdout.replace("'", '"')) == []

@@ -1,0 +1,90 @@
+"""Small inputs for whole runs, and functions that tests run in processes of their own."""
+
+import json
+import os
+from pathlib import Path
+
+from mlsae_core import store
+
+WORDS = [f"{a}{b}" for a in ("la", "re", "mi", "fa", "so") for b in ("tent", "sid", "lens", "ver")]
+
+
+def sentences(n: int) -> list[str]:
+    """n distinct short documents."""
+    return [
+        " ".join(WORDS[(i * i + 7 * j * (i + 1)) % len(WORDS)] for j in range(6 + i % 9)) + f" {i}."
+        for i in range(n)
+    ]
+
+
+def use_data(folder: Path):
+    """Let the store of this process lie in `folder`."""
+    store.DATA = folder
+    store.MODELS, store.SHIPPED, store.STORE = (
+        folder / name for name in ("models", "shipped", "store")
+    )
+
+
+def as_rank(rank: int, processes: int, port: int):
+    """Make this process one of several that accelerate knows."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
+
+
+def command(arguments: list[str], data: Path, rank: tuple[int, int, int] | None = None):
+    """Run the command line in a process of its own; its exit code is that of the process."""
+    use_data(data)
+    if rank is not None:
+        as_rank(*rank)
+    from mlsae_core.__main__ import main
+
+    os._exit(main(arguments))
+
+
+def slow_command(arguments: list[str], data: Path, checkpoint_steps: int):
+    """Run the command line so that it writes a checkpoint at every step and marks when it has."""
+    from mlsae_core import train
+
+    train.CHECKPOINT_SECONDS = 0.0
+    train.train.__kwdefaults__["checkpoint_seconds"] = 0.0
+    save, count = store.save_checkpoint, 0
+
+    def save_and_mark(path, state):
+        nonlocal count
+        save(path, state)
+        count += 1
+        if count == checkpoint_steps:
+            (data / "ready").touch()
+
+    store.save_checkpoint = save_and_mark
+    command(arguments, data)
+
+
+def write_twice(folder: Path, text: str, go):
+    """Compute one artefact at the same moment as others do."""
+    use_data(folder)
+    identity = store.key("train", {"a": 1}, {})
+
+    def fill(work: Path) -> dict:
+        (work / "first.txt").write_text(text)
+        go.wait()
+        (work / "second.txt").write_text(text)
+        return {}
+
+    made = store.write("train", identity, {"a": 1}, {}, fill)
+    contents = {(made.path / name).read_text() for name in ("first.txt", "second.txt")}
+    assert len(contents) == 1
+    store.find("train", identity)
+
+
+def write_jsonl(path: Path, rows) -> Path:
+    """Rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
