@@ -20,6 +20,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from mlsae_core import store
 from mlsae_core.spec import HookPoint, ModelSpec, SpecError
@@ -97,6 +98,7 @@ class LanguageModel:
                 the architecture does not fit.
         """
         path, name, revision = _resolve(model)
+        transformers_logging.disable_progress_bar()  # shards, not seconds: noise in every notebook
         dtype = getattr(torch, model.dtype)
         options = {"revision": revision, "trust_remote_code": False}
         try:

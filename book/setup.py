@@ -1,0 +1,113 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Setup
+#
+# **What is the residual stream, and what do its vectors look like at each layer?**
+#
+# A transformer with $n_L$ layers turns a token into a vector $x_0 \in \mathbb{R}^d$ and then lets every
+# block add to it. The *residual stream* after block $\ell = 0, \dots, n_L - 1$ is
+#
+# $$
+# x_{\ell} = x_{\ell - 1} + \operatorname{attention}_\ell + \operatorname{mlp}_\ell ,
+# $$ (eq-residual)
+#
+# and only after the last block do the final norm and the unembedding turn it into logits. The
+# vectors $x_{t,\ell}$ for tokens $t$ and layers $\ell$ are all that an MLSAE ever sees. They are read by
+# hooks on the blocks, *before* the final norm: the `output_hidden_states` of most implementations
+# hold the last vector after it.
+
+# %% tags=["remove-cell"]
+from pathlib import Path
+
+from mlsae_core import analysis, charts, pipeline, widgets
+from mlsae_core.spec import load_experiment
+
+charts.use_book_theme()
+experiment = load_experiment("experiments/default.yml")
+_, run = experiment.runs[0]
+session = pipeline.Session()
+
+# %% [markdown]
+# ## The language model
+#
+# The default model is small enough to study on a laptop, and it is not a toy: a GPT-NeoX, the
+# architecture of the Pythia suite, that learned to write docstrings from the text below.
+# The script that trained it is part of the project: `python -m mlsae_core pretrain neox-6l-128d`.
+
+# %% tags=["hide-input"]
+pipeline.suite().set_index("model").T
+
+# %% tags=["hide-input"]
+charts.loss_curve(
+    pipeline.model_log("neox-6l-128d"),
+    title="One pass over the text brings the loss below 2.9 nats, and validation follows",
+    subtitle="Cross-entropy per predicted token; the learning rate falls linearly to zero.",
+)
+
+# %% [markdown]
+# **What to see.** A model that knows nothing has a loss of $\ln 4096 \approx 8.3$ nats, and one that knows
+# the frequencies of tokens 6.7. One epoch ends at
+# the validation loss in the table, over the whole validation split. (The curve's validation points
+# read its first 256 sequences, which are a little harder.)
+#
+# **What would contradict it.** A validation loss that rises while the training loss falls: the
+# model would be learning its text by heart.
+#
+# ## The text
+#
+# The embedded corpus is the docstrings of the packages that the book itself needs, read from their
+# sources without importing them. So every reader already has it, and it can be rebuilt to the byte
+# from the pinned releases in `data/docstrings.yml`. A document belongs to the train, validation or
+# test split by its own hash: the splits share no document. Documents are joined by an end-of-text
+# token, 1024 at a time, and cut into sequences of 256 tokens, as in Appendix A of the paper.
+
+# %% tags=["hide-input"]
+pipeline.corpus(session, run).set_index("split")
+
+# %% [markdown]
+# Vectors at end-of-text tokens are *excluded*: from training, from every mean and from every count.
+#
+# ## The vectors
+#
+# The norm of the residual stream, layer by layer, at every token of a prompt. Choose a prompt.
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+prompts = [
+    "When John and Mary went to the store, John gave",
+    "Return the mean of the array elements along the given axis.",
+    "The residual stream after every layer, as a tensor of shape (layer, token).",
+]
+lm = session.lm(run.model)
+charts.prompt_norms(
+    analysis.prompt_norms(lm, prompts),
+    title="The vectors grow from layer to layer, at every token",
+    subtitle="Each cell is the L2 norm of the vector after one block at one token.",
+)
+
+# %% [markdown]
+# **What to see.** From the first to the last layer the mean norm grows by a factor of about 1.7, and
+# punctuation tends to have the longest vectors. This growth is why the autoencoder standardises every vector before
+# it reads it ({doc}`training`), and why errors are divided by a variance before they are compared
+# between layers ({doc}`evaluation`).
+#
+# **What would contradict it.** Norms that fall with the layer, or that do not depend on it.
+#
+# In JupyterLab, type a prompt of your own:
+
+# %% tags=["nbval-ignore-output", "remove-output"]
+widgets.prompt_norms(lm, "Compute the singular value decomposition of a matrix.")
+
+# %% [markdown]
+# ## How this page was made
+#
+# The experiment that all pages use unless they say otherwise:
+
+# %% tags=["hide-input"]
+print(Path("experiments/default.yml").read_text())
