@@ -1,4 +1,4 @@
-# make book | test | lab | notebooks | setup | clean
+# make book | test | lab | notebooks | figure | setup | clean
 #
 # Every target first installs the project into .venv, once: a stamp there depends on the pins.
 
@@ -15,7 +15,7 @@ INPUTS := $(shell find book mlsae_core data _config.yml _toc.yml -type f \
 	-not -path 'data/store/*' -not -path '*/__pycache__/*' -not -path '*/.*' 2>/dev/null)
 
 .DEFAULT_GOAL := book
-.PHONY: setup book test lab notebooks clean
+.PHONY: setup book test lab notebooks figure clean
 
 setup: $(STAMP)
 
@@ -71,6 +71,10 @@ notebooks: $(STAMP)
 	  --ClearMetadataPreprocessor.preserve_nb_metadata_mask=jupytext \
 	  --TagRemovePreprocessor.enabled=True \
 	  --TagRemovePreprocessor.remove_all_outputs_tags=remove-output $(CHAPTERS:.py=.ipynb)
+
+# The README's picture is the landing page's chart.
+figure: $(STAMP)
+	@$(BIN)/python -m mlsae_core.book figure
 
 clean:
 	rm -rf _build book/.ipynb_checkpoints .pytest_cache .ruff_cache

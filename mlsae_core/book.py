@@ -7,6 +7,7 @@
 - Executed notebooks are cached under a hash of all that they could depend on: a changed package,
   experiment, model, shipped result or pin executes them again, and undoing it finds the old cache.
 
+`python -m mlsae_core.book figure` draws the README's figure, and
 `python -m mlsae_core.book` fails where a chapter of `_toc.yml` has no page in `_build/html`.
 """
 
@@ -242,6 +243,21 @@ def missing_pages(root: Path) -> list[str]:
     return [c for c in chapters if not (root / "_build/html" / f"{c}.html").is_file()]
 
 
+def readme_figure(root: Path) -> Path:
+    """Write the README's figure: the landing page's chart as it stands in its stored outputs."""
+    import vl_convert
+
+    cells = json.loads((root / "book/intro.ipynb").read_text())["cells"]
+    outputs = (output for cell in cells for output in cell.get("outputs", []))
+    chart = next(o["data"][charts.MIME] for o in outputs if charts.MIME in o.get("data", {}))
+    chart["title"]["subtitle"] = "A column is a latent; columns are sorted by mean layer."
+    chart["config"]["aria"] = False  # a label for every cell would be most of the file
+    still = {**chart, "width": 820, "background": "white"}
+    path = root / "book/figure.svg"
+    path.write_text(vl_convert.vegalite_to_svg(still, vl_version="5.20"), encoding="utf-8")
+    return path
+
+
 def setup(app) -> dict[str, Any]:
     """Called by Sphinx, which finds this module in ``sphinx.extra_extensions`` of _config.yml."""
     app.add_css_file("book.css")
@@ -252,6 +268,9 @@ def setup(app) -> dict[str, Any]:
 
 
 def main() -> int:
+    if sys.argv[1:] == ["figure"]:
+        print(readme_figure(Path.cwd()))
+        return 0
     missing = missing_pages(Path.cwd())
     for chapter in missing:
         print(f"_build/html/{chapter}.html is missing: the book was not built", file=sys.stderr)
