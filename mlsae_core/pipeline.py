@@ -104,9 +104,9 @@ class Session:
     @cached_property
     def device(self) -> torch.device:
         """Where language models and dictionaries live: accelerate's device."""
-        from accelerate import PartialState
+        from mlsae_core import train
 
-        return PartialState().device
+        return train.process_state().device
 
     def lm(self, spec: ModelSpec) -> LanguageModel:
         """The language model of a spec, loaded once."""
@@ -119,9 +119,9 @@ class Session:
 
     def blocks(self, run: RunSpec, split: str) -> text.TokenBlocks | text.StreamedBlocks:
         """The packed text of a run's split; the main process tokenises for all."""
-        from accelerate import PartialState
+        from mlsae_core import train
 
-        with PartialState().main_process_first():
+        with train.process_state().main_process_first():
             return text.blocks(run.data, self.lm(run.model).tokenizer, split)
 
     # --- stages -------------------------------------------------------------------------------
@@ -256,17 +256,17 @@ def is_main_process() -> bool:
     """Whether this is the only process or the main one of an accelerate launch."""
     if _processes() == 1:
         return True
-    from accelerate import PartialState
+    from mlsae_core import train
 
-    return PartialState().is_main_process
+    return train.process_state().is_main_process
 
 
 def _wait():
     """Meet the other processes of an accelerate launch, if there are any."""
     if _processes() > 1:
-        from accelerate import PartialState
+        from mlsae_core import train
 
-        PartialState().wait_for_everyone()
+        train.process_state().wait_for_everyone()
 
 
 class Batches:

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
+from accelerate.utils import LoggerType, parse_flag_from_env
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -45,6 +45,11 @@ class Trained(NamedTuple):
     seconds: float
 
 
+def process_state() -> PartialState:
+    """This process among those of an accelerate launch, on the CPU where the launch says so."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
 def make_accelerator(run: RunSpec, trackers: tuple[str, ...] = (), **options) -> Accelerator:
     """The accelerator a run asks for.
 
@@ -53,7 +58,7 @@ def make_accelerator(run: RunSpec, trackers: tuple[str, ...] = (), **options) ->
             processes.
     """
     precision = _ACCELERATE_PRECISION[run.train.precision]
-    if precision != "no" and PartialState().device.type != "cuda":
+    if precision != "no" and process_state().device.type != "cuda":
         raise SpecError(
             f"precision: expected fp32 on this machine, which has no CUDA device, got "
             f"{run.train.precision}"

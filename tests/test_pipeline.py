@@ -1,0 +1,332 @@
+"""The pipeline: keys, lookup, what is refused and when, status, experiments."""
+
+import dataclasses
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from workers import sentences, write_jsonl
+
+from mlsae_core import pipeline, spec, store, text, train
+from mlsae_core.lens import Lens
+from mlsae_core.spec import EvaluateSpec, Experiment, SpecError
+
+CONTEXT = 8
+SETTINGS = EvaluateSpec(tokens=256)
+
+
+def run_of(inputs, **changes):
+    fields = {
+        "model": str(inputs / "gpt_neox"),
+        "data": {"path": str(inputs / "text.jsonl"), "context_length": CONTEXT},
+        "expansion_factor": 2,
+        "k": 4,
+        "tokens": 4 * 64,
+        "batch_tokens": 64,
+    }
+    return spec.run_from_dict(fields | changes)
+
+
+# --- keys ---------------------------------------------------------------------------------------
+
+HUB = {
+    "model": {"path": "owner/model"},
+    "data": {"path": "owner/text"},
+    "expansion_factor": 2,
+    "k": 4,
+    "tokens": 10**6,
+}
+# Another valid value of every field that there is.
+OTHER = {
+    "model": {"path": "owner/other"},
+    "model.revision": "abc",
+    "model.dtype": "bfloat16",
+    "model.random_weights": 0,
+    "data": {"path": "owner/other"},
+    "data.name": "en",
+    "data.split": "test",
+    "data.revision": "abc",
+    "data.text_column": "body",
+    "data.context_length": 128,
+    "layers": [0],
+    "source": "mlp_output",
+    "target": "mlp_output",
+    "basis": "lens",
+    "alignment": "as-released",
+    "stacked": True,
+    "expansion_factor": 4,
+    "k": 8,
+    "aux_k": 0,
+    "aux_alpha": 0.5,
+    "dead_tokens": 7,
+    "dead_threshold": 0.5,
+    "standardize": False,
+    "tokens": 2 * 10**6,
+    "seed": 1,
+    "batch_tokens": 4096,
+    "micro_batch_tokens": 1024,
+    "learning_rate": 0.5,
+    "adam_eps": 0.5,
+    "precision": "bf16",
+}
+
+
+def changed(name):
+    section, _, field = name.partition(".")
+    return HUB | {section: HUB[section] | {field: OTHER[name]} if field else OTHER[name]}
+
+
+def fields():
+    for section, cls in (("model.", spec.ModelSpec), ("data.", spec.DataSpec)):
+        yield from (section + f.name for f in dataclasses.fields(cls) if f.name != "path")
+    yield from spec.flat(spec.run_from_dict(HUB))
+
+
+@pytest.mark.parametrize("name", list(fields()))
+def test_every_field_of_a_run_is_in_its_key(name, monkeypatch):
+    monkeypatch.setattr(pipeline, "_lens_key", lambda folder: folder)
+    keys = {pipeline.run_key(spec.run_from_dict(values))[0] for values in (HUB, changed(name))}
+    assert len(keys) == 2
+
+
+def test_an_analysis_key_depends_on_the_run_and_on_the_settings():
+    keys = {
+        pipeline.analysis_key(stage, spec.run_from_dict(run), settings)[0]
+        for stage in ("evaluate", "distributions")
+        for run in (HUB, changed("k"))
+        for settings in (EvaluateSpec(), EvaluateSpec(tokens=5), EvaluateSpec(split="train"))
+    }
+    assert len(keys) == 12
+
+
+def test_keys_do_not_depend_on_places_or_processes(inputs, data, tmp_path, monkeypatch):
+    run = run_of(inputs)
+    shutil.copytree(inputs / "gpt_neox", tmp_path / "moved")
+    shutil.copyfile(inputs / "text.jsonl", tmp_path / "other.jsonl")
+    there = run_of(
+        inputs,
+        model={"path": "moved", "revision": "ignored"},
+        data={"path": "other.jsonl", "context_length": CONTEXT, "split": "ignored"},
+    )
+    assert pipeline.run_key(there)[0] == pipeline.run_key(run)[0]
+    shutil.copytree(inputs / "gpt_neox", store.MODELS / "named")
+    assert pipeline.run_key(run_of(inputs, model="named"))[0] == pipeline.run_key(run)[0]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert pipeline.run_key(run)[0] == pipeline.run_key(run_of(inputs))[0]
+
+
+def test_shipped_keys_are_those_of_their_specs():
+    """What was shipped is still found: its key can be computed from its own spec."""
+    for artefact in store.artefacts("train"):
+        if artefact.path.is_relative_to(store.SHIPPED):
+            run = spec.run_from_dict(artefact.spec)
+            assert pipeline.run_key(run)[0] == artefact.key, artefact.path
+
+
+# --- stages -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "gpt2", "llama", "gemma2"])
+def test_every_architecture_trains_and_is_measured(inputs, data, architecture):
+    session = pipeline.Session()
+    run = run_of(inputs, model=str(inputs / architecture))
+    trained, evaluated = session.train(run), session.evaluate(run, SETTINGS)
+    log = pd.read_csv(trained.file("log.csv"))
+    table = pd.read_csv(evaluated.file("evaluation.csv"))
+    assert log.fvu.iloc[-1] < log.fvu.iloc[0]
+    assert list(table.layer) == [0, 1, 2]
+    assert (table.l0 <= 4).all()
+    assert table.isna().sum().sum() == 0
+    arrays, numbers = pipeline.read_distributions(session.distributions(run, SETTINGS))
+    assert arrays["probs"].shape == (3, 32)
+    assert numbers["tokens"] == table.tokens.iloc[0]
+    assert trained.meta["tokens"] == 256
+
+
+def test_results_are_computed_once_and_anew_by_force(inputs, data, monkeypatch):
+    run, calls = run_of(inputs), []
+    real = train.train
+    monkeypatch.setattr(train, "train", lambda *a, **k: calls.append(1) or real(*a, **k))
+    first = pipeline.Session().train(run)
+    assert pipeline.Session().train(run_of(inputs)).path == first.path
+    assert pipeline.Session("read-only").train(run).path == first.path
+    assert len(calls) == 1
+    forced = pipeline.Session("force")
+    (first.path / "model.safetensors").write_bytes(b"damaged")
+    again = forced.train(run)
+    assert forced.train(run).path == again.path
+    assert len(calls) == 2
+    assert again.meta["files"]["model.safetensors"] == first.meta["files"]["model.safetensors"]
+
+
+def test_a_damaged_result_is_not_used(inputs, data):
+    run = run_of(inputs)
+    path = pipeline.Session().train(run).file("model.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(SpecError, match=r"model\.safetensors: damaged.*--force"):
+        pipeline.Session().evaluate(run, SETTINGS)
+
+
+def test_read_only_says_what_differs_and_what_would_compute_it(inputs, data):
+    session = pipeline.Session("read-only")
+    with pytest.raises(SpecError, match=r"nothing of this stage exists.*mlsae_core train SPEC.yml"):
+        session.train(run_of(inputs))
+    run = run_of(inputs)
+    pipeline.Session().evaluate(run, SETTINGS)
+    with pytest.raises(SpecError, match=r"differs in k \(2, there 4\), seed \(1, there 0\); `pyth"):
+        session.train(run_of(inputs, k=2, seed=1))
+    with pytest.raises(SpecError, match=r"differs in evaluate\.tokens \(128, there 256\)"):
+        session.evaluate(run, EvaluateSpec(tokens=128))
+    with pytest.raises(SpecError, match=r"differs in data\.context_length \(16, there 8\)"):
+        session.train(run_of(inputs, data={**spec.flat(run)["data"], "context_length": 16}))
+    with pytest.raises(SpecError, match=r"materialise EXPERIMENT\.yml"):
+        session.distributions(run, SETTINGS)
+
+
+def test_the_checkpoint_outlives_a_failed_write(inputs, data, monkeypatch):
+    run = run_of(inputs)
+    pipeline.Session().blocks(run, "train")
+    monkeypatch.setitem(train.train.__kwdefaults__, "checkpoint_seconds", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write", None)
+        with pytest.raises(TypeError):
+            pipeline.Session().train(run)
+    checkpoint = pipeline._checkpoint(pipeline.run_key(run)[0])
+    assert checkpoint.exists()
+    pipeline.Session().train(run)
+    assert not checkpoint.exists()
+
+
+# --- what is refused, and when ------------------------------------------------------------------
+
+
+def refused(inputs, changes):
+    run = run_of(inputs, **changes)
+    with pytest.raises(SpecError) as error:
+        pipeline.Session().evaluate(run, SETTINGS)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": [0, 3]}, "layers: expected block indices from 0 to 2"),
+        ({"k": 33}, "k: expected at most the 32 latents"),
+        (
+            {"expansion_factor": 10**9},
+            "expansion_factor: expected a dictionary that",
+        ),
+        (
+            {"tokens": 4096, "batch_tokens": 4096, "context": 2048},
+            "data.context_length: expected",
+        ),
+        ({"precision": "bf16"}, "precision: expected fp32"),
+        ({"basis": "nowhere"}, "basis: expected `identity` or a tuned-lens folder"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_weights_or_text_are_read(
+    inputs, data, changes, message, monkeypatch
+):
+    if "precision" in changes and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    monkeypatch.setattr(pipeline.Session, "lm", None)
+    monkeypatch.setattr(text, "packed", None)
+    monkeypatch.setattr(text, "documents", None)
+    if context := changes.pop("context", None):
+        changes["data"] = {"path": str(inputs / "text.jsonl"), "context_length": context}
+    run = run_of(inputs, **changes)
+    with pytest.raises(SpecError) as error:
+        pipeline.Session().train(run)
+    assert message in str(error.value)
+    assert not [file for file in data.rglob("*") if file.is_file()]
+
+
+def test_a_lens_of_another_model_is_refused_before_text_is_read(inputs, data, monkeypatch):
+    monkeypatch.setattr(text, "documents", None)
+    for folder, shape in (("thin", (3, 8, 8)), ("short", (2, 16, 16))):
+        lens = Lens(torch.zeros(shape), torch.zeros(shape[:2]))
+        lens.write(data / folder)
+        message = refused(inputs, {"basis": str(data / folder)})
+        assert message.startswith("basis: expected a tuned lens of 3 layers and 16 dimensions")
+    (data / "thin" / "config.json").write_text("{")
+    assert refused(inputs, {"basis": str(data / "thin")}).startswith("basis: cannot read")
+
+
+def test_a_test_split_that_is_too_small_is_refused_before_training(inputs, data, monkeypatch):
+    monkeypatch.setattr(train, "train", None)
+    documents = [d for d in sentences(400) if text.split_of(d) == "train"]
+    path = write_jsonl(data / "train-only.jsonl", [{"text": d} for d in documents])
+    message = refused(inputs, {"data": {"path": str(path), "context_length": CONTEXT}})
+    assert "the test split" in message
+
+
+def test_a_session_refuses_trackers_before_anything_else():
+    with pytest.raises(SpecError, match="--track: expected one of"):
+        pipeline.Session(trackers=("sheet",))
+
+
+# --- experiments --------------------------------------------------------------------------------
+
+
+def test_an_experiment_becomes_tables_with_its_labels(inputs, data):
+    runs = tuple(({"k": k}, run_of(inputs, k=k)) for k in (2, 4))
+    experiment = Experiment("t", runs, SETTINGS)
+    before = pipeline.status(experiment)
+    assert set(before.state) == {"missing"}
+    assert len(before) == 6
+    made = pipeline.materialise(experiment, ship=True)
+    assert list(made.log.k.unique()) == list(made.evaluation.k.unique()) == [2, 4]
+    assert list(made.provenance.stage) == ["train", "evaluate", "distributions"] * 2
+    after = pipeline.status(experiment)
+    assert set(after.state) == {"shipped"}
+    assert set(after.seconds) == {0}
+    shutil.rmtree(store.STORE)
+    again = pipeline.materialise(experiment, "read-only")
+    pd.testing.assert_frame_equal(again.evaluation, made.evaluation)
+
+
+def test_stacked_runs_are_evaluated_and_have_no_distribution(inputs, data):
+    stacked = run_of(inputs, stacked=True, layers=[0, 2])
+    experiment = Experiment("t", (({}, stacked),), SETTINGS)
+    assert list(pipeline.status(experiment).stage) == ["train", "evaluate"]
+    made = pipeline.materialise(experiment)
+    assert list(made.evaluation.layer) == [0, 2]
+    assert "fvu_stacked" in made.log
+    with pytest.raises(SpecError, match="stacked: expected false"):
+        pipeline.Session().distributions(stacked, SETTINGS)
+
+
+def test_status_knows_what_is_begun_and_estimates_the_rest(inputs, data):
+    run = run_of(inputs, tokens=10**9)
+    experiment = Experiment("t", (({}, run),), None)
+    small = pipeline.status(Experiment("t", (({}, run_of(inputs)),), None))
+    (row,) = pipeline.status(experiment).to_dict("records")
+    assert row["seconds"] > 100 * max(small.seconds[0], 1)
+    checkpoint = pipeline._checkpoint(row["key"])
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    (again,) = pipeline.status(experiment).to_dict("records")
+    assert again["state"] == "begun"
+    assert again["seconds"] > 0
+
+
+def test_batches_stop_at_the_tokens_asked_for(inputs, data):
+    run = run_of(inputs)
+    blocks = pipeline.Session().blocks(run, "train")
+    batches = pipeline.Batches(blocks, run, EvaluateSpec(tokens=300 * CONTEXT))
+    sizes = [len(tokens) for tokens in batches]
+    assert sum(sizes) == 300
+    assert len(sizes) == len(batches)
+    whole = pipeline.Batches(blocks, run, EvaluateSpec(tokens=10**9))
+    assert sum(map(len, whole)) == len(blocks)
+
+
+def test_spec_files_of_results_read_back(inputs, data):
+    made = pipeline.Session().train(run_of(inputs))
+    stored = json.loads((made.path / "spec.json").read_text())
+    assert spec.run_from_dict(stored) == run_of(inputs)

@@ -1,0 +1,339 @@
+"""Training: exact repetition, exact continuation, accumulation, several processes, refusals."""
+
+import hashlib
+import itertools
+import os
+import signal
+import socket
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import workers
+from tiny_lm import EOS, VOCAB, tiny_lm, tiny_network, tiny_tokenizer
+
+from mlsae_core import activations, metrics, objective, spec, store, train
+from mlsae_core.lm import LanguageModel
+from mlsae_core.spec import SpecError
+from mlsae_core.text import TokenBlocks
+
+CONTEXT = 8
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny_lm()
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, VOCAB, (40, CONTEXT), generator=generator)
+    tokens[::3, 2] = EOS
+    return TokenBlocks(tokens.int().numpy())
+
+
+def run_of(**changes):
+    fields = {
+        "model": "tiny",
+        "data": {"context_length": CONTEXT},
+        "expansion_factor": 8,
+        "k": 2,
+        "tokens": 12 * 64,
+        "batch_tokens": 64,
+        "micro_batch_tokens": 32,
+        "dead_tokens": 60,  # so that some latents die and AuxK is part of what must be exact
+        "learning_rate": 1e-2,
+    }
+    return spec.run_from_dict(fields | changes)
+
+
+def digest(trained):
+    """Hash of all weights, counters, and of the log but its speed."""
+    hashed = hashlib.sha256()
+    for tensor in trained.sae.state_dict().values():
+        hashed.update(tensor.numpy().tobytes())
+    hashed.update(trained.log.drop(columns="tokens_per_second").to_csv().encode())
+    return hashed.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(lm, blocks):
+    return train.train(run_of(), lm, blocks)
+
+
+def test_the_same_run_gives_the_same_numbers_and_another_seed_others(lm, blocks, uninterrupted):
+    assert digest(train.train(run_of(), lm, blocks)) == digest(uninterrupted)
+    assert digest(train.train(run_of(seed=1), lm, blocks)) != digest(uninterrupted)
+
+
+def test_training_learns_and_says_so_in_documented_columns(uninterrupted):
+    log = uninterrupted.log
+    assert log.fvu.iloc[-1] < 0.8 * log.fvu.iloc[0]
+    assert list(log.tokens) == [64 * step for step in range(1, 13)]
+    assert (log.auxk > 0).any()  # dead latents took part
+    np.testing.assert_allclose(log.fvu, log[["fvu_0", "fvu_1", "fvu_2"]].mean(axis=1))
+    np.testing.assert_allclose(log.loss, log.fvu + log.auxk / 32, rtol=1e-5)
+    documented = train.train.__doc__
+    for column in log:
+        assert f"``{'fvu_<layer>' if column.startswith('fvu_') else column}``" in documented
+
+
+@pytest.mark.parametrize("stops", [{5}, {1, 2, 11}, {12}])
+def test_a_stopped_run_continues_exactly(lm, blocks, uninterrupted, tmp_path, stops):
+    checkpoint = tmp_path / "checkpoint"
+    for stop in sorted(stops - {12}):
+        with pytest.raises(store.Stopped, match=f"stopped as asked, after step {stop} of 12; the"):
+            train.train(run_of(), lm, blocks, checkpoint=checkpoint, should_stop=stops.__contains__)
+        assert checkpoint.exists()
+    done = train.train(run_of(), lm, blocks, checkpoint=checkpoint, should_stop={12}.__contains__)
+    assert digest(done) == digest(uninterrupted)
+
+
+def test_log_intervals_survive_a_stop_inside_one(lm, blocks, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "LOG_ROWS", 3)  # intervals of 4 steps
+    whole = train.train(run_of(tokens=14 * 64), lm, blocks)
+    assert list(whole.log.step) == [4, 8, 12, 14]
+    checkpoint = tmp_path / "checkpoint"
+    with pytest.raises(store.Stopped):
+        train.train(
+            run_of(tokens=14 * 64), lm, blocks, checkpoint=checkpoint, should_stop={6}.__contains__
+        )
+    assert digest(train.train(run_of(tokens=14 * 64), lm, blocks, checkpoint=checkpoint)) == digest(
+        whole
+    )
+
+
+def test_an_interrupt_in_the_middle_of_a_step_loses_no_exactness(
+    lm, blocks, uninterrupted, tmp_path, monkeypatch
+):
+    checkpoint, real, calls = tmp_path / "checkpoint", objective.loss, itertools.count(1)
+
+    def interrupted(*arguments):
+        if next(calls) == 10:  # the second micro-batch of step 5
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(objective, "loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(run_of(), lm, blocks, checkpoint=checkpoint, checkpoint_seconds=0)
+    assert store.load_checkpoint(checkpoint)["state"]["step"] == 4
+    done = train.train(run_of(), lm, blocks, checkpoint=checkpoint)
+    assert digest(done) == digest(uninterrupted)
+
+
+def test_a_steps_gradient_is_the_mean_over_its_micro_batches(lm, blocks):
+    run = run_of(tokens=64)
+    trained = train.train(run, lm, blocks).sae
+    expected = train.build_sae(run, lm)
+    micro_batches = list(
+        itertools.islice(activations.stream(lm, blocks.batches(4, seed=0), run.site), 2)
+    )
+    scaled, _ = expected.standardise(micro_batches[0].source)
+    with torch.no_grad():
+        expected.pre_bias.copy_(metrics.geometric_median(scaled.flatten(0, 1)))
+    optimizer = expected.make_optimizer(run.train.learning_rate, run.train.adam_eps)
+    losses = [objective.loss(expected, batch.source) for batch in micro_batches]
+    (sum(loss.total for loss in losses) / 2).backward()
+    optimizer.step()
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(trained.get_parameter(name), parameter, rtol=1e-4, atol=1e-6)
+    kept = sum(len(batch.tokens) for batch in micro_batches)  # special tokens do not count
+    assert set(trained.tokens_since_active.tolist()) <= {0, kept}
+    assert kept < 64
+
+
+def test_a_batch_is_cut_into_steps_and_micro_batches_as_documented(lm):
+    accelerator = train.make_accelerator(run_of())
+    plan = train._Plan.of(run_of(), accelerator)
+    assert (plan.sequences, plan.micro_batches, plan.step_tokens, plan.steps) == (4, 2, 64, 12)
+    odd = run_of(tokens=1000, batch_tokens=80, micro_batch_tokens=20)  # 16 whole tokens of 20
+    plan = train._Plan.of(odd, accelerator)
+    assert (plan.sequences, plan.micro_batches, plan.step_tokens, plan.steps) == (2, 5, 80, 12)
+
+
+# --- several processes --------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def spec_text(inputs, **changes):
+    fields = {
+        "model": inputs / "gpt_neox",
+        "data": f"{{path: {inputs / 'text.jsonl'}, context_length: {CONTEXT}}}",
+        "expansion_factor": 8,
+        "k": 2,
+        "tokens": 12 * 64,
+        "batch_tokens": 64,
+        "micro_batch_tokens": 32,
+        "dead_tokens": 60,
+        "learning_rate": 0.01,
+    }
+    return "".join(f"{name}: {value}\n" for name, value in (fields | changes).items())
+
+
+def results(data):
+    (folder,) = (data / "store" / "train").iterdir()
+    return store.read(folder), pd.read_csv(folder / "log.csv").drop(columns="tokens_per_second")
+
+
+def weights(data):
+    from mlsae_core.sae import MLSAE
+
+    return MLSAE.from_pretrained(results(data)[0].path)
+
+
+def test_two_processes_train_what_one_does_and_one_of_them_writes(
+    inputs, processes, tmp_path, capfd
+):
+    (tmp_path / "spec.yml").write_text(spec_text(inputs))
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    port, arguments = free_port(), ["train", str(tmp_path / "spec.yml")]
+    started = [
+        processes.Process(target=workers.command, args=(arguments, both, (rank, 2, port)))
+        for rank in (0, 1)
+    ] + [processes.Process(target=workers.command, args=(arguments, alone))]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+    assert [process.exitcode for process in started] == [0, 0, 0]
+    for name, parameter in weights(alone).named_parameters():
+        other = weights(both).get_parameter(name)
+        torch.testing.assert_close(other, parameter, rtol=1e-3, atol=1e-4)
+    pd.testing.assert_frame_equal(results(alone)[1], results(both)[1], rtol=1e-3)
+    assert not [path for path in both.rglob(".*") if path.suffix != ".lock"]  # no leftovers
+    assert capfd.readouterr().out.count("dead latents") == 2  # one line for each command
+
+
+def test_a_killed_process_is_continued_exactly(inputs, processes, tmp_path):
+    (tmp_path / "spec.yml").write_text(spec_text(inputs))
+    arguments = ["train", str(tmp_path / "spec.yml")]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed.mkdir()
+    first = processes.Process(target=workers.slow_command, args=(arguments, killed, 5))
+    other = processes.Process(target=workers.command, args=(arguments, whole))
+    first.start()
+    other.start()
+    for _ in range(6000):
+        if (killed / "ready").exists():
+            break
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGKILL)
+    first.join(300)
+    assert first.exitcode == -signal.SIGKILL
+    assert list((killed / "store" / "checkpoints").glob("*.safetensors"))
+    assert not (killed / "store" / "train").exists()
+    again = processes.Process(target=workers.command, args=(arguments, killed))
+    again.start()
+    again.join(300)
+    other.join(300)
+    assert (again.exitcode, other.exitcode) == (0, 0)
+    mine, theirs = results(killed), results(whole)
+    assert (
+        mine[0].meta["files"]["model.safetensors"] == theirs[0].meta["files"]["model.safetensors"]
+    )
+    pd.testing.assert_frame_equal(mine[1], theirs[1], check_exact=True)
+    assert not list((killed / "store" / "checkpoints").iterdir())
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def test_text_of_nothing_but_special_tokens_stops_with_a_message(lm):
+    blocks = TokenBlocks(np.full((8, CONTEXT), EOS, np.int32))
+    with pytest.raises(store.Stopped, match=r"tokens are special.*after step 0 of 12; no checkpoi"):
+        train.train(run_of(), lm, blocks)
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(lm, blocks, tmp_path, monkeypatch):
+    checkpoint, real, calls = tmp_path / "checkpoint", objective.loss, itertools.count(1)
+
+    def broken(*arguments):
+        loss = real(*arguments)
+        return loss._replace(total=loss.total * float("nan")) if next(calls) > 6 else loss
+
+    monkeypatch.setattr(objective, "loss", broken)
+    with pytest.raises(store.Stopped, match=r"loss is nan, after step 3 of 12; the last good"):
+        train.train(run_of(), lm, blocks, checkpoint=checkpoint, checkpoint_seconds=0)
+    assert store.load_checkpoint(checkpoint)["state"]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": 129}, r"k: expected at most the 128 latents.*got 129"),
+        ({"layers": [3]}, r"layers: expected block indices from 0 to 2.*got 3"),
+        ({"precision": "fp16"}, r"precision: expected fp32 on this machine.*got fp16"),
+    ],
+)
+def test_what_does_not_fit_is_refused(lm, blocks, changes, message):
+    if "precision" in changes and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(SpecError, match=message):
+        train.train(run_of(**changes), lm, blocks)
+
+
+def test_batches_that_cannot_be_dealt_evenly_are_refused():
+    class Three:
+        num_processes, process_index = 3, 0
+
+    with pytest.raises(SpecError, match=r"batch_tokens: expected a multiple of 3 micro-batches"):
+        train._Plan.of(run_of(), Three())
+
+
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(lm, blocks, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    with pytest.raises(store.Stopped):
+        train.train(run_of(), lm, blocks, checkpoint=checkpoint, should_stop=lambda step: True)
+    with pytest.raises(store.StoreError, match="belongs to another run; delete it to start anew"):
+        train.train(run_of(seed=1), lm, blocks, checkpoint=checkpoint)
+    content = store.load_checkpoint(checkpoint)
+    del content["sae"]["pre_bias"]
+    store.save_checkpoint(checkpoint, content)
+    with pytest.raises(store.StoreError, match="expected a checkpoint of this run"):
+        train.train(run_of(), lm, blocks, checkpoint=checkpoint)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-10])
+    with pytest.raises(store.StoreError, match="damaged checkpoint"):
+        train.train(run_of(), lm, blocks, checkpoint=checkpoint)
+
+
+def test_a_checkpoint_does_not_depend_on_where_model_and_text_lie(lm, blocks, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    with pytest.raises(store.Stopped):
+        train.train(run_of(), lm, blocks, checkpoint=checkpoint, should_stop={3}.__contains__)
+    moved = run_of(model="/elsewhere/tiny", data={"path": "t.jsonl", "context_length": CONTEXT})
+    assert digest(train.train(moved, lm, blocks, checkpoint=checkpoint)) == digest(
+        train.train(run_of(), lm, blocks)
+    )
+
+
+def test_trackers_must_be_known_and_installed():
+    with pytest.raises(SpecError, match=r"--track: expected one of .*tensorboard.*, got sheet"):
+        train.check_trackers(("sheet",))
+    missing = [
+        name
+        for name in ("tensorboard", "wandb", "aim", "mlflow", "comet_ml")
+        if name not in train.get_available_trackers()
+    ]
+    if not missing:
+        pytest.skip("all trackers are installed")
+    with pytest.raises(SpecError, match=rf"got {missing[0]}, whose package is missing; `pip inst"):
+        train.check_trackers((missing[0],))
+
+
+@pytest.mark.gpu
+def test_runs_of_different_precisions_in_one_process(blocks):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    lm = LanguageModel(tiny_network().to("cuda"), tiny_tokenizer())
+    logs = [
+        train.train(run_of(precision=name), lm, blocks).log for name in ("fp32", "bf16", "fp16")
+    ]
+    assert all(log.fvu.iloc[-1] < log.fvu.iloc[0] for log in logs)
