@@ -7,6 +7,7 @@ that need torch or transformers are imported where something is computed: lookin
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -113,7 +114,8 @@ class Session:
         from mlsae_core.lm import LanguageModel
 
         if spec not in self._models:
-            loaded = LanguageModel.load(spec, self.device)
+            with _reading(f"model.path: {spec.path} could not be loaded"):
+                loaded = LanguageModel.load(spec, self.device)
             self._models = {spec: loaded}  # one at a time: models are large
         return self._models[spec]
 
@@ -301,19 +303,29 @@ def _config(model: ModelSpec):
     from transformers import AutoConfig
 
     folder = store.model_folder(model.path)
-    try:
+    known = ", ".join(store.shipped_models())
+    with _reading(
+        f"model.path: expected a shipped name ({known}), a Hugging Face folder or a hub id, got "
+        f"{model.path}, whose config.json cannot be read"
+    ):
         found = AutoConfig.from_pretrained(
             folder or model.path, revision=None if folder else model.revision
         ).get_text_config()
         if min(found.num_hidden_layers, found.hidden_size, found.vocab_size) < 1:
             raise ValueError("a dimension is 0")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise SpecError(
-            f"model.path: expected a shipped name ({', '.join(store.shipped_models())}), a Hugging "
-            f"Face folder or a hub id, got {model.path}, whose config.json cannot be read: {reason}"
-        ) from error
     return found
+
+
+@contextlib.contextmanager
+def _reading(failure: str):
+    """Errors of other libraries, of many kinds and lengths, become one line."""
+    try:
+        yield
+    except SpecError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise SpecError(f"{failure}: {reason}") from error
 
 
 def check(run: RunSpec):
@@ -339,13 +351,8 @@ def check(run: RunSpec):
 def _load_lens(run: RunSpec, lm: LanguageModel) -> Lens:
     from mlsae_core.lens import Lens
 
-    try:
+    with _reading(f"basis: {run.site.basis} could not be loaded"):
         lens = Lens.load(run.site, lm.device)
-    except SpecError:
-        raise
-    except Exception as error:  # json, pickle and safetensors have each their own
-        reason = " ".join(str(error).split())[:200]
-        raise SpecError(f"basis: cannot read {run.site.basis}: {reason}") from error
     expected = (lm.n_layers, lm.d_model, lm.d_model)
     if not lens.is_identity and lens.weight.shape != expected:
         raise SpecError(
