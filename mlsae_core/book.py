@@ -122,7 +122,7 @@ def mathml(tex: str, display: bool = False) -> str:
     except Exception as error:  # quickjs has one exception class of its own
         raise ValueError(str(error).split("\n")[0]) from None
     tree = ElementTree.fromstring(html)[0]
-    for element in tree.iter():
+    for element in list(tree.iter()):
         tag = element.tag.removeprefix(f"{{{MATHML}}}")
         variant = element.get("mathvariant")
         if variant and variant != "normal":
@@ -132,6 +132,8 @@ def mathml(tex: str, display: bool = False) -> str:
             element.attrib.update(lspace="0", rspace="0")
         if tag == "mtable" and "columnalign" in element.attrib:
             _align_columns(element)
+        if tag in ("mrow", "mstyle"):
+            _set_functions_apart(element)
     return ElementTree.tostring(tree, encoding="unicode")
 
 
@@ -148,6 +150,17 @@ def _styled(char: str, variant: str) -> str:
         except KeyError:
             pass
     return char
+
+
+def _set_functions_apart(row: ElementTree.Element) -> None:
+    """A thin space between a function and an argument without parentheses: ln 4096, max_j x_j."""
+    for i in range(len(row) - 2, -1, -1):
+        name, argument = row[i], next((e for e in row[i + 1].iter() if not len(e)), None)
+        if name.tag.endswith(("msub", "msup", "msubsup", "munder", "munderover")):
+            name = name[0]
+        name = name[-1] if len(name) else name
+        if name.text == "\u2061" and argument.text not in ("(", "[", "{"):
+            row.insert(i + 1, ElementTree.Element(f"{{{MATHML}}}mspace", width="0.167em"))
 
 
 def _align_columns(table: ElementTree.Element) -> None:

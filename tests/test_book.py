@@ -198,6 +198,13 @@ def test_columns_of_an_equation_are_aligned_by_css():
     assert math.get("display") == "block"
 
 
+@pytest.mark.parametrize(
+    ("tex", "spaces"), [(r"\ln 4096", 1), (r"\max_j x_j", 1), (r"\ln(4096) + \max_j\{x_j\}", 0)]
+)
+def test_a_function_stands_apart_from_an_argument_without_parentheses(tex, spaces):
+    assert book.mathml(tex).count("<mspace") == spaces
+
+
 def test_a_mistake_in_an_equation_is_an_error_that_says_where():
     with pytest.raises(ValueError, match=r"Undefined control sequence: \\relu at position 1"):
         book.mathml(r"\relu(x)")
