@@ -353,7 +353,7 @@ def test_docstrings_are_read_without_running_the_file(tmp_path):
 def packages(data, monkeypatch):
     """Two installed packages and one that is not, pinned as the corpus."""
     site = data / "site"
-    only = {"one": "Only in one, long enough to keep it.", "two": "Only in two, long enough to be kept."}
+    only = {name: f"Only in {name}, and long enough to be kept." for name in ("one", "two")}
     for name, version in (("one", "1.0"), ("two", "2.10")):
         for file in (f"{name}/a.py", f"{name}/tests/b.py", f"{name}/c.txt"):
             (site / file).parent.mkdir(parents=True, exist_ok=True)
@@ -379,12 +379,12 @@ def test_the_corpus_is_every_distinct_long_docstring_in_the_order_of_hashes(pack
     documents = text.docstrings()
     assert len(documents) == 7  # five of the source, one of each package; no test, nothing twice
     assert documents == sorted(documents, key=text._digest)
-    assert "Only in one, long enough to keep it." in documents
+    assert "Only in one, and long enough to be kept." in documents
     assert "differ" not in capsys.readouterr().err
     (made,) = store.artefacts("documents")
     by_package = made.meta["characters_per_package"]
     assert sum(by_package.values()) == sum(map(len, documents))
-    assert by_package["two"] == len("Only in two, long enough to be kept.")
+    assert by_package["two"] == len("Only in two, and long enough to be kept.")
 
 
 def test_drift_is_said_with_its_share_and_changes_no_key(packages, capsys, monkeypatch):

@@ -1,0 +1,143 @@
+"""Training a language model from a recipe: exact continuation, its folder, bad recipes."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from workers import sentences
+
+from mlsae_core import pretrain, spec, store, text
+from mlsae_core.__main__ import main
+from mlsae_core.lm import LanguageModel
+from mlsae_core.spec import ModelSpec, SpecError
+
+RECIPE = {
+    "description": "A tiny model.",
+    "architecture": {
+        "model_type": "gpt_neox",
+        "num_hidden_layers": 2,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    },
+    "data": {"context_length": 16},
+    "vocab_size": 300,
+    "tokens": 12 * 128,
+    "batch_tokens": 128,
+    "micro_batch": 3,
+}
+
+
+@pytest.fixture
+def corpus(data, monkeypatch):
+    """A small corpus in the place of the docstrings."""
+    (data / "docstrings.yml").write_text("minimum_characters: 32\npackages: {none: 1.0}\n")
+    monkeypatch.setattr(text, "docstrings", lambda: sentences(400))
+
+
+def write(name, **changes):
+    folder = store.MODELS / name
+    folder.mkdir(parents=True)
+    values = {n: v for n, v in (RECIPE | changes).items() if v is not None}
+    (folder / "recipe.yml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def contents(folder):
+    log = pd.read_csv(folder / "log.csv")
+    return load_file(folder / "model.safetensors"), log
+
+
+def test_a_stopped_training_continues_exactly_and_ends_in_a_model_folder(corpus, monkeypatch):
+    whole = pretrain.pretrain(write("whole").name)
+    stopped = write("stopped")
+    for _ in range(11):
+        pretrain.pretrain("stopped", stop_after=0)  # one step a call
+        assert not (stopped / "config.json").exists()
+    pretrain.pretrain("stopped")
+    (weights, log), (others, other_log) = contents(whole), contents(stopped)
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    pd.testing.assert_frame_equal(log, other_log, check_exact=True)
+
+    assert list(log.tokens) == [128 * step for step in range(1, 13)]
+    assert log.train.iloc[-1] < log.train.iloc[0]
+    facts = json.loads((whole / "training.json").read_text())
+    assert facts["training_tokens"] == 12 * 128
+    assert "A tiny model." in (whole / "README.md").read_text()
+    assert (whole / "recipe.yml").is_file()
+    model = LanguageModel.load(ModelSpec("whole"))
+    assert (model.n_layers, model.d_model, model.max_positions) == (2, 16, 16)
+    validation = text.blocks(spec.DataSpec(context_length=16), model.tokenizer, "validation")
+    loss = pretrain.validation_loss(model.model, validation)
+    assert loss == pytest.approx(facts["validation_loss"], abs=1e-3)
+    assert loss == pytest.approx(log.validation.iloc[-1], abs=0.5)
+
+
+def test_a_loss_that_is_not_finite_stops_with_exit_code_1(corpus, monkeypatch, capsys):
+    write("model")
+    real = pretrain._loss
+    monkeypatch.setattr(pretrain, "_loss", lambda *a: real(*a) * float("nan"))
+    assert main(["pretrain", "model"]) == 1
+    assert "error: loss is nan at step 1" in capsys.readouterr().err
+
+
+def test_models_share_a_tokenizer(corpus):
+    pretrain.pretrain(write("first", tokens=128).name)
+    second = write("second", tokens=128, tokenizer="first")
+    pretrain.pretrain("second")
+    ours, theirs = ((store.MODELS / n / "tokenizer.json").read_text() for n in ("first", "second"))
+    assert ours == theirs
+    assert (second / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 100}, "recipe.tokens: expected a number of at least 128, got 100"),
+        ({"tokens": None}, "recipe.tokens: missing"),
+        ({"batch_tokens": 8}, "recipe.batch_tokens: expected a number of at least 16, got 8"),
+        ({"micro_batch": 0}, "recipe.micro_batch: expected a number above 0"),
+        ({"architecture": {"hidden_size": 4}}, "recipe.architecture: expected `model_type`"),
+        ({"architecture": {"model_type": "none"}}, "recipe.architecture: "),
+        ({"architecture": 3}, "recipe.architecture: expected fields, got 3"),
+        ({"tokenizer": "nobody/nothing"}, "recipe.tokenizer: expected one of"),
+        ({"tokenizr": "x"}, "recipe.tokenizr: unknown field; did you mean `tokenizer`?"),
+        ({"data": {"path": "no.jsonl", "context_length": 16}}, "data.path: expected docstrings"),
+    ],
+)
+def test_bad_recipes_are_named(corpus, changes, message, capsys):
+    write("model", **changes)
+    assert main(["pretrain", "model"]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not list(store.MODELS.rglob("model.safetensors"))
+
+
+def test_a_recipe_is_found_by_name_or_path(corpus):
+    folder = write("model-1.4b")
+    by_name = pretrain.read_recipe("model-1.4b")
+    assert by_name == pretrain.read_recipe(folder / "recipe.yml") == (by_name[0], folder)
+    with pytest.raises(SpecError, match=r"recipe: expected a YAML file or one of model-1\.4b, got"):
+        pretrain.read_recipe("none")
+
+
+def test_muon_moves_along_an_orthogonal_matrix():
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(pretrain.orthogonalize(torch.randn(2, 6, 10)))
+    assert ((values > 0.6) & (values < 1.3)).all()
+    tall = torch.randn(1, 10, 6)
+    u, _, v = torch.linalg.svd(tall[0], full_matrices=False)
+    direction = torch.nn.functional.cosine_similarity(
+        pretrain.orthogonalize(tall)[0].flatten(), (u @ v).flatten(), dim=0
+    )
+    assert direction > 0.95
+
+
+def test_the_rate_rises_then_falls_to_almost_nothing():
+    rates = [pretrain._rate(step, 100, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == 1
+    assert rates[-1] == pytest.approx(1 / 90)
