@@ -115,7 +115,7 @@ charts.training_curves(
 
 # %% tags=["hide-input"]
 settings = pd.json_normalize(flat(experiment.runs[0][1]))
-settings.T.rename(columns={0: "value"})
+settings.T.rename(columns={0: "value"}).astype(str)
 
 # %% [markdown]
 # ## How this page was made

@@ -243,7 +243,7 @@ def test_an_unreachable_hub_id_is_one_clear_error(monkeypatch):
 
 
 def test_unknown_folder_layer_hook_point_and_bad_tokens_are_refused():
-    with pytest.raises(SpecError, match=r"model: no folder ./nowhere"):
+    with pytest.raises(SpecError, match=r"model.path: expected a shipped name.* got ./nowhere"):
         LanguageModel.load(ModelSpec("./nowhere/at/all"))
     lm, tokens = tiny_lm(), tiny_tokens()
     with pytest.raises(SpecError, match=r"layers: expected .* from 0 to 2 of gpt_neox, got \[3\]"):
