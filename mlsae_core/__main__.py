@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from mlsae_core import __version__, store
 from mlsae_core.spec import EvaluateSpec, SpecError, build, load_experiment, load_run
@@ -153,12 +152,15 @@ def _status(options: argparse.Namespace):
     rows = []
     for stage in store.STAGES:
         for artefact in store.artefacts(stage):
-            state = "shipped" if Path(artefact.path).is_relative_to(store.SHIPPED) else "stored"
-            rows.append({**pipeline.provenance(artefact), "state": state})
+            state = "shipped" if artefact.path.is_relative_to(store.SHIPPED) else "stored"
+            row = pipeline.provenance(artefact)
+            if isinstance(row["tokens"], dict):  # of each split
+                row["tokens"] = sum(row["tokens"].values())
+            rows.append({**row, "state": state})
     if not rows:
         return print(f"no results yet, neither in {store.SHIPPED} nor in {store.STORE}")
     columns = ["stage", "key", "state", "tokens", "seconds", "written"]
-    return _show(pd.DataFrame(rows, columns=columns))
+    return _show(pd.DataFrame(rows, columns=columns).astype({"tokens": "Int64"}))
 
 
 def _pretrain(options: argparse.Namespace):

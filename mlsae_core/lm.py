@@ -15,15 +15,16 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from mlsae_core import store
 from mlsae_core.spec import HookPoint, ModelSpec, SpecError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _MLP_NAMES = ("mlp", "ffn", "feed_forward", "block_sparse_moe")
 # A norm on the MLP's output, inside the residual branch (Gemma 2, Gemma 3, OLMo 2).
@@ -97,6 +98,10 @@ class LanguageModel:
             SpecError: the folder, weights, configuration or tokenizer is missing or unreadable, or
                 the architecture does not fit.
         """
+        # Half of the time that a chapter's imports take; needed where a model is loaded.
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+
         path, name, revision = _resolve(model)
         transformers_logging.disable_progress_bar()  # shards, not seconds: noise in every notebook
         dtype = getattr(torch, model.dtype)

@@ -529,8 +529,8 @@ def _operations(stage: str, run: RunSpec, settings: EvaluateSpec | None) -> floa
     model = 24 * depth * width**2 + 4 * depth * width * run.data.context_length
     layers = len(run.site.indices(depth))
     encode = 2 * layers * width * width * run.sae.expansion_factor
-    if stage == "train":
-        return run.train.tokens * (model + 2.5 * encode) * 2
+    if stage == "train":  # decoding and the gradients touch k latents: a tenth of it
+        return run.train.tokens * (model + 1.1 * encode) * 2
     replaced = layers * (model / 2 + 8 * vocabulary * width) if stage == "evaluate" else 0
     return settings.tokens * (model + encode + replaced) * 2
 
