@@ -47,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(argument.lower(), metavar=argument, help=about, **options)
         if mode:
             group = sub.add_mutually_exclusive_group()
-            group.add_argument("--force", action="store_true", help="compute anew what exists")
+            group.add_argument("--force", action="store_true", help="compute this stage anew, "
+                               "into data/store; the book still reads shipped results")  # fmt: skip
             group.add_argument("--read-only", action="store_true", help="compute nothing; fail on "
                                "a missing result and name the nearest one")  # fmt: skip
         return sub
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before transformers is imported
     try:
         _COMMANDS[options.command](options)
-    except (SpecError, store.Stopped) as error:
+    except (SpecError, store.Stopped, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, SpecError) else 1
     except KeyboardInterrupt:

@@ -2,8 +2,9 @@
 
 A spec holds everything that can change a number and nothing that cannot: precision is in it, the
 device, the number of workers and the paths of outputs are not. Fields left out of a YAML file get
-documented defaults, and derived defaults (``None`` in the signature) are resolved when the spec is
-built, so two files that mean the same run have the same canonical JSON.
+documented defaults, and derived ones (``None`` in the signature) are resolved when the spec is
+built. Exceptions are `aux_k` and `layers: all`, whose values need the model: written out they make
+another key.
 """
 
 from __future__ import annotations
@@ -62,6 +63,13 @@ class Spec:
             value = getattr(self, name)
             self._require(value is None or value > 0, name, "a number above 0")
 
+    def _path(self, name: str, expected: str):
+        """Refuse a path that no file system takes, or that would break a message's line."""
+        value = getattr(self, name)
+        fine = value.strip() != "" and value.isprintable()
+        fine = fine and max(len(os.fsencode(part)) for part in value.split("/")) < 256
+        self._require(fine, name, expected)
+
     def _seed(self, name: str):
         value = getattr(self, name)
         self._require(value is None or 0 <= value < 2**32, name, "a number from 0 to 2**32 - 1")
@@ -87,7 +95,7 @@ class ModelSpec(Spec):
 
     def __post_init__(self):
         super().__post_init__()
-        self._require(self.path.strip() != "", "path", "a shipped name, a folder or a hub id")
+        self._path("path", "a shipped name, a folder or a hub id")
         self._seed("random_weights")
 
 
@@ -115,7 +123,7 @@ class DataSpec(Spec):
 
     def __post_init__(self):
         super().__post_init__()
-        self._require(self.path.strip() != "", "path", "docstrings, a file, a folder or a hub id")
+        self._path("path", "docstrings, a file, a folder or a hub id")
         self._require(self.context_length >= 2, "context_length", "a number of at least 2")
 
 
@@ -149,6 +157,7 @@ class SiteSpec(Spec):
                 "layers",
                 "`all` or increasing block indices from 0",
             )
+        self._path("basis", "`identity` or a tuned-lens folder")
         residual = (self.source, self.target) == ("residual", "same")
         self._require(
             residual or self.basis == "identity",

@@ -359,6 +359,16 @@ def test_activations_that_are_not_finite_stop_with_exit_code_1(call, monkeypatch
     assert "no checkpoint was written" in err
 
 
+def test_a_full_disk_is_one_line_and_exit_code_1(call, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "write", full)
+    code, _, err = call("train", "SPEC")
+    assert code == 1
+    assert err.splitlines()[-1] == "error: [Errno 28] No space left on device"
+
+
 def test_measuring_only_special_tokens_stops_with_exit_code_1(call, monkeypatch):
     assert call("train", "SPEC")[0] == 0
     keep = lm.LanguageModel.keep_mask
