@@ -48,16 +48,17 @@ distributions = session.distributions(run, experiment.evaluate)
 arrays, numbers = pipeline.read_distributions(distributions)
 charts.heatmap(
     analysis.latent_table(arrays),
-    title="Most latents are active over several neighbouring layers, few at one",
-    subtitle="A column is a latent; columns are sorted by mean layer. Move the slider to keep only "
-    "the sharply located ones.",
+    title="Most latents are spread over several layers; few belong to one",
+    subtitle="A column is a latent, 600 of 2,048 evenly spaced in the order of their mean layer. Move "
+    "the slider to keep the sharply located ones.",
 )
 
 # %% [markdown]
-# **What to see.** The columns change gradually from left to right. About a third of the latents (the
-# left edge) belong mainly to the first layer; the others are spread over neighbouring layers, later
-# and later. Move the slider to 0.5 and roughly a third of the columns stay; at 0.9, one in forty. So
-# the dictionary is shared in earnest, and yet the layers are not interchangeable.
+# **What to see.** The columns change gradually from left to right. For more than a third of the latents
+# the first layer has the largest share, but for only one in ten more than half. Move the slider to 0.5
+# and roughly a third of the columns stay; at 0.9, one in forty. So the dictionary is shared in earnest,
+# and yet the layers are not interchangeable. (Here every token at which a latent is active counts the
+# same; the paper's heatmaps weight tokens by activation.)
 #
 # **What would contradict it.** If a dictionary shared by all layers were only six dictionaries in
 # one, every column would be a single dark cell, and the slider would fade nothing before its right
@@ -73,10 +74,12 @@ analysis.variance_table(numbers).set_index("quantity")
 
 # %% [markdown]
 # The first ratio says that more than half of the spread over layers is found *within* single
-# latents: it lies at the lower end of the paper's range, and far below the 1 that shuffled layers
-# give. The second does not agree with the paper: here more than a quarter of a latent's spread is
-# left at a single token, where the paper's larger models have at most a tenth. In this small model a
-# latent that fires at a token tends to fire at several layers at once.
+# latents: it lies at the lower end of the paper's range, and far below the 1 of the column
+# *permuted*. The second does not agree with the paper: here more than a quarter of a latent's spread is
+# left at a single token, where the paper reports at most a tenth. The model, $R$, $k$ and the length of
+# training all differ from the paper's, and so does the estimator: the released code averages ratios
+# over batches and counts tokens where a latent is inactive, so its distributions do not sum to one.
+# This page does not say which of these matters.
 #
 # ## What this book is
 #

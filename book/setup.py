@@ -53,9 +53,10 @@ charts.loss_curve(
 
 # %% [markdown]
 # **What to see.** A model that knows nothing has a loss of $\ln 4096 \approx 8.3$ nats, and one that knows
-# the frequencies of tokens 6.7. One epoch ends at
-# the validation loss in the table, over the whole validation split. (The curve's validation points
-# read its first 256 sequences, which are a little harder.)
+# the frequencies of tokens 6.7. The table says how
+# far a model gets that knows only the previous token (*bigram*). One epoch ends far below that. The
+# curve's validation points read 256 sequences, the table's loss all of the validation split; the
+# distance between the two says how much a sample of this size varies.
 #
 # **What would contradict it.** A validation loss that rises while the training loss falls: the
 # model would be learning its text by heart.
@@ -63,7 +64,7 @@ charts.loss_curve(
 # ## The text
 #
 # The embedded corpus is the docstrings of the packages that the book itself needs, read from their
-# sources without importing them. So every reader already has it, and it can be rebuilt to the byte
+# sources without importing them. So every reader already has it, and it can be rebuilt
 # from the pinned releases in `data/docstrings.yml`. A document belongs to the train, validation or
 # test split by its own hash: the splits share no document. Documents are joined by an end-of-text
 # token, 1024 at a time, and cut into sequences of 256 tokens, as in Appendix A of the paper.
@@ -72,7 +73,8 @@ charts.loss_curve(
 pipeline.corpus(session, run).set_index("split")
 
 # %% [markdown]
-# Vectors at end-of-text tokens are *excluded*: from training, from every mean and from every count.
+# Vectors at end-of-text tokens are *excluded*: from training, and from every mean and count over
+# activations. (The code released with the paper sets them to zero, so that they still count.)
 #
 # ## The vectors
 #
@@ -87,17 +89,18 @@ prompts = [
 lm = session.lm(run.model)
 charts.prompt_norms(
     analysis.prompt_norms(lm, prompts),
-    title="The vectors grow from layer to layer, at every token",
+    title="Every vector is longer after the last layer than after the first",
     subtitle="Each cell is the L2 norm of the vector after one block at one token.",
 )
 
 # %% [markdown]
-# **What to see.** From the first to the last layer the mean norm grows by a factor of about 1.7, and
-# punctuation tends to have the longest vectors. This growth is why the autoencoder standardises every vector before
+# **What to see.** From the first to the last layer the mean norm grows by a factor of about 1.7, though
+# not at every token in every block. Punctuation starts with the shortest vectors and grows most. This growth is why the autoencoder standardises every vector before
 # it reads it ({doc}`training`), and why errors are divided by a variance before they are compared
 # between layers ({doc}`evaluation`).
 #
-# **What would contradict it.** Norms that fall with the layer, or that do not depend on it.
+# **What would contradict it.** A token whose vector is shorter after the last layer than after the
+# first. A dip on the way, as at some tokens here, does not.
 #
 # In JupyterLab, type a prompt of your own:
 

@@ -14,7 +14,7 @@
 # ## The autoencoder
 #
 # Every residual-stream vector $x \in \mathbb{R}^d$, whatever its layer, is first standardised over its
-# own dimensions, $x' = (x - \mu) / \sigma$. The encoder keeps the $k$ largest of $n = R d$
+# own dimensions, $x' = (x - \mu) / (\sigma + 10^{-5})$. The encoder keeps the $k$ largest of $n = R d$
 # pre-activations, and the decoder writes the vector as a sum of the $k$ latents' directions
 # {cite:p}`gao2024`:
 #
@@ -40,7 +40,8 @@
 # \qquad \alpha = \tfrac{1}{32} .
 # $$ (eq-loss)
 #
-# The error that AuxK reconstructs is a constant to the gradient, and it is measured in the
+# The error that AuxK reconstructs is a constant to the gradient (in the code released with the paper
+# it is not), and it is measured in the
 # standardised space, so that it does not depend on the scale of a layer.
 
 # %% tags=["remove-cell"]
@@ -115,7 +116,7 @@ charts.training_curves(
 
 # %% tags=["hide-input"]
 settings = pd.json_normalize(flat(experiment.runs[0][1]))
-settings.T.rename(columns={0: "value"}).astype(str)
+settings.T.rename(columns={0: "value"}).fillna("default").astype(str)
 
 # %% [markdown]
 # ## How this page was made

@@ -132,6 +132,8 @@ def mathml(tex: str, display: bool = False) -> str:
             element.attrib.update(lspace="0", rspace="0")
         if tag == "mtable" and "columnalign" in element.attrib:
             _align_columns(element)
+        if tag in ("msup", "msubsup") and element[-1].text == "′":
+            _lower_prime(element)
         if tag in ("mrow", "mstyle"):
             _set_functions_apart(element)
     return ElementTree.tostring(tree, encoding="unicode")
@@ -150,6 +152,15 @@ def _styled(char: str, variant: str) -> str:
         except KeyError:
             pass
     return char
+
+
+def _lower_prime(script: ElementTree.Element) -> None:
+    """The prime of a mathematical font is raised and small already: set it beside its letter."""
+    base, *sub, prime = script
+    letter = ElementTree.Element(f"{{{MATHML}}}mrow")
+    letter.extend([base, prime])
+    script[:] = [letter, *sub]
+    script.tag = f"{{{MATHML}}}{'msub' if sub else 'mrow'}"
 
 
 def _set_functions_apart(row: ElementTree.Element) -> None:
@@ -273,6 +284,9 @@ def readme_figure(root: Path) -> Path:
 
 def setup(app) -> dict[str, Any]:
     """Called by Sphinx, which finds this module in ``sphinx.extra_extensions`` of _config.yml."""
+    # Pages written by another version of this module are written again.
+    own = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    app.add_config_value("mlsae_book", own, "env", str)
     app.add_css_file("book.css")
     app.add_html_math_renderer("mathml", (_visit_math, None), (_visit_math_block, None))
     app.connect("config-inited", _prepare, priority=10)

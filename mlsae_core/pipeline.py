@@ -141,6 +141,9 @@ class Session:
         if self.trackers:
             accelerator.init_trackers("mlsae", config={"spec": canonical(spec)})
         checkpoint = _checkpoint(identity)
+        if self.mode == "force" and is_main_process():
+            checkpoint.unlink(missing_ok=True)
+        _wait()
         trained = train.train(
             run,
             lm,
@@ -194,10 +197,13 @@ class Session:
         return self._analysis("distributions", run, settings, fill)
 
     def sae(self, run: RunSpec) -> MLSAE:
-        """The trained dictionary of a run as a module."""
+        """The trained dictionary of a run as a module; `force` does not reach back to it."""
         from mlsae_core.sae import MLSAE
 
-        return MLSAE.from_pretrained(self.train(run).path).to(self.device).eval()
+        trained = self._made.get(("train", run_key(run)[0]))
+        if trained is None:
+            trained = Session("read-only" if self.mode == "read-only" else "cached").train(run)
+        return MLSAE.from_pretrained(trained.path).to(self.device).eval()
 
     def _analysis(self, stage: str, run: RunSpec, settings: EvaluateSpec, measure) -> Artefact:
         """`measure(folder, lm, sae, lens, batches)` writes its files and returns the tokens."""
@@ -461,7 +467,8 @@ def read_distributions(artefact: Artefact) -> tuple[dict[str, torch.Tensor], dic
 
 def suite() -> pd.DataFrame:
     """The shipped language models, one row each: size, training tokens, loss, seconds, commit."""
-    names = ("parameters", "training_tokens", "validation_loss", "seconds", "seed", "commit")
+    names = ("parameters", "training_tokens", "validation_loss", "bigram_loss", "unigram_loss")
+    names += ("seconds", "seed", "commit")
     rows = []
     for model in store.shipped_models():
         facts = json.loads((store.MODELS / model / "training.json").read_text())

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
@@ -205,6 +206,34 @@ def validation_loss(model, blocks, batch_size: int = 16, limit: int | None = Non
     return total / count
 
 
+def ngram_losses(train: np.ndarray, validation: np.ndarray, vocabulary: int) -> dict[str, float]:
+    """What a model must beat: cross-entropy of unigram and bigram counts, nats per predicted token.
+
+    Unigrams have add-one smoothing; bigrams are mixed with them by Witten and Bell's weight, the
+    number of tokens seen after the previous one over its count plus that number. Both arrays are
+    (block, position) token ids.
+    """
+
+    def pairs(blocks: np.ndarray) -> np.ndarray:
+        return blocks[:, :-1].astype(np.int64) * vocabulary + blocks[:, 1:]
+
+    unigram = np.bincount(train.ravel(), minlength=vocabulary) + 1.0
+    unigram /= unigram.sum()
+    seen, counts = np.unique(pairs(train), return_counts=True)
+    followers = np.bincount(seen // vocabulary, minlength=vocabulary)
+    total = np.bincount(seen // vocabulary, weights=counts, minlength=vocabulary)
+
+    wanted = pairs(validation).ravel()
+    place = np.searchsorted(seen, wanted).clip(max=len(seen) - 1)
+    count = np.where(seen[place] == wanted, counts[place], 0)
+    before, after = wanted // vocabulary, wanted % vocabulary
+    weight = followers[before] / np.maximum(total[before] + followers[before], 1)
+    weight[total[before] == 0] = 1.0
+    mixed = (1 - weight) * count / np.maximum(total[before], 1) + weight * unigram[after]
+    losses = {"unigram_loss": -np.log(unigram[after]).mean(), "bigram_loss": -np.log(mixed).mean()}
+    return {name: round(float(loss), 4) for name, loss in losses.items()}
+
+
 def read_recipe(path: str | Path) -> tuple[Recipe, Path]:
     """A recipe and the model folder it belongs to, from a shipped name or a recipe.yml."""
     named = store.MODELS / path / "recipe.yml"
@@ -357,6 +386,7 @@ def _write(folder: Path, training: _Training, tokenizer, state: _State):
         "distinct_tokens": training.train.blocks.size,
         "validation_tokens": training.validation.blocks.size,
         "validation_loss": round(validation_loss(model, training.validation), 4),
+        **ngram_losses(training.train.blocks, training.validation.blocks, len(tokenizer)),
         "seconds": round(state.seconds),
         "seed": recipe.seed,
         **store.provenance(),

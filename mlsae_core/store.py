@@ -166,8 +166,9 @@ def provenance() -> dict:
 
 def read(path: Path, check: bool = True) -> Artefact:
     """Read an artefact and check every file against its recorded hash."""
-    restore = "restore it with git" if path.is_relative_to(SHIPPED) else f"delete {path}"
-    remedy = f"{restore}, or compute it anew with --force"
+    shipped = f"restore it with `git checkout -- {path}`"
+    stored = f"delete {path}, or compute it anew with --force"
+    remedy = shipped if path.is_relative_to(SHIPPED) else stored
     try:
         spec = json.loads((path / "spec.json").read_text(encoding="utf-8"))
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))

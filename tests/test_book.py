@@ -205,6 +205,12 @@ def test_a_function_stands_apart_from_an_argument_without_parentheses(tex, space
     assert book.mathml(tex).count("<mspace") == spaces
 
 
+def test_a_prime_is_no_superscript_and_keeps_its_order():
+    math = ElementTree.fromstring(book.mathml(r"x'_t + \ell'"))
+    assert not {"msup", "msubsup"} & {e.tag.split("}")[1] for e in math.iter()}
+    assert "".join(math[0][0].itertext()) == "x′t+ℓ′"
+
+
 def test_a_mistake_in_an_equation_is_an_error_that_says_where():
     with pytest.raises(ValueError, match=r"Undefined control sequence: \\relu at position 1"):
         book.mathml(r"\relu(x)")

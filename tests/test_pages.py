@@ -174,5 +174,10 @@ def test_nothing_is_cut_off(open_page, name, size, tmp_path):
         page.set_viewport_size({"width": width, "height": min(height + 100, 12_000)})
         settle(page)
         page.screenshot(path=Path(folder or tmp_path) / f"{Path(name).name}-{size}-{scheme}.png")
+        begins_outside = page.locator("div.math").evaluate_all(
+            "all => all.filter(div => div.querySelector('math').getBoundingClientRect().left"
+            " < div.getBoundingClientRect().left - 1).map(div => div.textContent)"
+        )
+        assert begins_outside == []
         assert page.evaluate("document.scrollingElement.scrollWidth - innerWidth") <= 0
         assert page.complaints == []

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -141,3 +142,14 @@ def test_the_rate_rises_then_falls_to_almost_nothing():
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == 1
     assert rates[-1] == pytest.approx(1 / 90)
+
+
+def test_ngram_losses_by_hand():
+    """Three tokens; after 0 come 1 (twice) and 2 (once), and a pair never seen falls back."""
+    train, validation = np.array([[0, 1], [0, 1], [0, 2]]), np.array([[0, 1], [1, 2]])
+    unigram = np.array([4, 3, 2]) / 9  # counts 3, 2, 1 plus one each
+    weight = 2 / (3 + 2)  # two followers, three occurrences as a first token
+    expected = [(1 - weight) * 2 / 3 + weight * unigram[1], unigram[2]]
+    losses = pretrain.ngram_losses(train, validation, 3)
+    assert losses["unigram_loss"] == pytest.approx(-np.log(unigram[[1, 2]]).mean(), abs=1e-4)
+    assert losses["bigram_loss"] == pytest.approx(-np.log(expected).mean(), abs=1e-4)

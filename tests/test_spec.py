@@ -152,11 +152,8 @@ def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path):
 
 
 _scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-_values = st.recursive(
-    _scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
-    max_leaves=5,
-)
+_nested = _scalars | st.lists(_scalars, max_size=3)
+_values = _nested | st.lists(_nested, max_size=3) | st.dictionaries(st.text(max_size=5), _nested)
 
 
 @settings(max_examples=50)
