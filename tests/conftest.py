@@ -6,9 +6,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from workers import sentences, use_data, write_jsonl
 
-# A loaded machine is no failure.
-settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any")
+# A loaded machine is no failure; the same commit draws the same examples, so CI says the same twice.
+slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("same", derandomize=True, **slow)
+settings.load_profile("same")
 
 
 @pytest.fixture
