@@ -111,6 +111,15 @@ def test_a_tokenizer_must_fit(eos):
         text.check_tokenizer(tokenizer, 2)
 
 
+def test_tokens_are_those_of_one_tokenizer_and_one_end_of_documents():
+    backend = Tokenizer(models.BPE({"<a>": 0, "<b>": 1, "c": 2}, []))
+    keys = {
+        text.tokenizer_key(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end))
+        for end in ("<a>", "<b>")
+    }
+    assert len(keys) == 2
+
+
 # --- order --------------------------------------------------------------------------------------
 
 
