@@ -113,11 +113,11 @@ def test_a_tokenizer_must_fit(eos):
 
 def test_tokens_are_those_of_one_tokenizer_and_one_end_of_documents():
     backend = Tokenizer(models.BPE({"<a>": 0, "<b>": 1, "c": 2}, []))
-    keys = {
-        text.tokenizer_key(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end))
-        for end in ("<a>", "<b>")
-    }
-    assert len(keys) == 2
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<a>", pad_token="<b>")
+    definition, key = tokenizer.backend_tokenizer.to_str(), text.tokenizer_key(tokenizer)
+    tokenizer.eos_token = "<b>"
+    assert tokenizer.backend_tokenizer.to_str() == definition
+    assert text.tokenizer_key(tokenizer) != key
 
 
 # --- order --------------------------------------------------------------------------------------
