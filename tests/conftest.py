@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from workers import sentences, use_data, write_jsonl
 
-# A loaded machine is no failure; the same commit draws the same examples, so CI says the same twice.
+# A loaded machine is no failure. One commit draws one set of examples, so CI says the same twice.
 slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("same", derandomize=True, **slow)
 settings.load_profile("same")

@@ -189,9 +189,7 @@ def weights(data):
     return MLSAE.from_pretrained(results(data)[0].path)
 
 
-def test_two_processes_train_what_one_does_and_one_of_them_writes(
-    inputs, processes, tmp_path, capfd
-):
+def test_two_processes_train_what_one_does_and_one_of_them_writes(inputs, processes, tmp_path):
     (tmp_path / "spec.yml").write_text(spec_text(inputs))
     alone, both = tmp_path / "alone", tmp_path / "both"
     port, arguments = free_port(), ["train", str(tmp_path / "spec.yml")]
@@ -208,8 +206,10 @@ def test_two_processes_train_what_one_does_and_one_of_them_writes(
         other = weights(both).get_parameter(name)
         torch.testing.assert_close(other, parameter, rtol=1e-3, atol=1e-4)
     pd.testing.assert_frame_equal(results(alone)[1], results(both)[1], rtol=1e-3)
+    assert sorted(path.name for path in both.glob("*-by-*")) == ["tokens-by-0", "train-by-0"]
     assert not [path for path in both.rglob(".*") if path.suffix != ".lock"]  # no leftovers
-    assert capfd.readouterr().out.count("dead latents") == 2  # one line for each command
+    said = [path.read_text().count("dead latents") for path in sorted(tmp_path.rglob("*.out"))]
+    assert said == [1, 1, 0]  # alone, rank 0, rank 1: one line for each command
 
 
 def test_a_killed_process_is_continued_exactly(inputs, processes, tmp_path):

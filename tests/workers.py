@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from mlsae_core import store
@@ -43,9 +44,21 @@ def command(arguments: list[str], data: Path, rank: tuple[int, int, int] | None 
     use_data(data)
     if rank is not None:
         as_rank(*rank)
+        write = store.write
+
+        def write_and_mark(stage, *arguments, **options):
+            data.mkdir(exist_ok=True)
+            (data / f"{stage}-by-{rank[0]}").touch()
+            return write(stage, *arguments, **options)
+
+        store.write = write_and_mark
     from mlsae_core.__main__ import main
 
-    os._exit(main(arguments))
+    # A fork server's own output is wherever that of the test was which happened to start it.
+    data.mkdir(parents=True, exist_ok=True)
+    with open(data / f"{rank[0] if rank else 0}.out", "w") as out, redirect_stdout(out):
+        code = main(arguments)
+    os._exit(code)
 
 
 def slow_command(arguments: list[str], data: Path, checkpoint_steps: int):
