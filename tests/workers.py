@@ -40,7 +40,7 @@ def as_rank(rank: int, processes: int, port: int):
 
 
 def command(arguments: list[str], data: Path, rank: tuple[int, int, int] | None = None):
-    """Run the command line in a process of its own; its exit code is that of the process."""
+    """Run the command line in a process of its own, maybe one of several; exits with its code."""
     use_data(data)
     if rank is not None:
         as_rank(*rank)
