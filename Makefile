@@ -1,4 +1,4 @@
-# make book | test | lab | notebooks | figure | setup | clean
+# make book | test | lab | notebooks | figure | reproduce | setup | clean
 #
 # Every target first installs the project into .venv, once: a stamp there depends on the pins.
 
@@ -15,7 +15,7 @@ INPUTS := $(shell find book mlsae_core data _config.yml _toc.yml -type f \
 	-not -path 'data/store/*' -not -path '*/__pycache__/*' -not -path '*/.*' 2>/dev/null)
 
 .DEFAULT_GOAL := book
-.PHONY: setup book test lab notebooks figure clean
+.PHONY: setup book test lab notebooks figure reproduce clean
 
 setup: $(STAMP)
 
@@ -54,6 +54,11 @@ $(BUILT): $(STAMP) $(INPUTS)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest --nbval book/ tests/ $(ARGS)
+
+# Everything that is shipped, from nothing: hours. EXPERIMENTS=book/experiments/live.yml: a minute.
+EXPERIMENTS ?= $(wildcard book/experiments/*.yml)
+reproduce: $(STAMP)
+	@$(BIN)/python -m mlsae_core reproduce $(EXPERIMENTS)
 
 lab: $(STAMP)
 	@$(BIN)/jupyter lab book/

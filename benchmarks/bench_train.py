@@ -114,10 +114,82 @@ def dictionary_learning(shape: Shape, dead: float, x: torch.Tensor) -> Step:
     return step
 
 
+def saelens(sparse: bool):
+    """Its TopK step without counting what fired, which is in its favour."""
+
+    def make(shape: Shape, dead: float, x: torch.Tensor) -> Step:
+        from sae_lens.saes.sae import TrainStepInput
+        from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+
+        options = {"use_sparse_activations": sparse, "rescale_acts_by_decoder_norm": False}
+        config = TopKTrainingSAEConfig(
+            k=shape.k, d_in=shape.d_model, d_sae=shape.n_latents, device="cpu", **options
+        )
+        sae = TopKTrainingSAE(config)
+        optimiser = torch.optim.Adam(sae.parameters(), lr=1e-4)
+        mask = torch.arange(shape.n_latents) < dead * shape.n_latents
+        given = TrainStepInput(x.flatten(0, 1), {}, mask, 0, False)
+
+        def step():
+            sae.training_forward_pass(given).loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+
+        return step
+
+    return make
+
+
+def as_described(shape: Shape, dead: float, x: torch.Tensor) -> Step:
+    """The paper's method as its text describes it: dense, every quantity computed for itself.
+
+    Our own writing, not the released code: top-k of stored scores, scatter, dense decoder, one
+    more dense decoder for AuxK, autograd, projection, Adam and rescaling over whole matrices.
+    """
+    n, d, k, aux_k = shape.n_latents, shape.d_model, shape.k, shape.d_model // 2
+    encoder = torch.nn.Parameter(torch.nn.functional.normalize(torch.randn(n, d), dim=1))
+    decoder = torch.nn.Parameter(encoder.detach().T.clone())  # (d, n)
+    bias = torch.nn.Parameter(torch.zeros(d))
+    optimiser = torch.optim.Adam([encoder, decoder, bias], lr=1e-4, eps=6.25e-10)
+    since, limit = torch.zeros(n, dtype=torch.int64), 10**7
+
+    def decode(values, indices):
+        latents = torch.zeros(*values.shape[:-1], n).scatter(-1, indices, values.relu())
+        return latents @ decoder.T, latents
+
+    def step():
+        since[: int(dead * n)] = limit
+        mask = since >= limit
+        mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+        scaled = (x - mean) / (std + 1e-5)
+        scores = (scaled - bias) @ encoder.T
+        y, latents = decode(*scores.topk(k, dim=-1))
+        error = x - ((y + bias) * std + mean)
+        loss = (error.square().mean((1, 2)) / x.var((1, 2))).mean()
+        if mask.any():
+            among_dead = scores.masked_fill(~mask, -torch.inf)
+            again, _ = decode(*among_dead.topk(min(aux_k, int(mask.sum())), dim=-1))
+            left = (scaled - y - bias).detach()
+            loss = loss + ((left - again).square().mean((1, 2)) / left.var((1, 2))).mean() / 32
+        loss.backward()
+        with torch.no_grad():
+            decoder.grad -= (decoder.grad * decoder).sum(0) * decoder
+            optimiser.step()
+            optimiser.zero_grad()
+            decoder.div_(decoder.norm(dim=0))
+            fired = (latents > 1e-3).flatten(0, 1).any(0)
+            since.add_(shape.tokens).masked_fill_(fired, 0)
+
+    return step
+
+
 IMPLEMENTATIONS = {
     "sparse": ours("sparse"),
     "dense": ours("dense"),
+    "dense as in the paper's description": as_described,
     "sparsify": sparsify,
+    "saelens sparse": saelens(sparse=True),
+    "saelens dense": saelens(sparse=False),
     "dictionary_learning": dictionary_learning,
     "limit": limit,
 }
@@ -200,7 +272,7 @@ def main() -> None:
     names = [*dict.fromkeys([*options.only, "limit"])]
     rows = []
     print(json.dumps(machine(options.threads)))
-    header = f"{'shape':8}{'dead':>6}  {'implementation':22}{'vectors/s':>10}{'of limit':>10}"
+    header = f"{'shape':8}{'dead':>6}  {'implementation':36}{'vectors/s':>10}{'of limit':>10}"
     print(f"{header}{'peak MB':>9}")
     for shape in options.shape:
         vectors = SHAPES[shape].layers * SHAPES[shape].tokens
@@ -211,7 +283,7 @@ def main() -> None:
                 row = {"shape": shape, "dead": dead, "implementation": name}
                 row |= {"vectors_per_second": vectors / median, "share_of_limit": share}
                 rows.append(row | {"seconds": median, "peak_megabytes": peak})
-                line = f"{shape:8}{dead:>6.0%}  {name:22}{vectors / median:>10.0f}{share:>10.2f}"
+                line = f"{shape:8}{dead:>6.0%}  {name:36}{vectors / median:>10.0f}{share:>10.2f}"
                 print(f"{line}{peak:>9.0f}", flush=True)
     if options.json:
         content = {"machine": machine(options.threads), "results": rows}

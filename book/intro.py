@@ -91,6 +91,16 @@ analysis.variance_table(numbers).set_index("quantity")
 # | {doc}`setup` | What is the residual stream, and what do its vectors look like at each layer? |
 # | {doc}`training` | How is one dictionary trained for all layers? |
 # | {doc}`evaluation` | How much does the language model lose when it runs on reconstructions? |
+# | {doc}`drift` | How much does the residual stream change from layer to layer? |
+# | {doc}`distributions` | At which layers are latents active, over much text and at a single prompt? |
+# | {doc}`variance` | How much of the spread over layers is within a latent, how much at one token? |
+# | {doc}`tuned_lens` | Does the picture change in a basis that follows the drift? |
+# | {doc}`single_layer` | Is one dictionary for all layers as good as one for each? |
+# | {doc}`explorer` | What does a single latent stand for, and what does it do? |
+#
+# The appendices hold the rest of the paper's figures, its neighbours ({doc}`gemma_scope`), a test on
+# features that we planted ourselves ({doc}`planted`), and every definition beside its test
+# ({doc}`definitions`). {doc}`figures` maps each figure and table of the paper to its page.
 #
 # ## How to use it
 #

@@ -35,28 +35,31 @@ _, run = experiment.runs[0]
 session = pipeline.Session()
 
 # %% [markdown]
-# ## The language model
+# ## The language models
 #
-# The default model is small enough to study on a laptop, and it is not a toy: a GPT-NeoX, the
-# architecture of the Pythia suite, that learned to write docstrings from the text below.
-# The script that trained it is part of the project: `python -m mlsae_core pretrain neox-6l-128d`.
+# The models are small enough to study on a laptop, and they are not toys: GPT-NeoX, the architecture of
+# the Pythia suite, in two sizes, each of which learned to write docstrings from the text below, and
+# one, `-qa`, that was then fine-tuned to answer questions about them. The book studies
+# `neox-6l-128d` unless it says otherwise. The script that trained them is part of the project:
+# `python -m mlsae_core pretrain NAME`.
 
 # %% tags=["hide-input"]
 pipeline.suite().set_index("model").T
 
 # %% tags=["hide-input"]
 charts.loss_curve(
-    pipeline.model_log("neox-6l-128d"),
-    title="One pass over the text brings the loss below 2.9 nats, and validation follows",
-    subtitle="Cross-entropy per predicted token; the learning rate falls linearly to zero.",
+    pipeline.model_logs(),
+    title="One pass over the text, and validation follows the training loss down",
+    subtitle="Cross-entropy per predicted token; the learning rate falls linearly to zero. Choose a model.",
 )
 
 # %% [markdown]
 # **What to see.** A model that knows nothing has a loss of $\ln 4096 \approx 8.3$ nats, and one that knows
-# the frequencies of tokens 6.7. The table says how
-# far a model gets that knows only the previous token (*bigram*). One epoch ends far below that. The
-# curve's validation points read 256 sequences, the table's loss all of the validation split; the
-# distance between the two says how much a sample of this size varies.
+# the frequencies of tokens 6.7. The table says how far a model gets that knows only the previous token
+# (*bigram*). One epoch ends far below that, and the larger the model, the lower. The
+# curves' validation points read 256 sequences, the table's loss all of the validation split; the
+# distance between the two says how much a sample of this size varies. (The fine-tuned model's numbers
+# are for its own text of questions and answers.)
 #
 # **What would contradict it.** A validation loss that rises while the training loss falls: the
 # model would be learning its text by heart.

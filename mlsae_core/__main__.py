@@ -74,6 +74,15 @@ def _parser() -> argparse.ArgumentParser:
             "EXPERIMENT", "YAML file of an experiment or a run", mode=False, nargs="?")  # fmt: skip
     command("pretrain", "train a language model of the suite from its recipe", "RECIPE",
             "name under data/models, or a recipe.yml", mode=False)  # fmt: skip
+    lens = command(
+        "lens", "train the tuned lens of a language model, into data/lenses", "MODEL",
+        "name under data/models, a Hugging Face folder, or a hub id", mode=False,
+    )  # fmt: skip
+    lens.add_argument("--tokens", help="training tokens (default: those of the shipped lenses)")
+    lens.add_argument("--force", action="store_true", help="train it anew where it is there")
+    again = command("reproduce", "recompute shipped results from nothing and compare them",
+                    "EXPERIMENT", "YAML files", mode=False, nargs="+")  # fmt: skip
+    again.add_argument("--models", action="store_true", help="train the language models again too")
     return parser
 
 
@@ -170,12 +179,38 @@ def _pretrain(options: argparse.Namespace):
     print(pretrain.pretrain(options.recipe))
 
 
+def _reproduce(options: argparse.Namespace):
+    experiments = [load_experiment(path) for path in options.experiment]
+    import pandas as pd
+
+    from mlsae_core import reproduce
+
+    hours = reproduce.estimate(experiments) / 3600
+    print(f"about {hours:.1f} hours left; a killed call continues where it was", flush=True)
+    tables = [reproduce.reproduce(e).assign(experiment=e.title) for e in experiments]
+    _show(pd.concat(tables, ignore_index=True))
+    if options.models:
+        models = [p.parent.name for p in sorted(store.MODELS.glob("*/recipe.yml"))]
+        _show(pd.DataFrame([reproduce.reproduce_model(name) for name in models]))
+    deviation = max((t.deviation.max() for t in tables if len(t)), default=0.0)
+    print(f"largest deviation from what is shipped: {deviation:.2%} of a column's largest value")
+
+
+def _lens(options: argparse.Namespace):
+    from mlsae_core import tune
+
+    chosen = {} if options.tokens is None else {"tokens": options.tokens}
+    print(tune.make(options.model, build(tune.TuneSpec, chosen), options.force))
+
+
 _COMMANDS = {
+    "reproduce": _reproduce,
     "train": _train,
     "evaluate": _evaluate,
     "materialise": _materialise,
     "status": _status,
     "pretrain": _pretrain,
+    "lens": _lens,
 }
 
 

@@ -282,6 +282,7 @@ def setup(app) -> dict[str, Any]:
     own = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     app.add_config_value("mlsae_book", own, "env", str)
     app.add_css_file("book.css")
+    app.add_js_file("print.js")
     app.add_html_math_renderer("mathml", (_visit_math, None), (_visit_math_block, None))
     app.connect("config-inited", _prepare, priority=10)
     app.connect("html-page-context", _drop_thebe, priority=900)

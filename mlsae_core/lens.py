@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mlsae_core import store
 from mlsae_core.spec import SiteSpec, SpecError
 
 # Beyond this, float32 keeps less than about one digit on the way back.
@@ -52,7 +53,7 @@ class Lens:
         """The lens that a site names; a tuned lens that cannot be inverted is refused."""
         if site.basis == "identity":
             return cls.identity()
-        lens = cls.read(site.basis, site.alignment).to(device)
+        lens = cls.read(store.lens_folder(site.basis), site.alignment).to(device)
         lens.check()
         return lens
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mlsae_core import store
+from mlsae_core.products import fast_products
 from mlsae_core.spec import HookPoint, ModelSpec, SpecError
 
 if TYPE_CHECKING:
@@ -257,7 +258,8 @@ class LanguageModel:
             (..., position, vocabulary).
         """
         rows = residual.reshape(-1, *residual.shape[-2:])
-        return self._head(inputs_embeds=rows).logits.view(*residual.shape[:-1], -1)
+        with fast_products(self.device):
+            return self._head(inputs_embeds=rows).logits.view(*residual.shape[:-1], -1)
 
     # --- inside -----------------------------------------------------------------------------
 
@@ -273,7 +275,7 @@ class LanguageModel:
                     hooks.callback(handle.remove)
             last = self.blocks[max(layers)].register_forward_hook(_stop)
             hooks.callback(last.remove)
-            with suppress(_Stop):
+            with suppress(_Stop), fast_products(self.device):
                 self.base(input_ids=tokens, use_cache=False)
         return {
             point: torch.stack([found[layer] for layer in layers]) for point, found in kept.items()
@@ -336,7 +338,8 @@ class LanguageModel:
         repeat = _repeater(batch, len(stream) // batch)
         args = tuple(_map_tensors(repeat, a) for a in args)
         kwargs = {name: _map_tensors(repeat, a) for name, a in kwargs.items()}
-        return _first(self.blocks[layer](stream, *args, **kwargs))
+        with fast_products(self.device):
+            return _first(self.blocks[layer](stream, *args, **kwargs))
 
     def _check_layers(self, layers: Iterable[int]) -> list[int]:
         layers = list(layers)

@@ -31,6 +31,7 @@ from mlsae_core.spec import (
     SpecError,
     canonical,
     flat,
+    load_experiment,
     run_settings,
     to_dict,
 )
@@ -39,6 +40,7 @@ from mlsae_core.store import Artefact, Stopped, StoreError
 if TYPE_CHECKING:
     import torch
 
+    from mlsae_core.analysis.transfer import Target
     from mlsae_core.lens import Lens
     from mlsae_core.lm import LanguageModel
     from mlsae_core.sae import MLSAE
@@ -53,30 +55,54 @@ def _hash(value) -> str:
 
 def run_key(run: RunSpec) -> tuple[str, dict, dict]:
     """Key, spec and parents of a run's training: content, never paths, so it holds anywhere."""
+    parents = input_parents(run)
+    return store.key("train", run_settings(run), parents), flat(run), parents
+
+
+def input_parents(run: RunSpec) -> dict[str, str]:
+    """Content of the language model, the text and the lens, which all of a run's results need."""
     basis = run.site.basis
-    parents = {
+    return {
         "model": store.model_key(run.model.path, run.model.revision),
         "data": _hash(text.data_key(run.data)),
         "lens": "identity" if basis == "identity" else _lens_key(basis),
     }
-    return store.key("train", run_settings(run), parents), flat(run), parents
 
 
-def _lens_key(folder: str) -> str:
-    files = sorted(file for file in Path(folder).glob("*") if file.is_file())
+def drift_key(run: RunSpec, settings: EvaluateSpec) -> tuple[str, dict, dict]:
+    """Key, spec and parents of the drift: of the model and the text, whatever was trained."""
+    names = ("layers", "source", "alignment", "dtype", "random_weights", "context_length")
+    fields, parents = run_settings(run), input_parents(run)
+    read = {"tokens": settings.tokens, "split": settings.split}
+    identity = store.key("drift", {name: fields[name] for name in names} | read, parents)
+    return identity, {"run": flat(run), "drift": read}, parents
+
+
+def _lens_key(basis: str) -> str:
+    folder = store.lens_folder(basis)
+    files = [file for name in ("config.json", "params.*") for file in sorted(folder.glob(name))]
     if not files:
+        known = ", ".join(sorted(f.parent.name for f in store.DATA.glob("lenses/*/config.json")))
         raise SpecError(
             f"basis: expected `identity` or a tuned-lens folder (from {Path.cwd()}, if relative), "
-            f"got {folder}"
+            f"or the name of one under data/lenses ({known or 'none yet'}), got {basis}"
         )
     return _hash({file.name: store.source_hash(file) for file in files})
 
 
-def analysis_key(stage: str, run: RunSpec, settings: EvaluateSpec) -> tuple[str, dict, dict]:
-    """Key, spec and parents of an analysis of a trained run."""
+def analysis_key(
+    stage: str, run: RunSpec, settings: EvaluateSpec, target: Target | None = None
+) -> tuple[str, dict, dict]:
+    """Key, spec and parents of an analysis of a trained run; target: of another model than its."""
     parents = {"train": run_key(run)[0]}
-    identity = store.key(stage, to_dict(settings), parents)
-    return identity, {"run": flat(run), stage: to_dict(settings)}, parents
+    if target is None:
+        identity = store.key(stage, to_dict(settings), parents)
+        return identity, {"run": flat(run), stage: to_dict(settings)}, parents
+    parents["model"] = store.model_key(target.model.path, target.model.revision)
+    parents["data"] = _hash(text.data_key(target.data))
+    identity = store.key(stage, {**to_dict(settings), "target": target.settings()}, parents)
+    spec = {"run": flat(run), stage: to_dict(settings), "target": to_dict(target)}
+    return identity, spec, parents
 
 
 @dataclass
@@ -95,6 +121,7 @@ class Session:
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self):
+        store.provenance()  # of the code that computes, not of what is there when it ends
         self._models: dict[ModelSpec, LanguageModel] = {}
         self._made: dict[tuple[str, str], Artefact] = {}
         if self.trackers:
@@ -173,7 +200,9 @@ class Session:
         def fill(folder: Path, lm, sae, lens, batches) -> int:
             from mlsae_core import analysis
 
-            table = analysis.evaluate(lm, sae, lens, run.site, batches)
+            table = analysis.evaluate(
+                lm, sae, lens, run.site, batches, ablations=settings.ablations
+            )
             table.to_csv(folder / "evaluation.csv", index=False, float_format="%.8g")
             return int(table.tokens.iloc[0])
 
@@ -196,24 +225,146 @@ class Session:
 
         return self._analysis("distributions", run, settings, fill)
 
+    def transfer(
+        self, run: RunSpec, settings: EvaluateSpec, target: Target | None = None
+    ) -> Artefact:
+        """The dictionary at every layer of its model, or of another one: `transfer.csv`.
+
+        target: the other model and what it reads; a model of the same width.
+        """
+        if run.site.stacked:
+            raise SpecError("stacked: expected false for transfer between layers, got true")
+
+        def fill(folder: Path, lm, sae, lens, batches) -> int:
+            from mlsae_core.analysis import transfer
+
+            start = target.start if target else 0
+            batches = target.batches(lm, batches) if target else batches
+            table = transfer.across_layers(
+                lm, sae, lens, run.site, batches, ablations=settings.ablations, start=start
+            )
+            table.to_csv(folder / "transfer.csv", index=False, float_format="%.8g")
+            return int(table.tokens.iloc[0])
+
+        return self._analysis("transfer", run, settings, fill, target)
+
+    def geometry(self, run: RunSpec, settings: EvaluateSpec | None = None) -> Artefact:
+        """How similar decoder rows are: `mmcs.csv` and `cosines.csv`; reads no text."""
+        parents = {"train": run_key(run)[0]}
+        identity, spec = store.key("geometry", {}, parents), {"run": flat(run)}
+        if found := self._find("geometry", identity, spec):
+            return found
+        check(run)
+        sae = self.sae(run)
+
+        def fill(folder: Path) -> dict:
+            from mlsae_core.analysis import geometry
+
+            layers = run.site.indices(_config(run.model).num_hidden_layers)
+            summary, cosines = geometry.geometry(sae.decoder.detach(), len(layers))
+            summary.to_csv(folder / "mmcs.csv", index=False, float_format="%.8g")
+            cosines.to_csv(folder / "cosines.csv", index=False, float_format="%.8g")
+            return {}
+
+        return self._write("geometry", identity, spec, parents, fill)
+
+    def drift(self, run: RunSpec, settings: EvaluateSpec) -> Artefact:
+        """Norms and similarities of the layers' vectors: `layers.csv` and `pairs.csv`.
+
+        Needs no trained dictionary: of the run, only the model, the text and the site count.
+        """
+        identity, spec, parents = drift_key(run, settings)
+        if found := self._find("drift", identity, spec):
+            return found
+        lm, lens = self._inputs(run)
+        batches = Batches(self.blocks(run, settings.split), run, settings)
+
+        def fill(folder: Path) -> dict:
+            from mlsae_core.analysis import drift
+
+            layers, pairs = drift.drift(lm, lens, run.site, batches)
+            layers.to_csv(folder / "layers.csv", index=False, float_format="%.8g")
+            pairs.to_csv(folder / "pairs.csv", index=False, float_format="%.8g")
+            return {"tokens": int(layers.tokens.iloc[0])}
+
+        return self._write("drift", identity, spec, parents, fill)
+
+    def examples(self, run: RunSpec, settings: EvaluateSpec) -> Artefact:
+        """Top activating examples of every latent and layer: `examples.safetensors`."""
+        if run.site.stacked:
+            raise SpecError("stacked: expected false for examples per layer, got true")
+
+        def fill(folder: Path, lm, sae, lens, batches) -> int:
+            from mlsae_core.analysis import examples
+
+            arrays = examples.examples(lm, sae, lens, run.site, batches)
+            examples.save(arrays, folder / "examples.safetensors")
+            return batches.sequences * run.data.context_length
+
+        return self._analysis("examples", run, settings, fill)
+
+    def importance(self, run: RunSpec, settings: EvaluateSpec) -> Artefact:
+        """Uniformity of active latent importance, of a part of the text: `importance.csv`."""
+
+        def fill(folder: Path, lm, sae, lens, batches) -> int:
+            from mlsae_core.analysis import importance
+
+            table = importance.importance(lm, sae, lens, run.site, batches)
+            table.to_csv(folder / "importance.csv", index=False, float_format="%.8g")
+            return int(table.vectors.iloc[0])
+
+        return self._analysis("importance", run, settings, fill)
+
+    def duplicates(self, run: RunSpec, settings: EvaluateSpec) -> Artefact:
+        """Every latent's most similar other latent, and whether it takes over: `duplicates.csv`."""
+        if run.site.stacked:
+            raise SpecError("stacked: expected false for layers of a latent, got true")
+
+        def fill(folder: Path, lm, sae, lens, batches) -> int:
+            from mlsae_core.analysis import latents
+
+            table = latents.duplicates(lm, sae, lens, run.site, batches)
+            table.to_csv(folder / "duplicates.csv", index=False, float_format="%.6g")
+            return int(table.tokens.iloc[0])
+
+        return self._analysis("duplicates", run, settings, fill)
+
     def sae(self, run: RunSpec) -> MLSAE:
         """The trained dictionary of a run as a module; `force` does not reach back to it."""
         from mlsae_core.sae import MLSAE
 
-        trained = self._made.get(("train", run_key(run)[0]))
+        identity = run_key(run)[0]
+        trained = self._made.get(("train", identity))
         if trained is None:
             trained = Session("read-only" if self.mode == "read-only" else "cached").train(run)
+        trained = self.with_weights(run, trained)
         return MLSAE.from_pretrained(trained.path).to(self.device).eval()
 
-    def _analysis(self, stage: str, run: RunSpec, settings: EvaluateSpec, measure) -> Artefact:
+    def with_weights(self, run: RunSpec, trained: Artefact) -> Artefact:
+        """A trained dictionary; one shipped as its log alone: this machine's, or trained anew."""
+        if "model.safetensors" in trained.meta["files"]:
+            return trained
+        if (store.STORE / "train" / trained.key / "meta.json").is_file():
+            return store.read(store.STORE / "train" / trained.key)
+        if self.mode == "read-only":
+            raise StoreError(
+                f"train {trained.key}: its weights are not shipped; `python -m mlsae_core train "
+                "SPEC.yml --force` trains them again"
+            )
+        return Session("force").train(run)
+
+    def _analysis(
+        self, stage: str, run: RunSpec, settings: EvaluateSpec, measure, target=None
+    ) -> Artefact:
         """`measure(folder, lm, sae, lens, batches)` writes its files and returns the tokens."""
-        identity, spec, parents = analysis_key(stage, run, settings)
+        identity, spec, parents = analysis_key(stage, run, settings, target)
         if found := self._find(stage, identity, spec):
             return found
         from mlsae_core.activations import ActivationError
 
-        lm, lens = self._inputs(run)
-        batches = Batches(self.blocks(run, settings.split), run, settings)
+        read = target.read(run) if target else run
+        lm, lens = self._inputs(read)
+        batches = Batches(self.blocks(read, settings.split), read, settings)
         sae = self.sae(run)
 
         def fill(folder: Path) -> dict:
@@ -395,7 +546,8 @@ def _missing(stage: str, identity: str, spec: dict) -> str:
             "one with the same fields exists, but of other files of the model, the text or the "
             "lens, or of another version of this stage"
         )
-    command = "materialise EXPERIMENT.yml" if stage == "distributions" else f"{stage} SPEC.yml"
+    shown = ("train", "evaluate")  # what the command line computes by itself
+    command = f"{stage} SPEC.yml" if stage in shown else "materialise EXPERIMENT.yml"
     return (
         f"{stage} {identity} does not exist: {hint}; `python -m mlsae_core {command}` computes it"
     )
@@ -408,38 +560,102 @@ class Materialised(NamedTuple):
     """The finished tables of an experiment, each with the swept fields as its first columns.
 
     log: training, one row per interval. evaluation: one row per run and layer. provenance: one row
-    per artefact with key, tokens, seconds and commit. runs: (labels, run) as declared.
+    per artefact with key, tokens, seconds and commit. runs: (labels, run) as declared. artefacts:
+    stage -> (labels, artefact) of every run that has it.
     """
 
     log: pd.DataFrame
     evaluation: pd.DataFrame
     provenance: pd.DataFrame
     runs: tuple[tuple[dict, RunSpec], ...]
+    artefacts: dict[str, list[tuple[dict, Artefact]]]
 
 
 def materialise(experiment: Experiment, mode: Mode = "cached", ship: bool = False) -> Materialised:
     """Find or compute every result of an experiment; `ship` copies them to the tracked ones."""
     session = Session(mode)
-    logs, tables, notes = [], [], []
+    everything = []
     for labels, run in experiment.runs:
-        made = [session.train(run)]
-        logs.append(_labelled(pd.read_csv(made[0].file("log.csv")), labels))
-        if experiment.evaluate is not None:
-            made.append(session.evaluate(run, experiment.evaluate))
-            tables.append(_labelled(pd.read_csv(made[1].file("evaluation.csv")), labels))
-            if not run.site.stacked:
-                made.append(session.distributions(run, experiment.evaluate))
-        for artefact in made:
-            notes.append(_labelled(pd.DataFrame([provenance(artefact)]), labels))
+        for stage in ("train", *analyses(experiment, run)):
+            arguments = (run,) if stage == "train" else (run, experiment.evaluate)
+            artefact = getattr(session, stage)(*arguments)
+            everything.append((labels, artefact))
             if ship and is_main_process():
-                store.ship(artefact)
-    evaluation = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+                slim = stage == "train" and not experiment.weights
+                if stage == "train" and not slim:  # another experiment may have shipped its log
+                    artefact = session.with_weights(run, artefact)
+                store.ship(artefact, ("log.csv",) if slim else None)
+    made: dict[str, list[tuple[dict, Artefact]]] = {}
+    for labels, artefact in everything:
+        made.setdefault(artefact.meta["stage"], []).append((labels, artefact))
     return Materialised(
-        pd.concat(logs, ignore_index=True),
-        evaluation,
-        pd.concat(notes, ignore_index=True),
-        experiment.runs,
+        log=tables(made["train"], "log.csv"),
+        evaluation=tables(made.get("evaluate", []), "evaluation.csv"),
+        provenance=provenances(everything),
+        runs=experiment.runs,
+        artefacts=made,
     )
+
+
+def measure(experiment: Experiment, stage: str, **labels) -> list[tuple[dict, Artefact]]:
+    """One stage of every run of an experiment, for `tables`; nothing that it does not need.
+
+    labels: further ones, after those of the experiment, such as what sets it apart from others.
+    """
+    session, made = Session(), []
+    for swept, run in experiment.runs:
+        arguments = (run,) if stage == "train" else (run, experiment.evaluate)
+        made.append((swept | labels, getattr(session, stage)(*arguments)))
+    return made
+
+
+def swept(experiments: dict[str, str], stage: str) -> dict[str, list[tuple[dict, Artefact]]]:
+    """`measure` for several experiments: name of the sweep → path becomes name → results."""
+    return {name: measure(load_experiment(path), stage) for name, path in experiments.items()}
+
+
+def analyses(experiment: Experiment, run: RunSpec) -> list[str]:
+    """The analyses of one run of an experiment; an unknown one is refused."""
+    if experiment.evaluate is None:
+        return []
+    for name in experiment.analyses:
+        if name not in store.STAGES or not hasattr(Session, name):
+            known = ", ".join(stage for stage in store.STAGES if hasattr(Session, stage))
+            raise SpecError(f"analyses: expected some of {known}, got {name}")
+    # One vector a token has no layers to be distributed over.
+    return [n for n in experiment.analyses if not (run.site.stacked and n == "distributions")]
+
+
+def transfers(
+    run: RunSpec,
+    settings: EvaluateSpec,
+    targets: dict[str, Target],
+    mode: Mode = "cached",
+    ship: bool = False,
+) -> list[tuple[dict, Artefact]]:
+    """One dictionary measured in several models: (label, artefact) for :func:`tables`."""
+    session, made = Session(mode), []
+    for name, target in targets.items():
+        artefact = session.transfer(run, settings, target)
+        made.append(({"target": name}, artefact))
+        if ship and is_main_process():
+            store.ship(artefact)
+    return made
+
+
+def tables(made: list[tuple[dict, Artefact]], file: str) -> pd.DataFrame:
+    """One CSV file of several results as one table, the labels as its first columns."""
+    return _stack((labels, pd.read_csv(artefact.file(file))) for labels, artefact in made)
+
+
+def notes(made: list[tuple[dict, Artefact]]) -> pd.DataFrame:
+    """How several results were made, one row each, the labels as its first columns."""
+    return _stack((labels, pd.DataFrame([provenance(artefact)])) for labels, artefact in made)
+
+
+def _stack(parts) -> pd.DataFrame:
+    parts = [_labelled(table, labels) for labels, table in parts]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def _labelled(table: pd.DataFrame, labels: dict) -> pd.DataFrame:
@@ -454,12 +670,33 @@ def provenance(artefact: Artefact) -> dict:
     return {"stage": row.pop("stage"), "key": artefact.key, **row}
 
 
+def provenances(made: list[tuple[dict, Artefact]]) -> pd.DataFrame:
+    """:func:`provenance` of several results, the labels as its first columns."""
+    return _stack((labels, pd.DataFrame([provenance(a)])) for labels, a in made)
+
+
 def read_distributions(artefact: Artefact) -> tuple[dict[str, torch.Tensor], dict]:
-    """Arrays (layer, latent) and the variance decomposition of a `distributions` result."""
+    """Arrays of a `distributions` result, as `layers.derived` lists them, and its numbers."""
     from safetensors.torch import load_file
 
-    arrays = load_file(artefact.file("distributions.safetensors"))
+    from mlsae_core.analysis import layers
+
+    arrays = layers.derived(load_file(artefact.file("distributions.safetensors")))
     return arrays, json.loads(artefact.file("variances.json").read_text())
+
+
+def all_distributions(results: Materialised) -> list[tuple[dict, dict, dict]]:
+    """Labels, arrays and numbers of every `distributions` result, as `read_distributions` reads."""
+    return _read_all(results.artefacts.get("distributions", []))
+
+
+def swept_distributions(experiments: dict[str, str]) -> dict[str, list[tuple[dict, dict, dict]]]:
+    """`all_distributions` of several experiments: name of the sweep → path, as for `swept`."""
+    return {name: _read_all(made) for name, made in swept(experiments, "distributions").items()}
+
+
+def _read_all(made: list[tuple[dict, Artefact]]) -> list[tuple[dict, dict, dict]]:
+    return [(labels, *read_distributions(artefact)) for labels, artefact in made]
 
 
 # --- facts about the inputs -----------------------------------------------------------------------
@@ -476,10 +713,14 @@ def suite() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def model_log(model: str) -> pd.DataFrame:
-    """How a shipped model's loss fell: one row per (tokens, split) with `loss`, nats per token."""
-    log = pd.read_csv(store.MODELS / model / "log.csv")
-    return log.melt("tokens", ["train", "validation"], "split", "loss").dropna()
+def model_logs() -> pd.DataFrame:
+    """How the shipped models' losses fell: ``loss`` (nats per token) by model, tokens, split."""
+    logs = []
+    for model in store.shipped_models():
+        log = pd.read_csv(store.MODELS / model / "log.csv")
+        long = log.melt("tokens", ["train", "validation"], "split", "loss").dropna()
+        logs.append(long.assign(model=model))
+    return pd.concat(logs, ignore_index=True)
 
 
 def corpus(session: Session, run: RunSpec) -> pd.DataFrame:
@@ -509,8 +750,8 @@ def status(experiment: Experiment) -> pd.DataFrame:
     rows, speed = [], None
     for labels, run in experiment.runs:
         keys = {"train": run_key(run)[0]}
-        if experiment.evaluate is not None:
-            for stage in ("evaluate", "distributions")[: 1 if run.site.stacked else 2]:
+        for stage in ("evaluate", "distributions"):
+            if stage in analyses(experiment, run):
                 keys[stage] = analysis_key(stage, run, experiment.evaluate)[0]
         for stage, identity in keys.items():
             state, seconds = _state(stage, identity), 0.0

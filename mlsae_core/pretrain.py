@@ -14,7 +14,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from mlsae_core import store, text
-from mlsae_core.spec import DataSpec, Spec, SpecError, build, read_yaml
+from mlsae_core.spec import DataSpec, ModelSpec, Spec, SpecError, build, read_yaml
 from mlsae_core.store import Stopped
 
 END_OF_TEXT = "<|endoftext|>"
@@ -33,14 +33,15 @@ END_OF_TEXT = "<|endoftext|>"
 class Recipe(Spec):
     """How a language model of the suite is made.
 
-    architecture: `model_type` and the fields of its Hugging Face config. tokenizer: name of a
-    shipped model whose tokenizer is shared, or none to train one of vocab_size byte-level BPE
-    tokens. tokens: training tokens. micro_batch: sequences per forward pass
+    architecture: `model_type` and the fields of its Hugging Face config. base: in its place, the
+        name of a shipped model, or a folder, from whose weights and with whose tokenizer to start.
+    tokenizer: name of a shipped model whose tokenizer is shared, or none to train one of vocab_size
+        byte-level BPE tokens. tokens: training tokens. micro_batch: sequences per forward pass
         (small ones stay in a CPU's cache). rate_muon, rate_adam: peak learning rates.
     """
 
-    architecture: dict
-    tokens: int
+    architecture: dict = field(default_factory=dict)
+    tokens: int = field(kw_only=True)
     description: str = ""
     data: DataSpec = field(default_factory=DataSpec)
     tokenizer: str | None = None
@@ -52,6 +53,9 @@ class Recipe(Spec):
     weight_decay: float = 0.1
     warmup: float = 0.02
     seed: int = 0
+    precision: Literal["no", "bf16"] = "no"
+    storage: Literal["float32", "float16"] = "float32"
+    base: str | None = field(default=None, repr=False)  # checkpoints know a recipe by its repr
 
     _prefix = "recipe."
 
@@ -59,7 +63,12 @@ class Recipe(Spec):
         super().__post_init__()
         self._positive("vocab_size", "micro_batch", "rate_muon", "rate_adam")
         self._seed("seed")
-        self._require("model_type" in self.architecture, "architecture", "`model_type` among it")
+        if self.base is None:
+            made = "model_type" in self.architecture
+            self._require(made, "architecture", "`model_type` among it, or `base` in its place")
+        else:
+            self._require(not self.architecture, "architecture", "none beside `base`")
+            self._require(self.tokenizer is None, "tokenizer", "none beside `base`, which has one")
         for name, least in (("batch_tokens", self.data.context_length), ("tokens", "batch_tokens")):
             bound = least if isinstance(least, int) else getattr(self, least)
             self._require(getattr(self, name) >= bound, name, f"a number of at least {bound}")
@@ -85,20 +94,26 @@ def train_tokenizer(documents: list[str], vocab_size: int):
     )
 
 
+def _shipped(recipe: Recipe, name: str) -> Path:
+    """The folder of the model that a field of the recipe names."""
+    folder = store.model_folder(getattr(recipe, name))
+    if folder is None:
+        raise SpecError(
+            f"recipe.{name}: expected one of {', '.join(store.shipped_models())} or a folder, got "
+            f"{getattr(recipe, name)}"
+        )
+    return folder
+
+
 def _tokenizer(recipe: Recipe, folder: Path):
     """The tokenizer of a shipped model, or the folder's own, trained if it is not there."""
     from transformers import AutoTokenizer
 
-    if recipe.tokenizer is not None:
-        shared = store.model_folder(recipe.tokenizer)
-        if shared is None:
-            raise SpecError(
-                f"recipe.tokenizer: expected one of {', '.join(store.shipped_models())} or a "
-                f"folder, got {recipe.tokenizer}"
-            )
-        return AutoTokenizer.from_pretrained(shared)
+    for name in ("tokenizer", "base"):
+        if getattr(recipe, name) is not None:
+            return AutoTokenizer.from_pretrained(_shipped(recipe, name))
     if not (folder / "tokenizer.json").exists():
-        documents = [d for d in text.documents(recipe.data) if text.split_of(d) == "train"]
+        documents = [d for split, d in text.split_documents(recipe.data) if split == "train"]
         with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as temporary:
             train_tokenizer(documents, recipe.vocab_size).save_pretrained(temporary)
             for file in sorted(Path(temporary).iterdir(), reverse=True):  # tokenizer.json last
@@ -107,9 +122,20 @@ def _tokenizer(recipe: Recipe, folder: Path):
 
 
 def _model(recipe: Recipe, tokenizer):
-    """The untrained model, its weights drawn from the recipe's seed."""
+    """The untrained model, its weights those of the base, or drawn from the recipe's seed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if recipe.base is not None:
+        from mlsae_core.lm import LanguageModel
+
+        model = LanguageModel.load(ModelSpec(recipe.base)).model.requires_grad_(True).train()
+        limit, context = model.config.max_position_embeddings, recipe.data.context_length
+        if context > limit:
+            raise SpecError(
+                f"recipe.data.context_length: expected at most the {limit} positions of "
+                f"{recipe.base}, got {context}"
+            )
+        return model
     architecture: dict[str, Any] = dict(recipe.architecture)
     try:
         config = AutoConfig.for_model(
@@ -136,8 +162,9 @@ class Muon(torch.optim.Optimizer):
     1.4 s a step for this model on two cores, more than the rest of the step.
     """
 
-    def __init__(self, groups, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(self, groups, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -147,12 +174,12 @@ class Muon(torch.optim.Optimizer):
             state = self.state[parameters[0]]
             buffer = state.setdefault("momentum", torch.zeros_like(gradient))
             buffer.lerp_(gradient, 1 - group["momentum"])
-            update = orthogonalize(gradient.lerp_(buffer, group["momentum"]))
+            update = orthogonalize(gradient.lerp_(buffer, group["momentum"]).to(self.dtype))
             rows, columns = update.shape[1:]
             step = group["lr"] * max(1.0, rows / columns) ** 0.5
             for parameter, direction in zip(parameters, update, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(direction, alpha=step)
+                parameter.sub_(direction.to(parameter.dtype), alpha=step)
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -175,8 +202,9 @@ def _optimizers(model, recipe: Recipe) -> list[torch.optim.Optimizer]:
     shapes = dict.fromkeys(p.shape for p in hidden)
     groups = [{"params": [p for p in hidden if p.shape == shape]} for shape in shapes]
     other = [p for p in parameters if p.ndim != 2 or id(p) in embeddings]
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     return [
-        Muon(groups, lr=recipe.rate_muon, weight_decay=recipe.weight_decay),
+        Muon(groups, lr=recipe.rate_muon, weight_decay=recipe.weight_decay, dtype=dtype),
         torch.optim.AdamW(other, lr=recipe.rate_adam, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
@@ -244,6 +272,13 @@ def read_recipe(path: str | Path) -> tuple[Recipe, Path]:
     return build(Recipe, read_yaml(path, typed=True)), path.parent
 
 
+def _identity(recipe: Recipe) -> str:
+    """What a checkpoint belongs to: the recipe, and the weights from which it starts."""
+    if recipe.base is None:
+        return repr(recipe)
+    return f"{recipe!r} from {store.model_key(recipe.base, None)}"
+
+
 @dataclass
 class _State:
     """How far a training is: steps, seconds, log rows, and the losses since the last row."""
@@ -264,7 +299,8 @@ def pretrain(path: str | Path, stop_after: float | None = None) -> Path:
         Stopped: the loss is not finite; the last checkpoint is kept.
     """
     recipe, folder = read_recipe(path)
-    accelerator = Accelerator()
+    store.provenance()  # of the code that trains, not of what is there when it ends
+    accelerator = Accelerator(mixed_precision=recipe.precision)
     if accelerator.num_processes > 1:
         raise SpecError(f"pretrain: expected one process, got {accelerator.num_processes}")
     tokenizer = _tokenizer(recipe, folder)
@@ -273,10 +309,13 @@ def pretrain(path: str | Path, stop_after: float | None = None) -> Path:
     train = text.blocks(recipe.data, tokenizer, "train")
     validation = text.blocks(recipe.data, tokenizer, "validation")
     training = _Training(
-        recipe, model, _optimizers(model, recipe), train, validation,
+        recipe, accelerator, model, _optimizers(model, recipe), train, validation,
         store.STORE / "pretrain" / f"{folder.name}.safetensors",
     )  # fmt: skip
     state = training.restore()
+    if recipe.base is not None and not state.log:  # what fine-tuning has to improve on
+        loss = validation_loss(model, validation, limit=16)
+        state.log.append({"tokens": 0, "validation": round(loss, 4)})
     if training.run(state, folder.name, stop_after):
         _write(folder, training, tokenizer, state)
     return folder
@@ -287,6 +326,7 @@ class _Training:
     """What a training is made of, its steps and its checkpoint."""
 
     recipe: Recipe
+    accelerator: Accelerator
     model: Any
     optimizers: list[torch.optim.Optimizer]
     train: text.TokenBlocks
@@ -329,7 +369,8 @@ class _Training:
                 group["lr"] = peak * scale
         losses = []
         for part in tokens.split(self.recipe.micro_batch):
-            loss = _loss(model, part) * (len(part) / len(tokens))
+            with self.accelerator.autocast():
+                loss = _loss(model, part) * (len(part) / len(tokens))
             loss.backward()
             losses.append(loss.detach())
         for optimizer in self.optimizers:
@@ -357,7 +398,7 @@ class _Training:
     def save(self, state: _State):
         """Write all that the rest of the training depends on."""
         content = {
-            "recipe": repr(self.recipe),
+            "recipe": _identity(self.recipe),
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             **vars(state),
@@ -369,7 +410,7 @@ class _Training:
         if not self.checkpoint.exists():
             return _State()
         content = store.load_checkpoint(self.checkpoint)
-        if content["recipe"] != repr(self.recipe):
+        if content["recipe"] != _identity(self.recipe):
             return _State()
         self.model.load_state_dict(content["model"])
         for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
@@ -380,6 +421,8 @@ class _Training:
 
 def _write(folder: Path, training: _Training, tokenizer, state: _State):
     recipe, model = training.recipe, training.model
+    stored = getattr(torch, recipe.storage)
+    model.to(stored).float()  # what the losses below are measured on
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_tokens": recipe.tokens // recipe.batch_tokens * recipe.batch_tokens,
@@ -392,7 +435,7 @@ def _write(folder: Path, training: _Training, tokenizer, state: _State):
         **store.provenance(),
     }
     with store.atomic_folder(folder) as new:
-        model.save_pretrained(new)
+        model.to(stored).save_pretrained(new)
         tokenizer.save_pretrained(new)
         pd.DataFrame(state.log).to_csv(new / "log.csv", index=False)
         (new / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -403,6 +446,7 @@ def _write(folder: Path, training: _Training, tokenizer, state: _State):
 def _card(name: str, recipe: Recipe, facts: dict) -> str:
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
     epochs = facts["training_tokens"] / facts["distinct_tokens"]
+    subject = "questions about the" if recipe.data.path == text.QUESTIONS else "the"
     return f"""---
 license: mit
 pipeline_tag: text-generation
@@ -411,7 +455,7 @@ pipeline_tag: text-generation
 
 {recipe.description.strip()}
 
-Trained by `python -m mlsae_core pretrain {name}` on the docstrings of the packages pinned in
+Trained by `python -m mlsae_core pretrain {name}` on {subject} docstrings of the packages pinned in
 `data/docstrings.yml` ({epochs:.2f} epochs of the train split; the splits are disjoint by document
 hash). The loss is the mean cross-entropy over the whole validation split, in nats per token, with a
 context of {recipe.data.context_length} tokens. It is made to be studied, not to be used: it writes

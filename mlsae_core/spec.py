@@ -103,10 +103,10 @@ class ModelSpec(Spec):
 class DataSpec(Spec):
     """Text, and how it becomes sequences.
 
-    path: ``docstrings`` (the embedded corpus), a file or folder (.jsonl, .json, .txt, .parquet, and
-        all but the last also compressed as .zst; a .txt file's documents are its paragraphs), or
-        the id of a hub dataset, which is streamed. A relative path is looked up from the working
-        directory.
+    path: ``docstrings`` (the embedded corpus), ``docstring-questions`` (questions on it and their
+        answers), a file or folder (.jsonl, .json, .txt, .parquet, and all but the last also
+        compressed as .zst; a .txt file's documents are its paragraphs), or the id of a hub dataset,
+        which is streamed. A relative path is looked up from the working directory.
     name, split, revision: configuration, split and revision of a hub dataset.
     text_column: the column that holds a document's text.
     context_length: tokens per sequence.
@@ -134,8 +134,9 @@ class SiteSpec(Spec):
     layers: ``all`` or a list of block indices from 0.
     source, target: hook points; ``target: same`` (or the source's name) is an autoencoder, anything
         else a transcoder.
-    basis: ``identity`` or a tuned-lens folder; alignment: ``aligned`` (translator l+1 for the
-        residual stream after block l) or ``as-released`` (translator l).
+    basis: ``identity``, the name of a model whose tuned lens is under ``data/lenses``, or a folder
+        with one; alignment: ``aligned`` (translator l+1 for the residual stream after block l) or
+        ``as-released`` (translator l).
     stacked: concatenate the layers into one vector (the feature-stacked alternative).
     """
 
@@ -295,10 +296,15 @@ class RunSpec(Spec):
 
 @dataclass(frozen=True)
 class EvaluateSpec(Spec):
-    """How much of which split an analysis reads: tokens of the `test` split by default."""
+    """How much of which split an analysis reads: tokens of the `test` split by default.
+
+    ablations: also replace each layer by zero and by its mean, for the CE recovered; the evaluation
+        then takes about three times as long.
+    """
 
     tokens: int = 1_000_000
     split: Split = "test"
+    ablations: bool = True
 
     _prefix = "evaluate."
 
@@ -309,15 +315,18 @@ class EvaluateSpec(Spec):
 
 @dataclass(frozen=True)
 class Experiment:
-    """Runs that belong together: the product of `sweep` over a base run, and what to do with each.
+    """Runs that belong together: `cases` or a `sweep` over a base run, and what to do with each.
 
-    title: one line. runs: (labels, run) pairs, labels being the swept fields. evaluate: settings of
-    the evaluation, or none.
+    title: one line. runs: (labels, run) pairs, labels being the swept fields or the case. evaluate:
+    settings of the analyses, or none for training alone. analyses: which ones, names of methods of
+    `pipeline.Session`. weights: whether the trained dictionaries are shipped with their tables.
     """
 
     title: str
     runs: tuple[tuple[dict[str, Any], RunSpec], ...]
     evaluate: EvaluateSpec | None = field(default_factory=EvaluateSpec)
+    analyses: tuple[str, ...] = ("evaluate", "distributions")
+    weights: bool = True
 
 
 # --- canonical form -------------------------------------------------------------------------
@@ -547,22 +556,30 @@ def load_run(path: str | Path) -> RunSpec:
 
 
 def load_experiment(path: str | Path) -> Experiment:
-    """Read an experiment: `title`, `run`, `sweep`, `evaluate`; a bare run is one without a sweep.
+    """Read an experiment: `title`, `run`, `sweep` or `cases`, `evaluate`, `analyses`, `weights`.
 
     `sweep` maps fields (of `run`, or `model`) to lists; the runs are their product, in the order of
-    the file.
+    the file. `cases` maps a name to the fields in which that run differs from `run`; the label is
+    called `case`. A bare run is an experiment of one.
     """
     values = read_yaml(path)
     if "run" not in values:
         return Experiment(title=Path(path).stem, runs=(({}, run_from_dict(values)),))
-    _reject_unknown(values, {"title", "run", "sweep", "evaluate"})
-    base, sweep = values["run"], values.get("sweep") or {}
+    known = {"title", "run", "sweep", "cases", "evaluate", "analyses", "weights"}
+    _reject_unknown(values, known)
+    base, sweep, cases = values["run"], values.get("sweep") or {}, values.get("cases") or {}
     if not isinstance(base, dict):
         raise SpecError(f"run: expected the fields of a run, got {_shown(base)}")
     if not isinstance(sweep, dict) or not all(isinstance(v, list) and v for v in sweep.values()):
         raise SpecError(f"sweep: expected `field: [value, value]` lines, got {_shown(sweep)}")
-    runs = []
-    for combination in itertools.product(*sweep.values()):
+    if not isinstance(cases, dict) or not all(isinstance(v or {}, dict) for v in cases.values()):
+        raise SpecError(f"cases: expected `name: {{field: value}}` lines, got {_shown(cases)}")
+    if sweep and cases:
+        raise SpecError("cases: expected either `sweep` or `cases`, got both")
+    runs = [
+        ({"case": str(name)}, run_from_dict({**base, **(v or {})})) for name, v in cases.items()
+    ]
+    for combination in () if cases else itertools.product(*sweep.values()):
         chosen = dict(zip(sweep, combination, strict=True))
         run = run_from_dict({**base, **chosen})
         everything = flat(run)
@@ -574,4 +591,9 @@ def load_experiment(path: str | Path) -> Experiment:
         title=coerce("title", values.get("title", Path(path).stem), str),
         runs=tuple(runs),
         evaluate=None if off else build(EvaluateSpec, evaluate, "evaluate"),
+        **{
+            name: coerce(name, values[name], _hints(Experiment)[name])
+            for name in ("analyses", "weights")
+            if name in values
+        },
     )

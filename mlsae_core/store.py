@@ -35,7 +35,20 @@ DATA = Path(os.environ.get("MLSAE_DATA", ROOT / "data"))
 MODELS, SHIPPED, STORE = DATA / "models", DATA / "shipped", DATA / "store"
 
 # Raise a stage's version when its numbers change; tests/test_golden.py fails when they do without.
-STAGES = {"documents": 1, "tokens": 1, "train": 1, "evaluate": 1, "distributions": 1, "norms": 1}
+STAGES = {
+    "documents": 1,
+    "tokens": 1,
+    "train": 1,
+    "evaluate": 1,
+    "distributions": 2,
+    "drift": 1,
+    "geometry": 1,
+    "transfer": 1,
+    "examples": 1,
+    "importance": 1,
+    "duplicates": 1,
+    "planted": 1,
+}
 
 
 class StoreError(SpecError):
@@ -147,8 +160,12 @@ def _is_running(process: int) -> bool:
     return True
 
 
+@functools.cache
 def provenance() -> dict:
-    """Commit, versions and machine of this process, for meta.json and model cards."""
+    """Commit, versions and machine of this process, for meta.json and model cards.
+
+    Read once: long runs ask for it before they begin, since the commit may move on meanwhile.
+    """
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -192,6 +209,19 @@ def find(stage: str, identity: str) -> Artefact | None:
         if (path / "meta.json").is_file():
             return read(path)
     return None
+
+
+@contextlib.contextmanager
+def recomputing() -> Iterator[None]:
+    """Within it nothing is shipped, and the store is another one, under ``reproduced``."""
+    global SHIPPED, STORE
+    before = SHIPPED, STORE
+    STORE = STORE / "reproduced"
+    SHIPPED = STORE / "shipped"  # which is never written
+    try:
+        yield
+    finally:
+        SHIPPED, STORE = before
 
 
 def artefacts(stage: str) -> list[Artefact]:
@@ -238,11 +268,16 @@ def write(
 
 
 def ship(artefact: Artefact, only: tuple[str, ...] | None = None) -> Path:
-    """Copy an artefact (or some of its files) into the tracked results; returns where it lies."""
+    """Copy an artefact (or some of its files) into the tracked results; returns where it lies.
+
+    What is shipped already with the same content stays, and more of its files if there are any.
+    """
     target = SHIPPED / artefact.meta["stage"] / artefact.key
-    if artefact.path == target:
-        return target
     kept = artefact.meta["files"] if only is None else {n: artefact.meta["files"][n] for n in only}
+    if (target / "meta.json").is_file():
+        held = read(target, check=False).meta["files"]
+        if kept.items() <= held.items():
+            return target
     with atomic_folder(target) as folder:
         for name in kept:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -337,12 +372,19 @@ def model_folder(path: str) -> Path | None:
     return None
 
 
+def lens_folder(basis: str) -> Path:
+    """The tuned lens of that name under ``data/lenses``, else the folder `basis` itself."""
+    if Path(basis).name == basis and (DATA / "lenses" / basis / "config.json").is_file():
+        return DATA / "lenses" / basis
+    return Path(basis).expanduser()
+
+
 def model_key(path: str, revision: str | None) -> str:
     """Identity of a model: the hash of a folder's weights, config and tokenizer, or id@revision."""
     folder = model_folder(path)
     if folder is None:
         return f"{path}@{revision or 'main'}"
-    tokenizer = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+    tokenizer = ("tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt")
     patterns = ("config.json", "*.safetensors", *tokenizer)
     files = sorted(file for pattern in patterns for file in folder.glob(pattern))
     digests = {file.name: source_hash(file) for file in files}

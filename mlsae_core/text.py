@@ -34,7 +34,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from mlsae_core import store
+from mlsae_core import questions, store
 from mlsae_core.spec import DataSpec, SpecError, read_yaml
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 DOCUMENTS_PER_CHUNK = 1024  # Appendix A: so many documents are joined before cutting
 DOCSTRINGS = "docstrings"  # the path of the embedded corpus
+QUESTIONS = "docstring-questions"  # questions and answers about it
 _FORMATS = (".jsonl", ".json", ".txt", ".parquet")  # all but the last also with .zst
 
 
@@ -64,7 +65,18 @@ def documents(data: DataSpec) -> Iterable[str]:
     """
     if data.path == DOCSTRINGS:
         return docstrings()
+    if data.path == QUESTIONS:
+        return list(_questions())
     return _distinct_documents(data)
+
+
+def split_documents(data: DataSpec) -> Iterable[tuple[str, str]]:
+    """(split, document): each by its own hash, a question in the split of what it is about."""
+    if data.path == QUESTIONS:
+        return [(split, question) for question, split in _questions().items()]
+    found = documents(data)
+    pairs = ((split_of(text), text) for text in found)
+    return list(pairs) if isinstance(found, list) else pairs
 
 
 def _distinct_documents(data: DataSpec) -> Iterator[str]:
@@ -80,6 +92,20 @@ def _distinct_documents(data: DataSpec) -> Iterator[str]:
 
 
 # --- the docstring corpus -----------------------------------------------------------------------
+
+
+def _questions() -> dict[str, str]:
+    """Question → split, in the order of their hashes: no answer stands beside its docstring's next.
+
+    One that several docstrings give goes to train, so that test has none that was trained on.
+    """
+    found: dict[str, str] = {}
+    for docstring in docstrings():
+        split = split_of(docstring)
+        for question in questions.questions(docstring):
+            if split == "train" or question not in found:
+                found[question] = split
+    return dict(sorted(found.items(), key=lambda pair: _digest(pair[0])))
 
 
 def corpus_pins() -> dict[str, str]:
@@ -320,13 +346,15 @@ def _reason(error: Exception) -> str:
 
 def is_streamed(data: DataSpec) -> bool:
     """Whether the text comes from a hub data set, whose length is not known."""
-    return data.path != DOCSTRINGS and not local_files(data)
+    return data.path not in (DOCSTRINGS, QUESTIONS) and not local_files(data)
 
 
 def data_key(data: DataSpec) -> dict:
     """What identifies the text: package pins, hashes of local files, or a hub id and revision."""
     if data.path == DOCSTRINGS:
         return {DOCSTRINGS: _corpus()}
+    if data.path == QUESTIONS:
+        return {QUESTIONS: _corpus(), "code": store.source_hash(Path(questions.__file__))}
     if files := local_files(data):
         hashes = [[_format(file), store.source_hash(file)] for file in files]
         return {"files": hashes, "text_column": data.text_column}
@@ -525,11 +553,10 @@ def _pack_splits(data: DataSpec, tokenizer) -> tuple[dict[str, np.ndarray], dict
         progress.update(len(waiting[split]))
         waiting[split].clear()
 
-    texts = documents(data)
+    texts = split_documents(data)
     total = len(texts) if isinstance(texts, list) else None
     with tqdm(total=total, desc="tokenising", unit=" documents") as progress:
-        for text in texts:
-            split = split_of(text)
+        for split, text in texts:
             counts["documents"][split] += 1
             counts["characters"][split] += len(text)
             waiting[split].append(text)

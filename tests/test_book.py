@@ -254,6 +254,7 @@ MODULES = (
     "charts",
     "widgets",
     "pretrain",
+    "api",
     "book",
     "__main__",
 )

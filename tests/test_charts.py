@@ -36,7 +36,7 @@ def loss_log():
         pd.DataFrame({"tokens": tokens, "split": split, "loss": 3 + gap + np.exp(-tokens / 2e6)})
         for split, gap in (("train", 0.0), ("validation", 0.1))
     ]
-    return pd.concat(frames)
+    return pd.concat(frames).assign(model="m")
 
 
 def distributions():
@@ -45,15 +45,6 @@ def distributions():
     table = {"latent": latent, "order": latent, "layer": layer}
     table["probability"] = weight / weight.sum(axis=1, keepdims=True)
     return pd.DataFrame({name: values.ravel() for name, values in table.items()})
-
-
-def norms():
-    relative = np.linspace(0, 1, LAYERS)
-    frames = [
-        pd.DataFrame({"model": model, "relative_layer": relative, "norm": 1 + scale * relative})
-        for model, scale in (("small", 3.0), ("large", 9.0))
-    ]
-    return pd.concat(frames)
 
 
 def prompt_norms():
@@ -74,7 +65,6 @@ CASES = {
     "loss_curve": (charts.loss_curve, loss_log, {"line": 2}),
     "heatmap": (charts.heatmap, distributions, {"rect": LATENTS * LAYERS}),
     "prompt_norms": (charts.prompt_norms, prompt_norms, {"rect": 3 * LAYERS}),
-    "norms": (charts.norms, norms, {"line": 2, "symbol": 2 * LAYERS}),
 }
 every_chart = pytest.mark.parametrize("name", CASES)
 
@@ -213,7 +203,7 @@ def test_the_book_renderer_emits_one_mime_type_beside_plain_text(monkeypatch):
     renderer, theme = alt.renderers.active, alt.theme.active
     try:
         charts.use_book_theme()
-        bundle = charts.norms(norms(), "A finding")._repr_mimebundle_()
+        bundle = charts.loss_curve(loss_log(), "A finding")._repr_mimebundle_()
         assert set(bundle) == {charts.MIME, "text/plain"}
         assert bundle["text/plain"] == "Chart: A finding"
         assert bundle[charts.MIME]["$schema"] == charts.SCHEMA

@@ -35,7 +35,7 @@ GOLDEN = {
         },
     ),
     "distributions": (
-        1,
+        2,
         {
             "mean_entropy": 0.795916775795444,
             "var_l": 0.6728333055448683,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlsae_core import kernels
+from mlsae_core import kernels, products
 from mlsae_core.kernels import ProjectedAdam
 
 D, N, K = 12, 96, 5
@@ -134,14 +134,14 @@ def test_reduced_precision_touches_only_the_scores():
 def test_the_faster_product_is_exact_and_restores_the_setting(monkeypatch):
     """As on a processor with AVX-512: elsewhere the permission that is tried has no effect."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    kernels._onednn_is_exact.cache_clear()
+    products.onednn_is_exact.cache_clear()
     setting = torch.backends.mkldnn.matmul
     before = setting.fp32_precision
     a, b = torch.randn(65, 70), torch.randn(70, 30)
     product = kernels._matmul(a, b, torch.empty(65, 30))
     torch.testing.assert_close(product, (a.double() @ b.double()).float(), rtol=1e-5, atol=1e-5)
     assert setting.fp32_precision == before
-    kernels._onednn_is_exact.cache_clear()
+    products.onednn_is_exact.cache_clear()
 
 
 # --- the optimiser ----------------------------------------------------------------------------

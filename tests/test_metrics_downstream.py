@@ -17,6 +17,7 @@ from mlsae_core.metrics import (
     logit_mse,
     uniformity,
 )
+from mlsae_core.metrics.downstream import _plain_effects
 
 quick = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -171,3 +172,35 @@ def test_importance_is_the_gradient_times_the_activation(seed, scale):
     r = uniformity(y)
     assert ((r >= 0.25 - 1e-12) & (r <= 1 + 1e-12)).all()
     torch.testing.assert_close(uniformity(y * scale), r)
+
+
+@quick
+@given(seeds, st.sampled_from([0, 1e-3, 1, 30]), st.sampled_from([0.0, 50.0]))
+def test_the_fused_sums_are_the_plain_ones(seed, size, shift):
+    """Also for a replacement that changes nothing, much, or shifts all logits alike."""
+    generator = torch.Generator().manual_seed(seed)
+    original = 3 * torch.randn(9, 500, generator=generator)
+    replaced = original + size * torch.randn(2, 9, 500, generator=generator) + shift
+    targets = torch.randint(500, (9,), generator=generator)
+    given = original.clone(), replaced.clone()
+    total = Downstream(2)
+    total.update(original, replaced, targets)
+    assert torch.equal(original, given[0])
+    assert torch.equal(replaced, given[1])
+    plain = [_plain_effects(original.double(), x.double(), targets) for x in replaced]
+    torch.testing.assert_close(
+        total.sums / 9, torch.stack(plain, 1) / 9, rtol=1e-5, atol=2e-5 if shift else 1e-5
+    )
+
+
+def test_fused_sums_with_impossible_tokens_are_the_plain_ones():
+    original, replaced, targets = draw(0)
+    original, replaced = original.clone(), replaced.clone()
+    original[0, 2] = replaced[1, 4, 3] = -math.inf
+    targets[0], targets[4] = 0, 0
+    total = Downstream(3)
+    total.update(original, replaced, targets)
+    plain = [_plain_effects(original, x, targets) for x in replaced]
+    torch.testing.assert_close(total.sums, torch.stack(plain, 1), equal_nan=True)
+    assert total.sums[:, 0].isinf().any()
+    assert total.sums[:3, 2].isfinite().all()

@@ -290,6 +290,34 @@ def test_an_experiment_becomes_tables_with_its_labels(inputs, data):
     pd.testing.assert_frame_equal(again.evaluation, made.evaluation)
 
 
+def test_an_experiment_says_which_analyses_and_whether_weights_are_shipped(inputs, data):
+    runs = (({}, run_of(inputs)),)
+    slim = Experiment("t", runs, SETTINGS, analyses=("distributions",), weights=False)
+    assert list(pipeline.status(slim).stage) == ["train", "distributions"]
+    made = pipeline.materialise(slim, ship=True)
+    assert made.evaluation.empty
+    assert list(made.artefacts) == ["train", "distributions"]
+    (trained,) = (artefact for _, artefact in made.artefacts["train"])
+    shipped = store.SHIPPED / "train" / trained.key
+    assert list(store.read(shipped).meta["files"]) == ["log.csv"]
+    # The weights are still this machine's; without them a reader may not compute, or trains anew.
+    assert pipeline.Session("read-only").sae(runs[0][1]).n_latents == 32
+    shutil.rmtree(store.STORE / "train")
+    with pytest.raises(store.StoreError, match="its weights are not shipped"):
+        pipeline.Session("read-only").sae(runs[0][1])
+    assert pipeline.Session().sae(runs[0][1]).n_latents == 32
+    # Shipped with weights, and not taken away again.
+    pipeline.materialise(Experiment("t", runs, None), ship=True)
+    pipeline.materialise(slim, ship=True)
+    assert "model.safetensors" in store.read(shipped).meta["files"]
+
+
+def test_an_unknown_analysis_is_refused(inputs, data):
+    experiment = Experiment("t", (({}, run_of(inputs)),), SETTINGS, analyses=("lm",))
+    with pytest.raises(SpecError, match=r"analyses: expected some of .*evaluate.*, got lm"):
+        pipeline.materialise(experiment)
+
+
 def test_stacked_runs_are_evaluated_and_have_no_distribution(inputs, data):
     stacked = run_of(inputs, stacked=True, layers=[0, 2])
     experiment = Experiment("t", (({}, stacked),), SETTINGS)

@@ -95,6 +95,26 @@ def test_models_share_a_tokenizer(corpus):
     assert (second / "model.safetensors").exists()
 
 
+def test_a_base_gives_weights_and_tokenizer(corpus):
+    first = pretrain.pretrain(write("first").name)
+    changes = {"architecture": None, "base": "first", "vocab_size": None, "tokens": 4 * 128}
+    gentle = {"rate_muon": 1e-9, "rate_adam": 1e-9, "weight_decay": 0.0}
+    second = write("second", **changes, **gentle)
+    for _ in range(3):
+        pretrain.pretrain("second", stop_after=0)  # one step a call, from its checkpoint
+    pretrain.pretrain("second")
+    (weights, _), (others, log) = contents(first), contents(second)
+    assert weights.keys() == others.keys()
+    for name in weights:  # where the rates are nothing, the weights are the base's
+        torch.testing.assert_close(weights[name], others[name], atol=1e-6, rtol=0)
+    assert list(log.tokens) == [0, 128, 256, 384, 512]
+    assert log.validation[0] == pytest.approx(log.validation.iloc[-1], abs=1e-3)
+    assert (second / "tokenizer.json").read_text() == (first / "tokenizer.json").read_text()
+    third = write("third", **changes, rate_muon=0.02)
+    pretrain.pretrain("third")
+    assert contents(third)[1].validation.iloc[-1] < log.validation[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -106,6 +126,9 @@ def test_models_share_a_tokenizer(corpus):
         ({"architecture": {"model_type": "none"}}, "recipe.architecture: "),
         ({"architecture": 3}, "recipe.architecture: expected fields, got 3"),
         ({"tokenizer": "nobody/nothing"}, "recipe.tokenizer: expected one of"),
+        ({"base": "other"}, "recipe.architecture: expected none beside `base`, got {"),
+        ({"base": "nobody/nothing", "architecture": None}, "recipe.base: expected one of"),
+        ({"base": "a", "architecture": None, "tokenizer": "b"}, "recipe.tokenizer: expected none"),
         ({"tokenizr": "x"}, "recipe.tokenizr: unknown field; did you mean `tokenizer`?"),
         ({"data": {"path": "no.jsonl", "context_length": 16}}, "data.path: expected docstrings"),
     ],

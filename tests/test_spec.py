@@ -222,9 +222,31 @@ def test_a_sweep_is_the_product_of_its_lists_in_the_files_order(tmp_path):
     assert experiment.evaluate == spec.EvaluateSpec(100_000, "test")
 
 
+def test_cases_are_runs_by_name(tmp_path):
+    path = tmp_path / "experiment.yml"
+    fields = "".join(f"  {name}: {value}\n" for name, value in MINIMAL.items())
+    path.write_text(
+        f"run:\n{fields}cases:\n  plain:\n  wide: {{k: 16, expansion_factor: 4}}\n"
+        "analyses: [evaluate]\nweights: false\n"
+    )
+    experiment = spec.load_experiment(path)
+    assert [labels for labels, _ in experiment.runs] == [{"case": "plain"}, {"case": "wide"}]
+    plain, wide = (run for _, run in experiment.runs)
+    assert plain.sae.k == int(MINIMAL["k"])
+    assert (wide.sae.k, wide.sae.expansion_factor) == (16, 4)
+    assert (experiment.analyses, experiment.weights) == (("evaluate",), False)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("run: {}\ncases: [a]\n", "cases: expected `name: {field: value}` lines"),
+        ("run: {}\ncases: {a: 3}\n", "cases: expected `name: {field: value}` lines"),
+        ("run: {}\ncases: {a: {}}\nsweep: {k: [1]}\n", "cases: expected either"),
+        (
+            "run: {model: a, expansion_factor: 2, k: 2, tokens: 4096}\nweights: perhaps\n",
+            "weights: expected true | false, got 'perhaps'",
+        ),
         ("run: 3\n", "run: expected the fields of a run, got '3'"),
         ("run: {}\nsweeep: {}\n", "sweeep: unknown field; did you mean `sweep`?"),
         ("run: {}\nsweep: {k: 3}\n", "sweep: expected `field: [value, value]` lines"),

@@ -77,12 +77,6 @@
   };
   draw();
   new MutationObserver(draw).observe(root, { attributeFilter: ["data-theme"] });
-  let theme;
-  addEventListener("beforeprint", () => {
-    theme = root.dataset.theme;
-    root.dataset.theme = "light";
-  });
-  addEventListener("afterprint", () => { root.dataset.theme = theme; });
   let waiting;
   const resized = new ResizeObserver(() => {
     clearTimeout(waiting);

@@ -1,0 +1,163 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Distributions over layers
+#
+# **Is a latent active at one layer, or at many?**
+#
+# For latent $j$ and token $t$, the activations $h_j$ at the layers, divided by their sum, make a
+# distribution over layers (Eq. 10 of {cite:t}`lawson2025`):
+#
+# $$
+# P(L = \ell \mid T = t, J = j) = \frac{h_j(x_{t,\ell})}{\sum_{\ell'} h_j(x_{t,\ell'})} .
+# $$ (eq-over-layers)
+#
+# Two ways lead from tokens to a latent. **Mean over active tokens**: average this distribution over the
+# tokens at which the latent is active at some layer, each counting the same; the variances of
+# {doc}`variance` are of this one. **Activation totals**: sum activations over tokens first and normalise
+# then, so that tokens with large activations count for more; the paper's heatmaps show these
+# (Appendix C.1). Both can be chosen below, and so can two *null models*, which say what the
+# picture would be without anything to find:
+#
+# - **layers permuted**: at every token, the six layers' codes are dealt to the layers at random. Which
+#   latents are active, and how often, stays; that they prefer a layer goes.
+# - **Gaussian input**: the dictionary encodes vectors of random direction, as long as the real ones.
+
+# %% tags=["remove-cell"]
+from mlsae_core import charts, pipeline, widgets
+from mlsae_core.analysis import layers
+from mlsae_core.charts import layers as layer_charts
+from mlsae_core.lens import Lens
+from mlsae_core.spec import load_experiment
+
+charts.use_book_theme()
+experiment = load_experiment("experiments/default.yml")
+trained = pipeline.measure(experiment, "train")
+measured = pipeline.measure(experiment, "distributions")
+arrays, numbers = pipeline.read_distributions(measured[0][1])
+
+# %% [markdown]
+# ## Over many tokens
+#
+# Choose the weighting, or a null model.
+
+# %% tags=["hide-input"]
+layer_charts.aggregate(
+    layers.aggregate_table(arrays),
+    layers.SOURCES,
+    title="Over many tokens, most latents are spread over several layers",
+    subtitle="A column is a latent; 400 of them, evenly spaced in the order of their mean layer E[L | j].",
+)
+
+# %% [markdown]
+# Latents that are never active in the sample, *dead* here, have no distribution and are left out of the picture:
+
+# %% tags=["hide-input"]
+layers.spread_table(arrays).set_index("of").round(3)
+
+# %% [markdown]
+# *latents* and *dead* are numbers of latents; *one_layer* is the fraction of latents with more than 99 % of their probability at one layer, *largest*
+# the mean over latents of the largest probability, *entropy* that of the entropy over its maximum, $\ln n_L$.
+#
+# **What to see.** Each choice has an order of its own. The picture is a broad diagonal: latents prefer layers, and the preference changes gradually
+# from the first to the last. Hardly any belongs to one layer (three of 2048); on average the favourite layer has 0.46
+# of the probability, where no preference would be 0.17, and the entropy is three quarters of its maximum. Under both
+# null models nothing is left of it. By activation totals latents look more spread still (0.37; entropy
+# 0.81), for a reason that lies in the weighting: a token at which the latent is active at several layers adds
+# more to the totals than one at which it is active at one.
+#
+# **What would contradict it.** A picture that looks like the null model's: with layers permuted, every latent
+# has the same share of every layer, up to chance.
+#
+# ## How much, not only where
+#
+# Normalising each column hides how rarely, or how weakly, a latent is active. The totals, without
+# normalisation (Figure 25), range over orders of magnitude, so the colour shows a power of them; the paper
+# takes the square root. Move the slider: at 1 colours are proportional to totals, and few latents can be seen
+# at all.
+
+# %% tags=["hide-input"]
+layer_charts.totals(
+    layers.totals_table(arrays),
+    title="A tenth of the latents carries 43 % of all activation",
+    subtitle="The same 400 latents in the same order; colour: total activation over all tokens, of the largest.",
+)
+
+# %% [markdown]
+# **What to see.** The busiest hundredth of the latents carries 15 % of all activation, the busiest tenth 43 %;
+# the busiest latent has a hundred times the total of the median one. Busy latents stand at every place in the order.
+#
+# ## Single prompts
+#
+# The paper's prompt comes from {cite:t}`wang2022`; the others are the sort of text our model knows. Latents whose
+# activations are all below $10^{-3}$ are left out, as in Figure 3. Empty cells are zero. The third choice,
+# totals that are not normalised, is Figure 26.
+
+# %% tags=["remove-cell"]
+_, run = experiment.runs[0]
+session = pipeline.Session()
+lm, sae = session.lm(run.model), session.sae(run)
+prompts = [
+    "When John and Mary went to the store, John gave",
+    "Return the number of elements along the given axis.",
+    "x : array_like, optional",
+    "Raises ValueError if the input is empty.",
+]
+inputs = (lm, sae, Lens.identity(), run.site, prompts)
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+layer_charts.prompts(
+    layers.prompt_distributions(*inputs),
+    title="In one prompt, far more latents are active at one layer only",
+    subtitle="A column is a latent, sorted by its mean layer in this prompt. Choose the prompt and what is shown.",
+)
+
+# %% [markdown]
+# In JupyterLab, type one of your own:
+
+# %% tags=["nbval-ignore-output", "remove-output"]
+widgets.prompt_layers(session, run, prompts[0])
+
+# %% [markdown]
+# But a prompt of ten tokens gives most latents one or two tokens to be active at, so its picture would be
+# sharper than the aggregate whatever the latents are like. The null model with layers permuted, drawn twenty times
+# for each prompt, says how sharp:
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+layers.prompt_spread(*inputs).set_index(["prompt", "of"]).round(3)
+
+# %% [markdown]
+# **What to see.** About half of a prompt's latents are active at one layer only (44 % to 53 %), as against three of 2048 over many
+# tokens: the paper's observation holds here. But most of that is the size of the sample. With layers
+# permuted it is still around two fifths (35 % to 49 %), since a latent that is active once is at one layer however layers are dealt; what
+# is left for the latents, 4 % to 9 % of them, is that those which are active more than once come back at the same
+# layer. So the step from Figure 2 to Figure 3 is first a step from many tokens to few, and only then a fact about latents.
+#
+# **What would contradict it.** Prompts whose latents are no more concentrated than in the aggregate: then
+# being spread over layers would be a property of the latent, not of the mixture of tokens.
+#
+# ## Beside the paper
+#
+# Its Figures 2 and 3 carry no numbers; the text says that aggregate heatmaps spread more in larger
+# models, and that many more latents are of a single layer for a single prompt. The ratios that put a number on
+# both are the subject of {doc}`variance`.
+#
+# ## How this page was made
+#
+# Means and totals are accumulated exactly in one pass. The code released with the paper counts tokens at which a
+# latent is inactive as probability zero, so that its distributions do not sum to one; here they are no part of
+# the mean.
+
+# %% tags=["hide-input"]
+pipeline.notes(trained + measured).set_index("stage")
+
+# %% [markdown]
+# ```{bibliography}
+# :filter: docname in docnames
+# ```

@@ -1,0 +1,301 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Latent explorer
+#
+# **What does one latent respond to, where in the model does it live, and what does it do there?**
+#
+# The other chapters average over latents. Here they are looked at one by one: at which layers a latent is
+# active, on which text, what changes when it is switched on or off, and whether the latent most like it
+# does the same work at another layer.
+#
+# The distribution over layers is that of Section 4.3 of {cite:t}`lawson2025`: at a token $t$ where latent
+# $j$ is active,
+#
+# $$
+# P(L = \ell \mid T = t, J = j) = \frac{h_j(x_{t\ell})}{\sum_{\ell'} h_j(x_{t\ell'})}
+# $$ (eq-explorer-layers)
+#
+# (their Eq. 10), and $P(L \mid J = j)$ is its mean over those tokens.
+
+# %% tags=["remove-cell"]
+from IPython.display import HTML
+
+from mlsae_core import charts, pipeline, widgets
+from mlsae_core.analysis import examples, interventions, latents
+from mlsae_core.charts import latents as latent_charts
+from mlsae_core.lens import Lens
+from mlsae_core.spec import load_experiment
+
+charts.use_book_theme()
+default = pipeline.materialise(load_experiment("experiments/default.yml"))
+results = pipeline.materialise(load_experiment("experiments/explorer.yml"))
+
+# %% tags=["remove-cell"]
+_, run = results.runs[0]
+session, lens = pipeline.Session(), Lens.identity()
+lm, sae = session.lm(run.model), session.sae(run)
+arrays, _ = pipeline.read_distributions(default.artefacts["distributions"][0][1])
+found = examples.load(results.artefacts["examples"][0][1].file("examples.safetensors"))
+chosen = latents.spread_of_latents(arrays, most=40)
+
+# %% [markdown]
+# ## Choose a latent
+#
+# Forty latents, chosen to span the mean layer $\operatorname{E}[L \mid j]$ evenly, so latents at the first and
+# last layers are shown more often than they occur.
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+latent_charts.explorer(
+    latents.profile(arrays, chosen),
+    examples.example_table(found, lm.tokenizer, chosen),
+    latents.nearest_tokens(lm, sae, chosen),
+    title="Some latents are a token, others a kind of context",
+    subtitle="Its layers; its strongest activations, token in bold; tokens whose embeddings are like its row.",
+)
+
+# %% [markdown]
+# **What to see.** Move down the list, from the first layers to the last. Each latent's examples should
+# share something that can be said in a few words; where the bold token is always the same, look whether
+# it is also among the nearest tokens, or whether what follows it is: this model has one matrix
+# for reading and for predicting tokens, so a latent can be near to either.
+#
+# The same, counted: at each layer, the latents with three examples there, and the fraction of them of which all three are
+# the same token.
+
+# %% tags=["hide-input"]
+examples.one_token(found).set_index("layer").round(3)
+
+# %% [markdown]
+# A latent that is active wherever one token stands is hardly more than an embedding; one that keeps
+# its meaning over several tokens has to be computed by the blocks. The fraction falls from the first layer to the
+# last, from 0.77 to 0.61, as it should if blocks do that. It does not fall to zero: even after the last block, most
+# latents' three strongest examples are one token.
+#
+# **What would contradict it.** Examples of one latent that share nothing. The
+# three strongest activations per layer say nothing about the many weak ones, so a theme here is a
+# guess about the latent, not a description of it.
+#
+# In JupyterLab, every latent by its number:
+
+# %% tags=["nbval-ignore-output", "remove-output"]
+widgets.explorer(lm, sae, arrays, found, chosen[0])
+
+# %% [markdown]
+# ## One latent in its text
+#
+# From here on we study the latent that is concentrated most sharply at the middle layer, among those
+# active at a thousand tokens or more. The code chooses it:
+
+# %%
+middle = lm.n_layers // 2
+latent = latents.sharpest(arrays, middle, least=1000)
+middle, latent
+
+# %% [markdown]
+# Its strongest examples. The colour says how active the latent is at each token, at the layer where the
+# example was found; the token with the largest activation is bold and underlined.
+
+# %% tags=["hide-input"]
+HTML(examples.html(examples.token_table(found, lm.tokenizer, [latent], most=8)))
+
+# %% [markdown]
+# And its activation at the same eight tokens, at every layer:
+
+# %% tags=["hide-input"]
+by_layer = examples.layer_table(found, [latent], most=8)
+by_layer.pivot(index="rank", columns="layer", values="activation").round(2)
+
+# %% [markdown]
+# ## What it does: steering and ablation
+#
+# A latent's decoder row $w_j$ is a direction in the space of standardised vectors. To *steer*, add
+# $\alpha$ to the latent's activation, which in the residual stream's own units is
+#
+# $$
+# x \leftarrow x + \alpha \, \sigma \, w_j ,
+# $$ (eq-steer)
+#
+# with $\sigma$ the standard deviation of that vector over its dimensions. So $\alpha$ is counted in activations and means the
+# same at every layer and token. To *ablate*, take $\alpha = -h_j(x)$, vector by vector: nothing happens where the
+# latent is inactive. What the dictionary fails to reconstruct stays in place, so unlike in
+# {doc}`evaluation` the effect is that of the latent alone. Both happen after one block, at all tokens that are
+# not special, and the rest of the model runs on.
+
+# %% tags=["remove-cell"]
+blocks = session.blocks(run, "test")
+size = float(found["values"][middle, latent].max())
+strengths = (-size, -size / 2, size / 2, size, 2 * size)
+arguments = lm, sae, lens, run.site
+text = next(blocks.batches(4))
+steered = interventions.intervene(*arguments, text, middle, latent, strengths)
+cost = interventions.losses(steered).rename(columns={"change": "alpha"})
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+latent_charts.steering_cost(
+    cost,
+    title="Steering changes the predictions the more, the further it goes",
+    subtitle="Four test sequences, all tokens steered, by up to twice the latent's largest activation.",
+)
+
+# %% [markdown]
+# Which tokens become likelier, or less likely, on average over all positions? Choose how far to steer.
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+latent_charts.promoted(
+    interventions.promoted(steered, lm.tokenizer, most=8),
+    title="The tokens that the latent writes for, and against",
+    subtitle="Change of the logit, relative to the mean over the vocabulary.",
+)
+
+# %% [markdown]
+# **What to see.** Tokens that could follow the bold ones of the examples above. The list for a positive step should be near the
+# reverse of that for a negative one as long as steps are small; for large steps the model leaves the
+# region where it is anything like linear, and the lists part.
+#
+# **What would contradict it.** Promoted tokens that have nothing to do with what follows the
+# bold tokens above: then what the latent responds to and what it does are two things.
+#
+# ### At later layers
+#
+# The same steps, seen by the same dictionary at the later layers. If the residual stream simply carried
+# what was written, the latent would stay active to the end. The control switches to the
+# change of the whole vector.
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+latent_charts.later_layers(
+    interventions.later_layers(steered, sae, lens),
+    title="Later layers do not simply carry on what was written",
+    subtitle="Means over all steered tokens, as the dictionary reads them; the first layer is the changed one.",
+)
+
+# %% [markdown]
+# Which latents change most, at each layer, for the step of once the largest activation:
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+most = interventions.most_changed(steered, sae, lens, most=4)
+one = most[most.change == size]
+one.pivot(index="layer", columns="rank", values="latent")
+
+# %% [markdown]
+# **What to see.** At the changed layer the steered latent comes first. At later layers, others take its
+# place, or do not. A latent that is concentrated at one layer although its direction stays in the residual stream must be
+# pushed out by something: by blocks that write against it, or by vectors that grow around it until it
+# is no longer among the $k$ largest.
+#
+# ### Ablation
+#
+# On the sequences of its own strongest examples at that layer, where it matters most:
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+own = examples.sequences(found, blocks, middle, latent)
+ablated = interventions.intervene(*arguments, own, middle, latent, ["ablate"])
+interventions.losses(ablated).round(5)
+
+# %% [markdown]
+# *changed* is the fraction of tokens at which the latent was active, and so removed; the losses are means over all
+# predictions of those sequences, so a latent active at one token in twenty has its effect diluted as
+# much.
+#
+# ## Duplicates, or drift?
+#
+# Most latents that are concentrated at one layer could be so for two reasons. The feature may exist at
+# that layer only. Or it exists at many, but its direction turns from layer to layer, so that the
+# dictionary holds one latent for each stretch of layers: the same feature under several numbers. The
+# second leaves traces. The most similar other latent would have a high cosine similarity, live at a neighbouring layer, and at
+# tokens where the one is active at layer $\ell$, the other would be active at $\ell + 1$, or at $\ell - 1$.
+#
+# For every latent with $\max_\ell P(\ell \mid j) \ge 1/2$, by the cosine similarity of its nearest other latent:
+
+# %% tags=["hide-input"]
+pairs = pipeline.tables(results.artefacts["duplicates"], "duplicates.csv")
+summary = latents.drift_summary(pairs)
+columns = ["latents", "same_layer", "null_same_layer", "neighbouring", "null_neighbouring"]
+summary.set_index("cosine")[columns].round(3)
+
+# %% [markdown]
+# *neighbouring*: fraction whose most similar latent peaks one layer before or after; *null*: what is
+# expected if the other latents of the class were dealt anew. And how often the two hand over, beside the same with
+# other latents dealt anew:
+
+# %% tags=["hide-input"]
+latent_charts.handover(
+    latents.handover_table(summary),
+    title="Similar latents share tokens, at the same layer as often as at the next",
+    subtitle="Means over latents concentrated at one layer. Choose where the other is looked for.",
+)
+
+# %% [markdown]
+# **What to see.** Two similar latents meet at the same tokens some ten times as often as chance, and more often the more
+# similar they are. But they do so at the same layer as often as at the next or the one before, and most similar latents peak at
+# the *same* layer (0.54 to 0.68; by chance 0.24 to 0.30). That is feature splitting, two readings of one thing at one
+# place. It is not what a feature would do that turns from layer to layer and changes its number on the way. And in
+# absolute terms the hand-overs are few, about 8 % for nine in ten of these latents: they cannot explain why a latent
+# stops. No two rows are really alike: the largest cosine similarity is 0.62, the last class is empty, and the one before has 19 latents.
+#
+# **What would contradict it.** A column *neighbouring* well above its null, and hand-overs to the next layer that are more frequent than
+# meetings at the same one. A direction that turns by much between two layers would escape us, since its two
+# latents would not be similar; only the text that they share could show it.
+#
+# The pairs with the highest similarity, all latents. One of them does look like a feature that changes its number:
+# 1154, at the first layers, and 31, at the later ones, active at the same tokens; *self_next* says how often a latent is active
+# at the next layer itself.
+
+# %% tags=["hide-input"]
+columns = ["latent", "partner", "cosine", "mean_layer", "partner_mean_layer"]
+columns += ["next", "null_next", "same", "self_next"]
+pairs.sort_values("cosine", ascending=False).head(10).set_index("latent")[columns[1:]].round(3)
+
+# %% [markdown]
+# ## Do all active latents matter?
+#
+# $k$ latents are active at every vector; do they all matter? The *uniformity of active latent importance*
+# of {cite:t}`lieberum2024` weighs each by its first-order effect,
+#
+# $$
+# y = f(x) \odot W_\text{dec} \nabla_x \mathcal{L}, \qquad p = \frac{|y|}{\sum |y|}, \qquad
+# r_{L0} = \frac{e^{S(p)}}{\lVert y \rVert_0}
+# $$ (eq-uniformity)
+#
+# (their Eq. 12–14), with $\mathcal{L}$ the correct next token's logit minus the mean logit, at the vector's own
+# position, and $S$ the entropy. It is 1 where all active latents have effects of equal size and $1/k$ where one
+# has all of it.
+
+# %% tags=["hide-input"]
+latent_charts.uniformity(
+    pipeline.tables(results.artefacts["importance"], "importance.csv"),
+    title="Effects on the next token are less even than activations",
+    subtitle="Means and 95 % intervals over sequences, four random positions in each.",
+)
+
+# %% [markdown]
+# **What to see.** $r_{L0}$ is between 0.54 and 0.69: of the active latents, so many would have to share the
+# effect equally. At every layer that is less even than the activations are, so the gradient sets latents apart that
+# are equally active, and a large activation alone does not make a latent matter.
+#
+# **What would contradict it.** Intervals that reach the line of the activations.
+#
+# {cite:t}`lieberum2024` show the same measure in their Figure 16, for single-layer autoencoders of much
+# larger models, and give no numbers to set beside ours; they find that the effect spreads further as more latents are
+# active, which this page, with one $k$, cannot say.
+#
+# ## How this page was made
+#
+# The dictionary and the distributions are those of {doc}`training` and `experiments/default.yml`. Examples, pairs and
+# importance come from one pass each over part of the test split (`experiments/explorer.yml`): three examples
+# per latent and layer with sixteen tokens of context. Special tokens are context, never
+# examples. Nearest tokens and the effects of steering are computed while the page is built.
+
+# %% tags=["hide-input"]
+results.provenance.set_index("stage")
+
+# %% [markdown]
+# ```{bibliography}
+# :filter: docname in docnames
+# ```

@@ -1,0 +1,128 @@
+"""Geometry of a trained dictionary: how similar its decoder rows are to one another.
+
+Both tables depend on the dictionary alone, not on text. Beside the decoder's rows stand two
+controls of the same shape, `independent` and `copies`: a similarity means something only against
+what vectors without structure, and vectors that repeat, would show.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mlsae_core.metrics import copied_rows, cosine_histogram, gaussian_rows, mmcs
+
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+N_BINS = 200
+
+
+def dictionaries(decoder: Tensor, n_layers: int, seed: int = 0) -> dict[str, Tensor]:
+    """The decoder's rows and two controls of the same shape (MLSAE paper, Appendix B.6).
+
+    Args:
+        decoder: (n_latents, d), rows of any norm.
+        n_layers: how often the control of copies repeats a vector.
+        seed: of both controls.
+
+    Returns:
+        ``dictionary``: the rows themselves; ``independent``: N(0, I), no structure; ``copies``:
+        n_latents / n_layers vectors from N(0, I), each copied n_layers times, plus N(0, I).
+    """
+    n, d = decoder.shape
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "dictionary": decoder,
+        "independent": gaussian_rows(n, d, generator).to(decoder.device),
+        "copies": copied_rows(n, d, n_layers, generator).to(decoder.device),
+    }
+
+
+def geometry(
+    decoder: Tensor, n_layers: int, seed: int = 0, n_bins: int = N_BINS
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Max and pairwise cosine similarities of decoder rows (MLSAE paper, Appendices B.5 and B.6).
+
+    Args:
+        decoder: (n_latents, d), n_latents ≥ 2. n_layers, seed: of the controls, `dictionaries`.
+        n_bins: bins of equal width on [−1, 1], closed below; the last one includes 1.
+
+    Returns:
+        Two tables, one part for each of `dictionaries` (column ``rows``). *mmcs*, one row each:
+        ``latents``, ``mmcs`` and ``std`` (mean and unbiased standard deviation over rows of the
+        largest cosine similarity with any other row), ``least``, ``q01`` … ``q99`` (quantiles over
+        rows) and ``most``. *cosines*, one row per bin: ``low``, ``high``, ``pairs`` (unordered
+        pairs of rows) and ``maxima`` (rows, by their largest cosine similarity).
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    summaries, histograms = [], []
+    for name, rows in dictionaries(decoder, n_layers, seed).items():
+        mean, std, best, _ = mmcs(rows)
+        best = best.double().clamp(-1, 1).cpu()
+        quantiles = best.quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+        summaries.append(
+            {"rows": name, "latents": len(rows), "mmcs": mean, "std": std}
+            | {"least": best.min().item()}
+            | {f"q{100 * q:02.0f}": value for q, value in zip(QUANTILES, quantiles, strict=True)}
+            | {"most": best.max().item()}
+        )
+        pairs, edges = (part.cpu() for part in cosine_histogram(rows, n_bins))
+        maxima = best.add(1).mul(n_bins / 2).floor().clamp(max=n_bins - 1).long()
+        table = {
+            "rows": name,
+            "low": edges[:-1].numpy(),
+            "high": edges[1:].numpy(),
+            "pairs": pairs.numpy(),
+            "maxima": maxima.bincount(minlength=n_bins).numpy(),
+        }
+        histograms.append(pd.DataFrame(table))
+    return pd.DataFrame(summaries), pd.concat(histograms, ignore_index=True)
+
+
+def densities(cosines: pd.DataFrame, column: str, merge: int = 2) -> pd.DataFrame:
+    """Histograms of `geometry` as shares, in wider bins, for charts: but one empty bin at each end
+    of the filled ones is left out.
+
+    Args:
+        cosines: one or several runs' tables, their labels as the first columns.
+        column: ``pairs`` or ``maxima``. merge: bins that become one.
+
+    Returns:
+        The labels, ``rows``, ``low``, ``high`` and ``share`` of the run's and rows' total.
+    """
+    labels = [*cosines.columns[: list(cosines.columns).index("rows")], "rows"]
+    parts = []
+    for names, table in cosines.groupby(labels, sort=False):
+        table = table.sort_values("low")
+        counts = table[column].to_numpy().reshape(-1, merge).sum(1)
+        filled = counts.nonzero()[0]
+        kept = slice(max(filled[0] - 1, 0), filled[-1] + 2)
+        parts.append(
+            pd.DataFrame(
+                dict(zip(labels, names, strict=True))
+                | {
+                    "low": table["low"].to_numpy()[::merge][kept],
+                    "high": table["high"].to_numpy()[merge - 1 :: merge][kept],
+                    "share": (counts / counts.sum())[kept],
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def above(cosines: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """Share of the pairs in bins from `threshold` up, by run and rows.
+
+    Args:
+        cosines: as for `densities`. threshold: an edge of a bin.
+
+    Returns:
+        The labels, ``rows`` and ``share`` (fraction of all pairs).
+    """
+    labels = [*cosines.columns[: list(cosines.columns).index("rows")], "rows"]
+    kept = cosines["pairs"].where(cosines["low"] > threshold - 1e-9, 0)
+    table = cosines[labels].assign(pairs=cosines["pairs"], share=kept)
+    sums = table.groupby(labels, sort=False)[["pairs", "share"]].sum()
+    return (sums["share"] / sums["pairs"]).rename("share").reset_index()

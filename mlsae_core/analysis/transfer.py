@@ -1,0 +1,248 @@
+"""Dictionaries measured where they were not trained: at other layers, and in other models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mlsae_core import analysis
+from mlsae_core.lens import Lens
+from mlsae_core.lm import LanguageModel
+from mlsae_core.sae import MLSAE
+from mlsae_core.spec import DataSpec, ModelSpec, RunSpec, SiteSpec, Spec, SpecError
+
+
+@dataclass(frozen=True)
+class Target(Spec):
+    """Another model to measure a dictionary in, and the text that this model reads.
+
+    model, data: in the place of the run's own.
+    text: ``given``, the text as it is, or ``rollouts``: the first `prompt_tokens` of each sequence,
+        which the model continues by sampling at temperature 1, and of which only the continuation
+        is measured.
+    seed: of the sampling.
+    """
+
+    model: ModelSpec
+    data: DataSpec = field(default_factory=DataSpec)
+    text: Literal["given", "rollouts"] = "given"
+    prompt_tokens: int = 32
+    seed: int = 0
+
+    _prefix = "target."
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._positive("prompt_tokens")
+        self._seed("seed")
+        longest = self.data.context_length - 2  # a prediction needs two tokens after the prompt
+        fits = self.text == "given" or self.prompt_tokens <= longest
+        self._require(fits, "prompt_tokens", f"at most {longest}, two less than the context")
+
+    def read(self, run: RunSpec) -> RunSpec:
+        """The run as if its dictionary had been trained in this model, on this text."""
+        return dataclasses.replace(run, model=self.model, data=self.data)
+
+    def settings(self) -> dict:
+        """The fields that count by themselves; model and text count by their content."""
+        own = {"text": self.text, "random_weights": self.model.random_weights}
+        own |= {"dtype": self.model.dtype, "context_length": self.data.context_length}
+        if self.text == "rollouts":
+            own |= {"prompt_tokens": self.prompt_tokens, "seed": self.seed}
+        return own
+
+    @property
+    def start(self) -> int:
+        """The first position that is measured."""
+        return self.prompt_tokens if self.text == "rollouts" else 0
+
+    def batches(self, lm: LanguageModel, given: Iterable[Tensor]) -> Iterable[Tensor]:
+        """What the model reads: (batch, position) int64 tokens."""
+        return given if self.text == "given" else Rollouts(lm, given, self.prompt_tokens, self.seed)
+
+
+class Rollouts:
+    """Sequences that a model continued by itself, as many and as long as the given ones.
+
+    Every pass samples the same tokens: the generator of a batch starts from the seed and the number
+    of the batch.
+    """
+
+    def __init__(self, lm: LanguageModel, given: Iterable[Tensor], prompt_tokens: int, seed: int):
+        self.lm, self.given, self.prompt_tokens, self.seed = lm, given, prompt_tokens, seed
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for index, tokens in enumerate(self.given):
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+            prompts = tokens[:, : self.prompt_tokens]
+            yield sample(self.lm, prompts, tokens.shape[1] - self.prompt_tokens, generator)
+
+
+@torch.no_grad()
+def sample(lm: LanguageModel, prompts: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """Continue prompts by sampling from the model's own distribution, at temperature 1.
+
+    A document that ends is followed by the next, as in packed text.
+
+    Args:
+        prompts: (batch, position) int64.
+        length: tokens to add to each.
+
+    Returns:
+        (batch, position + length) int64, the prompts first.
+    """
+    tokens, cache, step = prompts.to(lm.device), None, prompts.to(lm.device)
+    for _ in range(length):
+        output = lm.model(input_ids=step, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        chances = output.logits[:, -1].float().softmax(-1).cpu()
+        step = torch.multinomial(chances, 1, generator=generator).to(lm.device)
+        tokens = torch.cat([tokens, step], 1)
+    return tokens
+
+
+def across_layers(
+    lm: LanguageModel,
+    sae: MLSAE,
+    lens: Lens,
+    site: SiteSpec,
+    batches: Iterable[Tensor],
+    *,
+    ablations: bool = False,
+    start: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """A dictionary measured at every layer of a model (MLSAE paper, Appendix B.4).
+
+    A single-layer autoencoder takes a vector of any layer, since all have the same width and each
+    vector is standardised by itself. One such table is a row of the layer × layer matrix of
+    Figures 19 to 22, and that of an MLSAE the row beneath.
+
+    Args:
+        lm: the model that the dictionary was trained in, or another of the same width.
+        site: where the dictionary was trained; its source, target and basis are kept.
+        batches: (batch, position) int64 tokens.
+        ablations, start: as in `analysis.evaluate`.
+
+    Returns:
+        The table of `analysis.evaluate`, one row per layer of the model, and ``trained_here``:
+        whether the dictionary was trained at this layer. `dead` counts a latent that is active at
+        any layer of the model as alive, also where the dictionary was trained at one.
+
+    Raises:
+        SpecError: a stacked dictionary, which reads all of its layers at once, or one of another
+            width than the model's.
+    """
+    if site.stacked:
+        raise SpecError("stacked: a dictionary of concatenated layers fits no single layer")
+    if sae.n_inputs != lm.d_model:
+        raise SpecError(
+            f"target.model: expected a model of width {sae.n_inputs}, that of the dictionary, got "
+            f"{lm.name} of width {lm.d_model}"
+        )
+    everywhere = dataclasses.replace(site, layers="all")
+    table = analysis.evaluate(
+        lm, sae, lens, everywhere, batches, ablations=ablations, start=start, progress=progress
+    )
+    return table.assign(trained_here=table.layer.isin(site.indices(lm.n_layers)))
+
+
+def base_and_tuned(
+    base: str, tuned: str, data: DataSpec, prompt_tokens: int = 32
+) -> dict[str, Target]:
+    """What Gemma Scope measures of a base model's dictionary (Section 4.5, Figures 19 to 23).
+
+    Both models on the same text, and each on what it wrote itself; the base model, in which the
+    dictionary was trained, is what the tuned one is compared with.
+
+    Args:
+        data: text of the kind that the tuned model was trained on.
+        prompt_tokens: of each sequence that is continued.
+
+    Returns:
+        Name of each measurement, as a chart shows it → its target.
+    """
+    models, texts = {"base": base, "tuned": tuned}, ("given", "rollouts")
+    names = {"given": "given text", "rollouts": "rollouts"}
+    return {
+        f"{who}, {names[text]}": Target(path, data, text, prompt_tokens)
+        for text in texts
+        for who, path in models.items()
+    }
+
+
+# --- finished tables for charts -----------------------------------------------------------------
+
+ERRORS = ("fvu_global", "fvu_per_dimension", "delta_ce", "kl")
+ALL_LAYERS = "all (MLSAE)"
+
+
+def matrix(
+    single: pd.DataFrame, mlsae: pd.DataFrame, errors: tuple[str, ...] = ERRORS
+) -> pd.DataFrame:
+    """The layer × layer matrix and the MLSAE's row, one row per cell and metric.
+
+    Args:
+        single: tables of :func:`across_layers` of single-layer autoencoders, one after another;
+            ``trained_here`` says where each was trained.
+        mlsae: the table of :func:`across_layers` or `analysis.evaluate` of the MLSAE.
+
+    Returns:
+        ``trained`` (the layer, as text, or `ALL_LAYERS`), ``layer`` (where it was measured),
+        ``metric``, ``value``, ``last`` (whether either is the last layer, which the paper leaves
+        out).
+
+    Raises:
+        ValueError: rows that do not make a square matrix, each trained at one layer.
+    """
+    n = int(mlsae.layer.max()) + 1
+    trained = single.layer[single.trained_here].to_numpy()
+    if len(single) != n * n or sorted(trained) != list(range(n)):
+        raise ValueError(
+            f"expected {n} tables of {n} layers, each of a dictionary trained at one of them, got "
+            f"{len(single)} rows of dictionaries trained at {', '.join(map(str, trained))}"
+        )
+    at = trained.repeat(n)
+    rows = single.assign(trained=at.astype(str), last=at == n - 1)
+    beneath = mlsae.assign(trained=ALL_LAYERS, last=False)
+    both = pd.concat([rows, beneath], ignore_index=True)
+    both["last"] |= both.layer == n - 1
+    present = [name for name in errors if name in both]
+    return both.melt(["trained", "layer", "last"], present, "metric", "value")
+
+
+def summary(cells: pd.DataFrame) -> pd.DataFrame:
+    """Means of each metric over the layers but the last: own layer, other layers, the MLSAE.
+
+    Args:
+        cells: what :func:`matrix` returns.
+
+    Returns:
+        Per metric: ``own``, mean of the diagonal; ``other``, mean off it; ``mlsae``, mean of the
+        MLSAE's row; ``spread_own`` and ``spread_mlsae``, largest less smallest of the same;
+        ``best_at_own``, the number of test layers at which the dictionary trained there is the best
+        of the single-layer ones, and ``layers``, how many there are.
+    """
+    rows = []
+    for metric, found in cells[~cells["last"]].groupby("metric", sort=False):
+        beneath = found[found.trained == ALL_LAYERS].value
+        square = found[found.trained != ALL_LAYERS]
+        table = square.assign(trained=square.trained.astype(int))
+        table = table.pivot_table(index="trained", columns="layer", values="value")
+        own = pd.Series(table.to_numpy().diagonal(), table.index)
+        n = len(table)
+        row = {"own": own.mean(), "other": (table.to_numpy().sum() - own.sum()) / (n * (n - 1))}
+        row |= {"mlsae": beneath.mean(), "spread_own": own.max() - own.min()}
+        row |= {"spread_mlsae": beneath.max() - beneath.min()}
+        row |= {"best_at_own": int((table.idxmin() == table.columns).sum()), "layers": n}
+        rows.append({"metric": metric, **row})
+    return pd.DataFrame(rows).set_index("metric")

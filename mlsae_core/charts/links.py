@@ -1,0 +1,31 @@
+"""Tables whose cells lead to other pages of the book."""
+
+from __future__ import annotations
+
+import pandas as pd
+from IPython.display import Markdown
+
+
+def linked(table: pd.DataFrame, column: str, titles: dict[str, str] | None = None) -> Markdown:
+    """A table as Markdown, in which one column's names become links to the pages of that name.
+
+    The link goes to the notebook: JupyterLab opens it, and the book makes its page of it and fails
+    where there is none.
+
+    Args:
+        table: its columns become the head, their cells plain text.
+        column: names of pages, without suffix. titles: what a page's link says; the page's name
+            without it.
+    """
+    if column not in table:
+        raise ValueError(f"linked: expected a column {column!r}, got {', '.join(table.columns)}")
+    names = titles or {}
+    links = table[column].map(lambda name: f"[{_plain(names.get(name, name))}]({name}.ipynb)")
+    cells = table.astype(str).map(_plain).assign(**{column: links})
+    lines = [table.columns, ["---"] * len(table.columns), *cells.itertuples(index=False)]
+    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
+
+
+def _plain(text: str) -> str:
+    """Text in which Markdown finds nothing to mark up, in a cell of a table."""
+    return "".join(f"\\{c}" if c in r"\`*_{}[]<>$|#~" else c for c in " ".join(text.split()))

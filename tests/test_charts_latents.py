@@ -1,0 +1,130 @@
+"""Charts of single latents: what they draw, and of which latent or change."""
+
+import itertools
+import json
+from xml.etree import ElementTree
+
+import pandas as pd
+import pytest
+import vl_convert
+
+from mlsae_core import charts
+from mlsae_core.charts import latents
+
+SVG = "{http://www.w3.org/2000/svg}"
+PROFILE = pd.DataFrame(
+    [
+        {"latent": j, "layer": i, "probability": p, "mean_layer": m, "tokens": 10}
+        for j, m, ps in ((7, 0.2, (0.8, 0.2)), (3, 0.9, (0.1, 0.9)))
+        for i, p in enumerate(ps)
+    ]
+)
+EXAMPLES = pd.DataFrame(
+    [
+        {"latent": j, "rank": r, "layer": 1, "activation": 3.0 / r}
+        | {"before": "long " * 20, "token": f"<b>{j}-{r}", "after": "'); alert(1)"}
+        for j, r in itertools.product((7, 3), (1, 2))
+    ]
+)
+TOKENS = pd.DataFrame(
+    [
+        {"latent": j, "matrix": "embedding", "rank": r, "token": f"\nt{j}{r}", "cosine": 0.5 / r}
+        for j, r in itertools.product((7, 3), (1, 2))
+    ]
+)
+CHANGES = pd.DataFrame(
+    [
+        {"change": c, "direction": d, "rank": r, "token": f"{d[0]}{r}", "logit_change": s / r}
+        for c in (1.0, "ablate")
+        for d, s in (("promoted", 2.0), ("suppressed", -2.0))
+        for r in (1, 2)
+    ]
+)
+LATER = pd.DataFrame(
+    [
+        {"change": c, "layer": i, "activation_before": 0.1, "activation_after": c / (1 + i)}
+        | {"relative_change": 0.3}
+        for c, i in itertools.product((1.0, 2.0), range(3))
+    ]
+)
+HANDOVER = pd.DataFrame(
+    [
+        {"cosine": c, "where": w, "pair": p, "fraction": 0.1}
+        for c in ("0 to 0.3", "0.3 and more")
+        for w in ("next layer", "same layer")
+        for p in ("most similar latent", "latent at random")
+    ]
+)
+UNIFORMITY = pd.DataFrame(
+    {
+        "layer": range(3),
+        "r_l0": [0.5, 0.6, 0.7],
+        "low": [0.4, 0.5, 0.6],
+        "high": [0.6, 0.7, 0.8],
+        "r_activation": [0.7, 0.8, 0.9],
+    }
+)
+COST = pd.DataFrame({"alpha": [-1.0, 0.0, 1.0], "kl": [0.2, 0.0, 0.3]})
+
+CHARTS = {
+    "explorer": lambda title: latents.explorer(PROFILE, EXAMPLES, TOKENS, title),
+    "steering_cost": lambda title: latents.steering_cost(COST, title),
+    "promoted": lambda title: latents.promoted(CHANGES, title),
+    "later_layers": lambda title: latents.later_layers(LATER, title),
+    "handover": lambda title: latents.handover(HANDOVER, title),
+    "uniformity": lambda title: latents.uniformity(UNIFORMITY, title),
+}
+
+
+def svg(chart, **values):
+    """The drawn texts and the whole picture, with some parameters set."""
+    spec = chart.to_dict() | {"config": charts.theme()}
+    for param in spec["params"] if values else ():
+        param["value"] = values.get(param["name"], param.get("value"))
+    picture = vl_convert.vegalite_to_svg(json.dumps(spec), vl_version="5.8")
+    return [t.text for t in ElementTree.fromstring(picture).iter(f"{SVG}text")], picture
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_charts_are_drawn_under_their_title_and_always_alike(name):
+    chart = CHARTS[name]("What is found")
+    texts, picture = svg(chart)
+    assert "What is found" in texts
+    assert "NaN" not in picture
+    assert CHARTS[name]("What is found").to_json() == chart.to_json()
+    for automatic in ("view_", "param_", "concat_"):
+        assert f'"{automatic}' not in chart.to_json()
+    assert "container" not in chart.to_json()
+
+
+def test_the_explorer_shows_the_chosen_latent_alone():
+    chart = CHARTS["explorer"]("Latents")
+    (param,) = chart.to_dict()["params"]
+    assert param["bind"]["options"] == [7, 3]  # by mean layer
+    assert "mean layer 0.2" in param["bind"]["labels"][0]
+    for latent, other in ((7, 3), (3, 7)):
+        texts, _ = svg(chart, latent=latent)
+        assert [t for t in texts if t and t.startswith("<b>")] == [
+            f"<b>{latent}-1",
+            f"<b>{latent}-2",
+        ]
+        assert f"↵t{latent}1 0.50" in [" ".join(t.split()) for t in texts if t]
+        assert not any(t and f"t{other}" in t for t in texts)
+    assert max(len(t) for t in texts if t and "long long" in t) <= latents.LEFT
+
+
+def test_the_reader_chooses_the_change_the_measure_and_the_layer():
+    texts, _ = svg(CHARTS["promoted"]("Tokens"), change="ablate")
+    assert [t for t in texts if t in ("p1", "p2", "s1", "s2")] == ["p1", "p2", "s2", "s1"]
+    options = CHARTS["promoted"]("Tokens").to_dict()["params"][0]["bind"]["options"]
+    assert options == ["+1", "ablate"]
+    drawn = [svg(CHARTS["later_layers"]("Later"), measure=m)[1] for m in
+             ("activation_after", "relative_change")]  # fmt: skip
+    assert drawn[0] != drawn[1]
+    params = CHARTS["handover"]("Pairs").to_dict()["params"]
+    assert params[0]["bind"]["options"] == ["next layer", "same layer"]
+
+
+def test_tables_that_lack_a_column_are_refused():
+    with pytest.raises(ValueError, match="uniformity: the table lacks the column low"):
+        latents.uniformity(UNIFORMITY.drop(columns="low"), "Title")

@@ -1,0 +1,113 @@
+"""Charts of many runs: valid Vega-Lite, one control each, and what they refuse."""
+
+import pandas as pd
+import pytest
+import vl_convert
+
+from mlsae_core.charts import sweeps
+
+RUNS = pd.DataFrame(
+    {
+        "sweep": ["R", "R", "k", "k"],
+        "run": ["1", "16", "4", "8"],
+        "position": [0, 1, 0, 1],
+        "value": [0.1, 0.2, 0.3, 0.4],
+        "low": [0.0, 0.1, 0.2, 0.3],
+        "high": [0.2, 0.3, 0.4, 0.5],
+        "kind": ["a", "b", "a", "b"],
+    }
+)
+BINS = pd.DataFrame(
+    {
+        "run": ["1"] * 4 + ["2"] * 4,
+        "rows": ["a", "a", "b", "b"] * 2,
+        "low": [0.0, 0.5] * 4,
+        "high": [0.5, 1.0] * 4,
+        "share": [0.25, 0.75, 0.0, 1.0] * 2,
+    }
+)
+CELLS = pd.DataFrame(
+    {
+        "run": ["1"] * 4 + ["2"] * 4,
+        "latent": [3, 3, 5, 5] * 2,
+        "layer": [0, 1] * 4,
+        "probability": [1.0, 0.0, 0.5, 0.5] * 2,
+        "order": [0, 0, 1, 1] * 2,
+    }
+)
+THRESHOLDS = pd.DataFrame(
+    {
+        "sweep": "k",
+        "run": ["4"] * 3 + ["8"] * 3,
+        "position": [0] * 3 + [1] * 3,
+        "threshold": [1e-4, 1e-3, 1e-2] * 2,
+        "active_layers": [0.9, 0.5, 0.1] * 2,
+    }
+)
+PARTS = pd.DataFrame(
+    {
+        "rank": [0, 1] * 2,
+        "latent": [8, 4] * 2,
+        "part": ["at one token"] * 2 + ["between tokens"] * 2,
+        "variance": [0.25, 0.5, 1.0, 2.0],
+    }
+)
+
+
+def controls(spec):
+    return {p["name"]: p["bind"] for p in spec["params"] if "bind" in p}
+
+
+def made():
+    points = {"value": "value", "axis": "Value (units)", "title": "T"}
+    bins = {"axis": "Cosine", "title": "T"}
+    return {
+        "points": sweeps.points(RUNS, **points),
+        "points with series": sweeps.points(
+            RUNS, interval=("low", "high"), series="kind", subtitle="S", **points
+        ),
+        "histogram": sweeps.histogram(BINS[BINS["rows"] == "a"], **bins),
+        "two panels": sweeps.histogram(BINS, series="rows", logarithmic=True, **bins),
+        "gallery": sweeps.gallery(CELLS, "T"),
+        "active layers": sweeps.active_layers(THRESHOLDS, "T"),
+        "variance by rank": sweeps.variance_by_rank(PARTS, "T"),
+    }
+
+
+@pytest.mark.parametrize("name", made())
+def test_every_chart_is_drawn_and_has_a_control(name):
+    spec = made()[name].to_dict()
+    assert controls(spec)
+    svg = vl_convert.vegalite_to_svg(spec)
+    assert "T" in svg
+    assert svg.count("<path") > 3
+
+
+def test_controls_offer_what_the_table_has():
+    charts = {name: controls(chart.to_dict()) for name, chart in made().items()}
+    assert charts["points"]["sweep"]["options"] == ["R", "k"]
+    assert charts["gallery"]["run"]["options"] == ["1", "2"]
+    slider = charts["active layers"]["step"]
+    assert (slider["min"], slider["max"]) == (0, 2)
+    assert charts["variance by rank"]["rank"]["max"] == 1
+
+
+def test_the_slider_begins_at_the_papers_threshold_and_says_so():
+    spec = sweeps.active_layers(THRESHOLDS, "T").to_dict()
+    (step,) = [p for p in spec["params"] if p["name"] == "step"]
+    assert step["value"] == 1
+    assert "threshold 0.1 %" in vl_convert.vegalite_to_svg(spec)
+
+
+def test_the_sum_of_the_chosen_latent_is_written_out():
+    svg = vl_convert.vegalite_to_svg(sweeps.variance_by_rank(PARTS, "T").to_dict())
+    assert "latent 8: 0.250 + 1.000 = 1.250" in svg
+
+
+def test_tables_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="points: the table lacks the column value"):
+        sweeps.points(RUNS.drop(columns="value"), "value", "axis", "T")
+    with pytest.raises(ValueError, match="gallery: the table has no rows"):
+        sweeps.gallery(CELLS[:0], "T")
+    with pytest.raises(ValueError, match="histogram: the table has 8000 rows"):
+        sweeps.histogram(pd.concat([BINS] * 1000), "axis", "T")

@@ -1,0 +1,88 @@
+"""Tables and charts of tuned lenses, on lenses and results made by hand."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from tiny_lm import D_MODEL, N_LAYERS, tiny_lm, tiny_tokens
+
+from mlsae_core import pipeline, tune
+from mlsae_core.analysis import lenses
+from mlsae_core.charts import lenses as charts
+from mlsae_core.lens import Lens
+
+
+@pytest.fixture
+def lens(data):
+    """A lens under data/lenses whose translator i stretches one axis by i + 2."""
+    weight = torch.zeros(N_LAYERS, D_MODEL, D_MODEL)
+    weight[:, 0, 0] = torch.arange(N_LAYERS) + 1.0
+    made = Lens(weight, torch.zeros(N_LAYERS, D_MODEL), model_name="tiny")
+    folder = data / "lenses" / "tiny"
+    made.write(folder, safetensors=True)
+    facts = {
+        "spec": {"tokens": 512},
+        "commit": "abc",
+        "kl_before": [3, 2, 1],
+        "kl_after": [2, 1, 0],
+    }
+    (folder / "training.json").write_text(json.dumps(facts))
+    return made
+
+
+def test_conditions_and_training_by_hand(lens):
+    table = lenses.conditions()
+    values = {name: list(part.condition) for name, part in table.groupby("alignment")}
+    assert values["aligned"] == pytest.approx([3, 4, 1])
+    assert values["as-released"] == pytest.approx([2, 3, 4])
+    assert list(table.layer) == [0, 1, 2] * 2
+    rows = lenses.training()
+    assert list(rows.logit_lens) == [3, 2, 1]
+    assert list(rows.tuned_lens) == [2, 1, 0]
+    assert set(rows.model) == {"tiny"}
+    chart = charts.conditions(table, "t").to_dict()
+    assert chart["params"][0]["bind"]["options"] == ["tiny"]
+
+
+def test_divergences_are_those_of_each_lens(lens):
+    lm, batches = tiny_lm(), [tiny_tokens()]
+    table = lenses.divergences(lm, "tiny", iter(batches))
+    for name, made in {
+        "logit lens": Lens.identity(),
+        "aligned": lens,
+        "as-released": Lens(lens.weight, lens.bias, "as-released"),
+    }.items():
+        expected = tune.layer_divergences(lm, made, batches).tolist()
+        assert list(table[table.lens == name].kl) == pytest.approx(expected)
+    chart = charts.divergences(table, "t").to_dict()
+    shown = chart["datasets"][chart["data"]["name"]]
+    exact = [row for row in shown if row["layer"] == N_LAYERS - 1]
+    assert {row["lens"] for row in exact} == {"as-released"}  # no 0 on a log scale
+
+
+def test_cases_stand_beside_each_other(monkeypatch):
+    def read(share):
+        probs = torch.tensor([[share, 1.0], [1 - share, 0.0]])
+        names = ("probs", "probs_by_total", "probs_permuted", "probs_gaussian")
+        return dict.fromkeys(names, probs), {}
+
+    monkeypatch.setattr(pipeline, "read_distributions", read)
+    made = [({"case": "identity"}, 0.5), ({"case": "as-released"}, 0.25)]
+    table = lenses.aggregates(made)
+    first = table[(table.order == 1)]  # order 0 is the latent of layer 0 alone
+    assert list(first.identity) == [0.5, 0.5]
+    assert list(first.as_released) == [0.25, 0.75]
+    assert set(first.latent_as_released) == {0}
+    spread = lenses.spread(made)
+    assert list(spread.case) == ["identity", "as-released"]
+    assert list(spread.largest) == pytest.approx([0.75, 0.875])
+
+
+def test_metrics_are_chosen_by_name():
+    table = pd.DataFrame(
+        {"case": ["a", "b"] * 2, "layer": 0, "metric": ["kl"] * 2 + ["l1"] * 2, "value": range(4)}
+    )
+    (param,) = charts.metrics(table, "t").to_dict()["params"]
+    assert param["bind"]["options"] == ["kl", "l1"]
+    assert param["bind"]["labels"][0].startswith("KL")
