@@ -29,13 +29,7 @@ from mlsae_core.analysis import spread, sweeps
 from mlsae_core.charts import sweeps as sweep_charts
 
 charts.use_book_theme()
-experiments = {
-    "Sparsity k": "experiments/sparsity.yml",
-    "Expansion factor R": "experiments/factors.yml",
-    "Model": "experiments/models.yml",
-    "Tuned lens": "experiments/lens.yml",
-}
-read = pipeline.swept_distributions(experiments)
+read = pipeline.swept_distributions()
 table = sweeps.across(spread.active_layers, read)
 
 # %% tags=["hide-input"]
@@ -98,7 +92,7 @@ widgets.heatmaps(read["Sparsity k"])
 # the test tokens of each run's evaluation, special ones left out.
 
 # %% tags=["hide-input"]
-notes = sweeps.across(pipeline.notes, pipeline.swept(experiments, "distributions"))
+notes = sweeps.across(pipeline.notes, pipeline.swept("distributions"))
 notes.drop(columns="position").set_index(["sweep", "run"])
 
 # %% [markdown]

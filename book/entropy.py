@@ -28,13 +28,7 @@ from mlsae_core.analysis import spread, sweeps
 from mlsae_core.charts import sweeps as sweep_charts
 
 charts.use_book_theme()
-experiments = {
-    "Sparsity k": "experiments/sparsity.yml",
-    "Expansion factor R": "experiments/factors.yml",
-    "Model": "experiments/models.yml",
-    "Tuned lens": "experiments/lens.yml",
-}
-read = pipeline.swept_distributions(experiments)
+read = pipeline.swept_distributions()
 table = sweeps.across(spread.entropies, read)
 
 # %% tags=["hide-input"]
@@ -88,7 +82,7 @@ widgets.heatmaps(read["Sparsity k"])
 # evaluation. Every token at which a latent is active counts the same.
 
 # %% tags=["hide-input"]
-notes = sweeps.across(pipeline.notes, pipeline.swept(experiments, "distributions"))
+notes = sweeps.across(pipeline.notes, pipeline.swept("distributions"))
 notes.drop(columns="position").set_index(["sweep", "run"])
 
 # %% [markdown]

@@ -22,13 +22,7 @@ from mlsae_core.analysis import spread, sweeps
 from mlsae_core.charts import sweeps as sweep_charts
 
 charts.use_book_theme()
-experiments = {
-    "Sparsity k": "experiments/sparsity.yml",
-    "Expansion factor R": "experiments/factors.yml",
-    "Model": "experiments/models.yml",
-    "Tuned lens": "experiments/lens.yml",
-}
-read = pipeline.swept_distributions(experiments)
+read = pipeline.swept_distributions()
 
 # %% [markdown]
 # ## Sparsity
@@ -98,7 +92,7 @@ widgets.heatmaps([*read["Sparsity k"], *read["Expansion factor R"], *read["Tuned
 # 31, 33, 35, 37, 39 and 41) have their place in {doc}`distributions`, where the prompt can be chosen.
 
 # %% tags=["hide-input"]
-notes = sweeps.across(pipeline.notes, pipeline.swept(experiments, "distributions"))
+notes = sweeps.across(pipeline.notes, pipeline.swept("distributions"))
 notes.drop(columns="position").set_index(["sweep", "run"])
 
 # %% [markdown]

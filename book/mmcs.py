@@ -35,13 +35,7 @@ from mlsae_core.analysis import geometry, sweeps
 from mlsae_core.charts import sweeps as sweep_charts
 
 charts.use_book_theme()
-experiments = {
-    "Sparsity k": "experiments/sparsity.yml",
-    "Expansion factor R": "experiments/factors.yml",
-    "Model": "experiments/models.yml",
-    "Tuned lens": "experiments/lens.yml",
-}
-made = pipeline.swept(experiments, "geometry")
+made = pipeline.swept("geometry")
 mmcs = sweeps.across(pipeline.tables, made, "mmcs.csv")
 
 # %% [markdown]

@@ -110,9 +110,9 @@ fidelity.means(inner, "k", ["fvu_global", "fvu_per_dimension", "delta_ce", "kl"]
 # What differs is the number of parameters, and with it the memory, which is $n_L$ times less.
 
 # %% tags=["hide-input"]
-each, one = single.provenance, sparsity.provenance.query("k == 16")
-trained = [runs.query("stage == 'train'") for runs in (each, one)]
-found = fidelity.costs(*trained, d_model=128, expansion_factor=16)
+each = single.provenance.query("stage == 'train'")
+one = sparsity.provenance.query("stage == 'train' and k == 16")
+found = fidelity.costs(each, one, d_model=128, expansion_factor=16)
 found.drop(columns=["seconds", "vectors_per_second"]).round(1)
 
 # %% [markdown]

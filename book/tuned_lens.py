@@ -39,7 +39,7 @@ from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
 results = pipeline.materialise(load_experiment("experiments/lens.yml"))
-distributions = results.artefacts["distributions"]
+read = pipeline.all_distributions(results)
 session = pipeline.Session()
 (_, run) = results.runs[0]
 lm = session.lm(run.model)
@@ -141,14 +141,14 @@ published[published.model.str.contains("Pythia-(?:70m|160m|410m)")]
 
 # %% tags=["hide-input"]
 layer_charts.aggregate(
-    lenses.aggregates(distributions),
+    lenses.aggregates(read),
     {"identity": "identity", "aligned": "aligned", "as_released": "as released"},
     title="Through the aligned lens, latents are spread over more layers",
     subtitle="A column is a latent; at most 400, evenly spaced in the order of their mean layer with that lens.",
 )
 
 # %% tags=["hide-input"]
-lenses.spread(distributions).set_index("case").round(3)
+lenses.spread(read).set_index("case").round(3)
 
 # %% [markdown]
 # *one_layer* is the fraction of latents with more than 99 % of their probability at one layer, *largest* the mean of the
@@ -165,7 +165,7 @@ lenses.spread(distributions).set_index("case").round(3)
 # %% tags=["hide-input", "nbval-ignore-output"]
 prompts = ["When John and Mary went to the store, John gave", "x : array_like, optional"]
 layer_charts.prompts(
-    lenses.prompts(session, results.runs, prompts),
+    layers.prompts_of_runs(session, results.runs, prompts),
     title="In single prompts, too, the aligned lens spreads latents",
     subtitle="A column is a latent, sorted by its mean layer in this prompt. Choose lens and prompt.",
 )
@@ -182,7 +182,7 @@ layer_charts.prompts(
 # tokens, and the second larger.
 
 # %% tags=["hide-input"]
-ratios = layers.variance_sweeps({"Tuned lens": distributions})
+ratios = layers.variance_sweeps({"Tuned lens": results.artefacts["distributions"]})
 layer_charts.variance_ratios(
     ratios,
     title="The aligned lens raises the first ratio; as released, it lowers both",

@@ -44,14 +44,8 @@ from mlsae_core.lens import Lens
 from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
-experiments = {
-    "Sparsity k": "experiments/sparsity.yml",
-    "Expansion factor R": "experiments/factors.yml",
-    "Model": "experiments/models.yml",
-    "Tuned lens": "experiments/lens.yml",
-}
 default = load_experiment("experiments/default.yml")
-made = pipeline.swept(experiments, "distributions")
+made = pipeline.swept("distributions")
 made["Default run"] = pipeline.measure(default, "distributions", training="4 M tokens")
 ratios = layers.variance_sweeps(made)
 

@@ -609,7 +609,18 @@ def measure(experiment: Experiment, stage: str, **labels) -> list[tuple[dict, Ar
     return made
 
 
-def swept(experiments: dict[str, str], stage: str) -> dict[str, list[tuple[dict, Artefact]]]:
+#: The book's sweeps: what a reader is to see → path from the book's folder.
+SWEEPS = {
+    "Sparsity k": "experiments/sparsity.yml",
+    "Expansion factor R": "experiments/factors.yml",
+    "Model": "experiments/models.yml",
+    "Tuned lens": "experiments/lens.yml",
+}
+
+
+def swept(
+    stage: str, experiments: dict[str, str] = SWEEPS
+) -> dict[str, list[tuple[dict, Artefact]]]:
     """`measure` for several experiments: name of the sweep → path becomes name → results."""
     return {name: measure(load_experiment(path), stage) for name, path in experiments.items()}
 
@@ -690,9 +701,12 @@ def all_distributions(results: Materialised) -> list[tuple[dict, dict, dict]]:
     return _read_all(results.artefacts.get("distributions", []))
 
 
-def swept_distributions(experiments: dict[str, str]) -> dict[str, list[tuple[dict, dict, dict]]]:
+def swept_distributions(
+    experiments: dict[str, str] = SWEEPS,
+) -> dict[str, list[tuple[dict, dict, dict]]]:
     """`all_distributions` of several experiments: name of the sweep → path, as for `swept`."""
-    return {name: _read_all(made) for name, made in swept(experiments, "distributions").items()}
+    made = swept("distributions", experiments)
+    return {name: _read_all(results) for name, results in made.items()}
 
 
 def _read_all(made: list[tuple[dict, Artefact]]) -> list[tuple[dict, dict, dict]]:

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,6 +181,19 @@ def test_weak_latents_are_left_out_and_bad_prompts_refused():
         layers.prompt_distributions(*inputs, [""])
     with pytest.raises(SpecError, match="stacked"):
         layers.prompt_distributions(*inputs[:3], SiteSpec(stacked=True), PROMPTS)
+
+
+def test_prompts_of_several_runs_are_told_apart_by_their_label(monkeypatch):
+    class Session:
+        lm, sae = staticmethod(lambda _: tiny_lm()), staticmethod(lambda _: tiny_sae())
+
+    monkeypatch.setattr(layers.Lens, "load", lambda *_: LENS)
+    run = SimpleNamespace(model="tiny", site=SITE)
+    table = layers.prompts_of_runs(Session, [({"model": "a"}, run), ({"model": "b"}, run)], PROMPTS)
+    assert set(table.prompt) == {f"{name}: {prompt}" for name in "ab" for prompt in PROMPTS}
+    one = layers.prompt_distributions(tiny_lm(), tiny_sae(), LENS, SITE, PROMPTS)
+    first = table[table.prompt.str.startswith("a: ")].drop(columns="prompt")
+    assert first.reset_index(drop=True).equals(one.drop(columns="prompt").reset_index(drop=True))
 
 
 def test_one_token_with_layers_permuted_is_as_spread_as_without():

@@ -127,3 +127,12 @@ def test_pairs_above_a_threshold():
     cosines = geometry.geometry(unit, 1, n_bins=10)[1]
     found = geometry.above(cosines, 0.4).set_index("rows")["share"]
     assert found["dictionary"] == pytest.approx(1 / 3)
+
+
+def test_latents_at_the_first_and_the_last_layer_by_hand():
+    probs = torch.tensor([[0.95, 0.5, 0.0, 1.0], [0.05, 0.5, 1.0, 0.0]])
+    arrays = {"probs": probs, "active_tokens": torch.tensor([3, 1, 2, 0])}  # the last one is dead
+    (row,) = spread.at_the_ends([({"model": "a"}, arrays, {})]).to_dict("records")
+    assert row == {"model": "a", "first": 1 / 3, "last": 1 / 3, "latents": 3}
+    (row,) = spread.at_the_ends([({}, arrays, {})], least=0.4).to_dict("records")
+    assert (row["first"], row["last"]) == pytest.approx((2 / 3, 2 / 3))

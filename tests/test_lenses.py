@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_lm import D_MODEL, N_LAYERS, tiny_lm, tiny_tokens
 
-from mlsae_core import pipeline, tune
+from mlsae_core import tune
 from mlsae_core.analysis import lenses
 from mlsae_core.charts import lenses as charts
 from mlsae_core.lens import Lens
@@ -42,7 +42,7 @@ def test_conditions_and_training_by_hand(lens):
     assert list(rows.tuned_lens) == [2, 1, 0]
     assert set(rows.model) == {"tiny"}
     chart = charts.conditions(table, "t").to_dict()
-    assert chart["params"][0]["bind"]["options"] == ["tiny"]
+    assert chart["params"] == [{"name": "lens_model", "value": "tiny"}]  # nothing to choose
 
 
 def test_divergences_are_those_of_each_lens(lens):
@@ -61,14 +61,13 @@ def test_divergences_are_those_of_each_lens(lens):
     assert {row["lens"] for row in exact} == {"as-released"}  # no 0 on a log scale
 
 
-def test_cases_stand_beside_each_other(monkeypatch):
+def test_cases_stand_beside_each_other():
     def read(share):
         probs = torch.tensor([[share, 1.0], [1 - share, 0.0]])
         names = ("probs", "probs_by_total", "probs_permuted", "probs_gaussian")
         return dict.fromkeys(names, probs), {}
 
-    monkeypatch.setattr(pipeline, "read_distributions", read)
-    made = [({"case": "identity"}, 0.5), ({"case": "as-released"}, 0.25)]
+    made = [({"case": "identity"}, *read(0.5)), ({"case": "as-released"}, *read(0.25))]
     table = lenses.aggregates(made)
     first = table[(table.order == 1)]  # order 0 is the latent of layer 0 alone
     assert list(first.identity) == [0.5, 0.5]

@@ -102,17 +102,6 @@ def pictures(page):
 
 every_page = pytest.mark.parametrize("name", PAGES)
 
-# Faults of new pages, to be mended: Vega warns of an empty selection or of a height, and pages
-# without charts do not go light for printing. Not strict: a page that is mended passes.
-FAULTY = {"evaluation", "tuned_lens", "single_layer", "explorer", "planted"}
-FAULTY |= {"figures", "api", "bibliography"}
-
-
-@pytest.fixture(autouse=True)
-def known_faults(request):
-    if request.node.callspec.params["name"] in FAULTY:
-        request.applymarker(pytest.mark.xfail(reason="known fault, see CHANGELOG", strict=False))
-
 
 @every_page
 def test_charts_and_equations_are_drawn(open_page, name):

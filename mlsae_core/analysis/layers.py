@@ -177,6 +177,23 @@ def prompt_distributions(
     return pd.concat(frames, ignore_index=True)
 
 
+def prompts_of_runs(session, runs, texts: Sequence[str]) -> pd.DataFrame:
+    """`prompt_distributions` of every run of an experiment, told apart by a name before the prompt.
+
+    Args:
+        session: gives models and dictionaries (`pipeline.Session`). runs: (labels, run) pairs, of
+            whose labels the first one is the name.
+    """
+    tables = []
+    for labels, run in runs:
+        lm, sae = session.lm(run.model), session.sae(run)
+        lens = Lens.load(run.site, lm.device)
+        found = prompt_distributions(lm, sae, lens, run.site, texts)
+        name = next(iter(labels.values()))
+        tables.append(found.assign(prompt=f"{name}: " + found["prompt"]))
+    return pd.concat(tables, ignore_index=True)
+
+
 def _prompt(lm, sae, lens, site, prompt: str):
     """Distributions of one prompt, its largest activation per latent, and its codes."""
     if site.stacked:

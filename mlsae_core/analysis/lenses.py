@@ -15,7 +15,6 @@ from mlsae_core import store
 from mlsae_core.analysis import layers
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
-from mlsae_core.store import Artefact
 from mlsae_core.tune import layer_divergences
 
 ALIGNMENTS = ("aligned", "as-released")
@@ -84,21 +83,19 @@ def training(models: Sequence[str] | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def aggregates(made: Sequence[tuple[dict, Artefact]], most: int = 400) -> pd.DataFrame:
+def aggregates(read: Sequence[tuple[dict, dict, dict]], most: int = 400) -> pd.DataFrame:
     """`layers.aggregate_table` of each case, beside each other, for `charts.layers.aggregate`.
 
     Args:
-        made: the `distributions` results of an experiment's cases.
+        read: labels, arrays and numbers of an experiment's cases (`pipeline.all_distributions`).
 
     Returns:
         One row per (order, layer): ``order``, ``layer``, and for each case its probability, mean
         over active tokens, and the latent: ``aligned``, ``latent_aligned``, …
     """
-    from mlsae_core.pipeline import read_distributions
-
     tables = []
-    for labels, artefact in made:
-        table = layers.aggregate_table(read_distributions(artefact)[0], most)
+    for labels, arrays, _ in read:
+        table = layers.aggregate_table(arrays, most)
         name = column(labels["case"])
         table = table.rename(columns={"probs": name, "latent_probs": f"latent_{name}"})
         tables.append(table.set_index(["order", "layer"])[[name, f"latent_{name}"]])
@@ -110,25 +107,8 @@ def column(case: str) -> str:
     return case.replace("-", "_")
 
 
-def spread(made: Sequence[tuple[dict, Artefact]]) -> pd.DataFrame:
+def spread(read: Sequence[tuple[dict, dict, dict]]) -> pd.DataFrame:
     """`layers.spread_table` of the trained dictionaries alone, one row per case."""
-    from mlsae_core.pipeline import read_distributions
-
-    tables = [
-        layers.spread_table(read_distributions(artefact)[0]).iloc[:1].assign(**labels)
-        for labels, artefact in made
-    ]
+    tables = [layers.spread_table(arrays).iloc[:1].assign(**labels) for labels, arrays, _ in read]
     table = pd.concat(tables, ignore_index=True).drop(columns="of")
     return table[["case", *table.columns.drop("case")]]
-
-
-def prompts(session, runs, texts: Sequence[str]) -> pd.DataFrame:
-    """`layers.prompt_distributions` of every case, told apart by its name before the prompt."""
-    tables = []
-    for labels, run in runs:
-        lens = Lens.load(run.site, session.device)
-        found = layers.prompt_distributions(
-            session.lm(run.model), session.sae(run), lens, run.site, texts
-        )
-        tables.append(found.assign(prompt=f"{labels['case']}: " + found["prompt"]))
-    return pd.concat(tables, ignore_index=True)

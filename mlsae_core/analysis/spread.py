@@ -90,6 +90,21 @@ def entropy_histogram(read: Read, n_bins: int = 40) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def at_the_ends(read: Read, least: float = 0.9) -> pd.DataFrame:
+    """Latents that belong to the first layer, or to the last: P(layer | latent) above `least`.
+
+    Returns:
+        One row per run: ``first`` and ``last`` (fractions of the latents that are active at least
+        once), ``latents`` (their number).
+    """
+    rows = []
+    for labels, arrays, _ in read:
+        probs = arrays["probs"][:, arrays["active_tokens"] > 0]
+        first, last = (probs[[0, -1]] > least).double().mean(1).tolist()
+        rows.append(labels | {"first": first, "last": last, "latents": probs.shape[1]})
+    return pd.DataFrame(rows)
+
+
 def sampled(read: Read, most: int = 100, weighting: str = "probs") -> pd.DataFrame:
     """Heatmaps of several runs, each of at most `most` latents, evenly spaced by mean layer.
 

@@ -33,6 +33,8 @@ CATEGORY = {
     "light": ["#0072b2", "#c24e00", "#00805d", "#b0508a", "#8a6a00", "#5b5b5b"],
     "dark": ["#56b4e9", "#f08a3c", "#2fc49b", "#d07fb0", "#e3c14a", "#b4b4b4"],
 }
+#: For what stands for no layer or model among them; it contrasts with both pages.
+NEUTRAL = "#808080"
 #: For layers: lightness is monotone, so that the order survives a grey print.
 LAYERS = {
     "light": {"scheme": "plasma", "extent": [0.0, 0.72]},
@@ -202,13 +204,7 @@ def metric_by_layer(
     keys = ["layer", color] if color else ["layer"]
     table = _table(table, "metric_by_layer", *keys, *metrics)
     long = table.melt(id_vars=keys, value_vars=metrics, var_name="metric").dropna(subset="value")
-    metric = alt.param(
-        name="metric",
-        value=metrics[0],
-        bind=alt.binding_select(
-            options=metrics, labels=[METRICS[m].split(" (")[0] for m in metrics], name="Metric "
-        ),
-    )
+    metric = _select_metric(metrics)
     points = (
         alt.Chart(_limited(long, "metric_by_layer"), name="metric_by_layer")
         .transform_filter(alt.datum.metric == metric)
@@ -232,9 +228,7 @@ def loss_curve(log: pd.DataFrame, title: str, subtitle: str | None = None) -> al
     """
     log = _table(log, "loss_curve", "model", "tokens", "split", "loss")
     models = list(log["model"].unique())
-    model = alt.param(
-        name="model", value=models[0], bind=alt.binding_select(options=models, name="Model ")
-    )
+    model = _select("model", models, "Model")
     chart = (
         alt.Chart(log, name="loss")
         .transform_filter(alt.datum.model == model)
@@ -275,14 +269,8 @@ def heatmap(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt
     base = alt.Chart(table).transform_joinaggregate(peak="max(probability)", groupby=["latent"])
     width = int(table["order"].max()) + 1
     cells = (
-        base.transform_calculate(end="datum.order + 1")
-        .mark_rect()
+        _latent_cells(base, f"{width} latents", width)
         .encode(
-            x=alt.X(
-                "order:Q", title=f"{width} latents", axis=alt.Axis(labels=False, ticks=False)
-            ).scale(domain=[0, width], nice=False),
-            x2="end:Q",
-            y=alt.Y("layer:O", title="Layer", sort="descending"),
             color=alt.Color("probability:Q", title="P(layer | latent)").scale(domain=[0, 1]),
             opacity=alt.when(alt.datum.peak >= threshold)
             .then(alt.value(1))
@@ -320,10 +308,7 @@ def prompt_norms(table: pd.DataFrame, title: str, subtitle: str | None = None) -
     """
     table = _table(table, "prompt_norms", "prompt", "position", "token", "layer", "norm")
     prompts = list(table["prompt"].unique())
-    prompt = alt.param(name="prompt", value=prompts[0])
-    if len(prompts) > 1:
-        labels = [p if len(p) < 40 else f"{p[:38]}…" for p in prompts]
-        prompt.param.bind = alt.binding_select(options=prompts, labels=labels, name="Prompt ")
+    prompt = _select_prompt("prompt", prompts, 40)
     # Tokens repeat, their positions do not: both make the label, of which the token is shown.
     tokens = alt.Axis(labelExpr="slice(datum.label, indexof(datum.label, ' ') + 1)", labelAngle=-60)
     chart = (
@@ -342,6 +327,50 @@ def prompt_norms(table: pd.DataFrame, title: str, subtitle: str | None = None) -
         .add_params(prompt)
     )
     return _titled(chart.properties(height=220), title, subtitle)
+
+
+def _select(
+    name: str, options: Sequence, label: str, labels: Sequence[str] | None = None, value=None
+) -> alt.Parameter:
+    """A dropdown, the first option chosen where no value is; without one where nothing differs."""
+    param = alt.param(name=name, value=options[0] if value is None else value)
+    if len(options) > 1:
+        shown = {"labels": list(labels)} if labels else {}
+        param.param.bind = alt.binding_select(options=list(options), name=f"{label} ", **shown)
+    return param
+
+
+def _select_metric(metrics: Sequence[str], name: str = "metric") -> alt.Parameter:
+    """A dropdown of names among `METRICS`, shown without their units."""
+    return _select(name, metrics, "Metric", [METRICS[m].split(" (")[0] for m in metrics])
+
+
+def _select_prompt(name: str, prompts: Sequence[str], most: int) -> alt.Parameter:
+    """A dropdown of prompts, of which at most so many characters are shown."""
+    labels = [p if len(p) < most else f"{p[: most - 2]}…" for p in prompts]
+    return _select(name, prompts, "Prompt", labels)
+
+
+def _latent_cells(base: alt.Chart, title: str, width: int | None = None) -> alt.Chart:
+    """Cells of a heatmap of layers over latents, side by side in their ``order``."""
+    scale = {} if width is None else {"domain": [0, width]}
+    return (
+        base.transform_calculate(end="datum.order + 1")
+        .mark_rect()
+        .encode(
+            x=alt.X("order:Q", title=title, axis=alt.Axis(labels=False, ticks=False)).scale(
+                nice=False, **scale
+            ),
+            x2="end:Q",
+            y=alt.Y("layer:O", title="Layer", sort="descending"),
+        )
+    )
+
+
+def _by_run(**axis) -> alt.X:
+    """The runs of a sweep in their order."""
+    order = alt.EncodingSortField("position", op="min")
+    return alt.X("run:O", title=None, sort=order, axis=alt.Axis(**{"labelAngle": 0, **axis}))
 
 
 def _level_axis_title(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from mlsae_core.charts import _table, _titled
+from mlsae_core.charts import _select, _table, _titled
 
 
 def differences(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.LayerChart:
@@ -16,12 +16,7 @@ def differences(table: pd.DataFrame, title: str, subtitle: str | None = None) ->
     """
     columns = ("quantity", "setting", "x", "series", "value")
     table = _table(table, "definitions.differences", *columns)
-    names = list(table["quantity"].unique())
-    quantity = alt.param(
-        name="quantity",
-        value=names[0],
-        bind=alt.binding_select(options=names, name="Quantity "),
-    )
+    quantity = _select("quantity", list(table["quantity"].unique()), "Quantity")
     base = alt.Chart(table).transform_filter(alt.datum.quantity == quantity)
     lines = (
         base.mark_line(point=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from mlsae_core.charts import _table, _titled
+from mlsae_core.charts import _select, _table, _titled
 
 #: Measures of `cosines` and `matrix`, as the reader chooses them.
 MEASURES = {"centred": "about each layer's mean", "raw": "not centred"}
@@ -31,13 +31,7 @@ def _highlight(table: pd.DataFrame, dashed: str | None) -> tuple[alt.Parameter, 
 
 
 def _measure() -> alt.Parameter:
-    return alt.param(
-        name="measure",
-        value="centred",
-        bind=alt.binding_select(
-            options=list(MEASURES), labels=list(MEASURES.values()), name="Vectors "
-        ),
-    )
+    return _select("measure", list(MEASURES), "Vectors", list(MEASURES.values()))
 
 
 def norms(
@@ -123,12 +117,7 @@ def matrix(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.
     """
     names = ("model", "layer", "other", "centred", "raw")
     table = _table(table, "drift.matrix", *names)
-    models = list(table["model"].unique())
-    model = alt.param(
-        name="matrix_model",
-        value=models[0],
-        bind=alt.binding_select(options=models, name="Model "),
-    )
+    model = _select("matrix_model", list(table["model"].unique()), "Model")
     measure = _measure()
     chart = (
         alt.Chart(table, name="matrix")

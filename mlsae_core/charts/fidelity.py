@@ -5,19 +5,19 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from mlsae_core.charts import METRICS, _level_axis_title, _limited, _table, _titled
+from mlsae_core.charts import (
+    METRICS,
+    NEUTRAL,
+    _by_run,
+    _level_axis_title,
+    _limited,
+    _select,
+    _select_metric,
+    _table,
+    _titled,
+)
 
 _MEAN = "mean"  # `analysis.fidelity.MEAN`
-
-
-def _select(name: str, options: list, label: str, labels: list[str] | None = None):
-    """A dropdown, the first option chosen; nothing to choose where there is one option."""
-    param = alt.param(name=name, value=options[0])
-    if len(options) > 1:
-        param.param.bind = alt.binding_select(
-            options=options, labels=labels or list(map(str, options)), name=f"{label} "
-        )
-    return param
 
 
 def _layers(table: pd.DataFrame) -> list[str]:
@@ -27,8 +27,7 @@ def _layers(table: pd.DataFrame) -> list[str]:
 
 def _metric(table: pd.DataFrame) -> tuple[alt.Parameter, list[str]]:
     found = [name for name in METRICS if name in set(table["metric"])]
-    labels = [METRICS[name].split(" (")[0] for name in found]
-    return _select("metric", found, "Metric", labels), found
+    return _select_metric(found), found
 
 
 def over_sweep(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.LayerChart:
@@ -46,28 +45,26 @@ def over_sweep(table: pd.DataFrame, title: str, subtitle: str | None = None) -> 
         .transform_filter(alt.datum.sweep == sweep)
         .transform_filter(alt.datum.metric == metric)
         .encode(
-            x=alt.X(
-                "run:O",
-                title=None,
-                sort=alt.EncodingSortField("position", op="min"),
-                axis=alt.Axis(labelAngle=0),
-            ),
+            x=_by_run(),
             y=alt.Y("value:Q", title=None),
             tooltip=["sweep:N", "run:N", "layer:N", "metric:N", "value:Q"],
         )
     )
-    layers = (
-        base.transform_filter(f"datum.layer != '{_MEAN}' && shown == 'all'")
+    is_mean = alt.datum.layer == _MEAN
+    # One mark for both: a layer of which nothing is shown would have no scale.
+    lines = (
+        base.transform_filter(f"datum.layer == '{_MEAN}' || shown == 'all'")
         .mark_line(point=True)
-        .encode(color=alt.Color("layer:O", title="Layer", sort=_layers(table)))
+        .encode(
+            color=alt.when(is_mean)
+            .then(alt.value(NEUTRAL))
+            .otherwise(alt.Color("layer:O", title="Layer").scale(domain=_layers(table)[:-1])),
+            strokeDash=alt.when(is_mean).then(alt.value([6, 3])).otherwise(alt.value([1, 0])),
+            strokeWidth=alt.when(is_mean).then(alt.value(3.5)).otherwise(alt.value(2)),
+        )
         .properties(name="layers")
     )
-    mean = (
-        base.transform_filter(alt.datum.layer == _MEAN)
-        .mark_line(point={"shape": "diamond", "size": 90}, strokeWidth=3, strokeDash=[6, 3])
-        .properties(name="mean_over_layers")
-    )
-    chart = _level_axis_title(alt.layer(layers, mean), "metric", METRICS, metrics, metric)
+    chart = _level_axis_title(lines, "metric", METRICS, metrics, metric)
     return _titled(chart.add_params(sweep, shown), title, subtitle)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from mlsae_core.charts import _level_axis_title, _limited, _table, _titled
+from mlsae_core.charts import _level_axis_title, _limited, _select, _table, _titled
 
 #: Characters of context that a line of the concordance shows on either side.
 LEFT, RIGHT = 48, 24
@@ -36,11 +36,7 @@ def explorer(
         for row in one.itertuples()
     ]
     options = [int(latent) for latent in one["latent"]]
-    chosen = alt.param(
-        name="latent",
-        value=options[len(options) // 2],
-        bind=alt.binding_select(options=options, labels=labels, name="Latent "),
-    )
+    chosen = _select("latent", options, "Latent", labels, value=options[len(options) // 2])
     is_chosen = alt.datum.latent == chosen
     bars = (
         alt.Chart(profile, name="profile", height=110)
@@ -148,9 +144,7 @@ def promoted(table: pd.DataFrame, title: str, subtitle: str | None = None) -> al
     table = _table(table, "promoted", "change", "direction", "rank", "token", "logit_change")
     table = table.assign(change=table["change"].map(_change))
     options = list(dict.fromkeys(table["change"]))
-    change = alt.param(
-        name="change", value=options[-1], bind=alt.binding_select(options=options, name="Change ")
-    )
+    change = _select("change", options, "Change", value=options[-1])
     tokens = alt.Axis(labelExpr="replace(slice(datum.label, 3), /^ /, '␣')", labelLimit=200)
     chart = (
         alt.Chart(table, name="promoted", height=16 * int(table["change"].value_counts().max()))
@@ -193,13 +187,7 @@ def later_layers(table: pd.DataFrame, title: str, subtitle: str | None = None) -
         "activation_after": "Mean activation of the latent",
         "relative_change": "Change of the residual stream, ‖Δx‖ / ‖x‖",
     }
-    measure = alt.param(
-        name="measure",
-        value="activation_after",
-        bind=alt.binding_select(
-            options=list(titles), labels=list(titles.values()), name="Effect on "
-        ),
-    )
+    measure = _select("measure", list(titles), "Effect on", list(titles.values()))
     chart = (
         alt.Chart(table, name="later_layers")
         .transform_calculate(value=f"datum[{measure.name}]")
@@ -228,11 +216,7 @@ def handover(table: pd.DataFrame, title: str, subtitle: str | None = None) -> al
     """
     table = _table(table, "handover", "cosine", "where", "pair", "fraction")
     options = list(dict.fromkeys(table["where"]))
-    where = alt.param(
-        name="where",
-        value=options[0],
-        bind=alt.binding_select(options=options, name="The other latent is active at the "),
-    )
+    where = _select("where", options, "The other latent is active at the")
     classes = list(dict.fromkeys(table["cosine"]))
     chart = (
         alt.Chart(table, name="handover", height=42 * len(classes))

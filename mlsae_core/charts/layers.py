@@ -5,21 +5,13 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from mlsae_core.charts import _table, _titled
+from mlsae_core.charts import _by_run, _latent_cells, _select, _select_prompt, _table, _titled
 
 WEIGHTINGS = {
     "probs": "mean over active tokens",
     "probs_by_total": "activation totals",
     "share": "totals, not normalised (square root)",
 }
-_NO_LABELS = alt.Axis(labels=False, ticks=False)
-
-
-def _columns(width: int, title: str) -> alt.X:
-    return alt.X("order:Q", title=title, axis=_NO_LABELS).scale(domain=[0, width], nice=False)
-
-
-_LAYER = alt.Y("layer:O", title="Layer", sort="descending")
 
 
 def aggregate(
@@ -32,27 +24,18 @@ def aggregate(
     """
     latents = [f"latent_{name}" for name in sources]
     table = _table(table, "layers.aggregate", "order", "layer", *sources, *latents)
-    source = alt.param(
-        name="source",
-        value=next(iter(sources)),
-        bind=alt.binding_select(
-            options=list(sources), labels=list(sources.values()), name="Shown "
-        ),
-    )
+    source = _select("source", list(sources), "Shown", list(sources.values()))
     width = int(table["order"].max()) + 1
-    chart = (
+    base = (
         alt.Chart(table, name="aggregate")
         .transform_calculate(
-            probability=f"datum[{source.name}]",
-            latent=f"datum['latent_' + {source.name}]",
-            end="datum.order + 1",
+            probability=f"datum[{source.name}]", latent=f"datum['latent_' + {source.name}]"
         )
         .transform_filter("isValid(datum.probability)")
-        .mark_rect()
+    )
+    chart = (
+        _latent_cells(base, f"{width} latents, by their mean layer", width)
         .encode(
-            x=_columns(width, f"{width} latents, by their mean layer"),
-            x2="end:Q",
-            y=_LAYER,
             color=alt.Color("probability:Q", title="P(layer | latent)").scale(domain=[0, 1]),
             tooltip=["latent:O", "layer:O", "probability:Q"],
         )
@@ -73,14 +56,12 @@ def totals(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.
         bind=alt.binding_range(min=0.1, max=1, step=0.1, name="Power of the colour "),
     )
     width = int(table["order"].max()) + 1
+    base = alt.Chart(table, name="totals").transform_calculate(
+        shade=f"pow(datum.share, {power.name})"
+    )
     chart = (
-        alt.Chart(table, name="totals")
-        .transform_calculate(shade=f"pow(datum.share, {power.name})", end="datum.order + 1")
-        .mark_rect()
+        _latent_cells(base, f"{width} latents, by their mean layer", width)
         .encode(
-            x=_columns(width, f"{width} latents, by their mean layer"),
-            x2="end:Q",
-            y=_LAYER,
             color=alt.Color("shade:Q", title="(total / largest total) ^ power").scale(
                 domain=[0, 1]
             ),
@@ -104,31 +85,19 @@ def prompts(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt
     names = ("prompt", "latent", "layer", "order", "tokens", "activation")
     table = _table(table, "layers.prompts", *names, *WEIGHTINGS)
     options = list(table["prompt"].unique())
-    prompt = alt.param(name="layers_prompt", value=options[0])
-    if len(options) > 1:
-        labels = [p if len(p) < 60 else f"{p[:58]}…" for p in options]
-        prompt.param.bind = alt.binding_select(options=options, labels=labels, name="Prompt ")
-    weighting = alt.param(
-        name="weighting",
-        value="probs",
-        bind=alt.binding_select(
-            options=list(WEIGHTINGS), labels=list(WEIGHTINGS.values()), name="Shown "
-        ),
-    )
+    prompt = _select_prompt("layers_prompt", options, 60)
+    weighting = _select("weighting", list(WEIGHTINGS), "Shown", list(WEIGHTINGS.values()))
     base = alt.Chart(table).transform_filter(alt.datum.prompt == prompt)
     layers = sorted(int(layer) for layer in table["layer"].unique())
     cells = (
-        base.transform_calculate(
-            shown=f"{weighting.name} == 'share' ? sqrt(datum.share) : datum[{weighting.name}]",
-            end="datum.order + 1",
-        )
-        .mark_rect()
-        .encode(
-            x=alt.X("order:Q", title="Latents, by their mean layer", axis=_NO_LABELS).scale(
-                nice=False
+        _latent_cells(
+            base.transform_calculate(
+                shown=f"{weighting.name} == 'share' ? sqrt(datum.share) : datum[{weighting.name}]"
             ),
-            x2="end:Q",
-            y=_LAYER.scale(domain=layers[::-1]),
+            "Latents, by their mean layer",
+        )
+        .encode(
+            y=alt.Y("layer:O", title="Layer", sort="descending").scale(domain=layers[::-1]),
             color=alt.Color("shown:Q", title="P(layer | latent), or as chosen").scale(
                 domain=[0, 1]
             ),
@@ -168,12 +137,7 @@ def variance_ratios(
     """
     names = ("sweep", "run", "position", "ratio", "value", "low", "high", "permuted", "gaussian")
     table = _table(table, "layers.variance_ratios", *names)
-    options = list(table["sweep"].unique())
-    sweep = alt.param(
-        name="ratio_sweep",
-        value=options[0],
-        bind=alt.binding_select(options=options, name="Sweep "),
-    )
+    sweep = _select("ratio_sweep", list(table["sweep"].unique()), "Sweep")
     kinds = {"value": "trained", "permuted": "layers permuted", "gaussian": "Gaussian input"}
     shapes = alt.Scale(domain=list(kinds.values()))
 
@@ -181,14 +145,7 @@ def variance_ratios(
         base = (
             alt.Chart(table[table["ratio"] == ratio])
             .transform_filter(alt.datum.sweep == sweep)
-            .encode(
-                x=alt.X(
-                    "run:O",
-                    title=None,
-                    sort=alt.EncodingSortField("position", op="min"),
-                    axis=alt.Axis(labelAngle=-30, labelOverlap=False),
-                )
-            )
+            .encode(x=_by_run(labelAngle=-30, labelOverlap=False))
         )
 
         def y(column: str) -> alt.Y:
@@ -227,21 +184,9 @@ def variance_parts(table: pd.DataFrame, title: str, subtitle: str | None = None)
     """
     names = ("sweep", "run", "position", "part", "place", "share", "variance")
     table = _table(table, "layers.variance_parts", *names)
-    options = list(table["sweep"].unique())
-    sweep = alt.param(
-        name="parts_sweep",
-        value=options[0],
-        bind=alt.binding_select(options=options, name="Sweep "),
-    )
-    unit = alt.param(
-        name="unit",
-        value="share",
-        bind=alt.binding_select(
-            options=["share", "variance"],
-            labels=["fraction of Var(L)", "squared layers"],
-            name="Unit ",
-        ),
-    )
+    sweep = _select("parts_sweep", list(table["sweep"].unique()), "Sweep")
+    units = {"share": "fraction of Var(L)", "variance": "squared layers"}
+    unit = _select("unit", list(units), "Unit", list(units.values()))
     parts = list(table.drop_duplicates("part").sort_values("place")["part"])
     chart = (
         alt.Chart(table, name="variance_parts")
@@ -249,12 +194,7 @@ def variance_parts(table: pd.DataFrame, title: str, subtitle: str | None = None)
         .transform_calculate(shown=f"datum[{unit.name}]")
         .mark_bar()
         .encode(
-            x=alt.X(
-                "run:O",
-                title=None,
-                sort=alt.EncodingSortField("position", op="min"),
-                axis=alt.Axis(labelAngle=-30, labelOverlap=False),
-            ),
+            x=_by_run(labelAngle=-30, labelOverlap=False),
             y=alt.Y("shown:Q", title="Variance of the layer index (unit as chosen)"),
             color=alt.Color("part:N", title=None, sort=parts, legend=alt.Legend(labelLimit=260)),
             order=alt.Order("place:Q"),

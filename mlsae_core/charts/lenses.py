@@ -5,7 +5,7 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from mlsae_core.charts import METRICS, _table, _titled
+from mlsae_core.charts import METRICS, _level_axis_title, _select, _select_metric, _table, _titled
 
 
 def divergences(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.Chart:
@@ -35,11 +35,7 @@ def conditions(table: pd.DataFrame, title: str, subtitle: str | None = None) -> 
     """
     table = _table(table, "lenses.conditions", "model", "alignment", "layer", "condition")
     models = list(table["model"].unique())
-    model = alt.param(
-        name="lens_model",
-        value=models[-1],
-        bind=alt.binding_select(options=models, name="Model "),
-    )
+    model = _select("lens_model", models, "Model", value=models[-1])
     chart = (
         alt.Chart(table, name="conditions")
         .transform_filter(alt.datum.model == model)
@@ -58,7 +54,7 @@ def conditions(table: pd.DataFrame, title: str, subtitle: str | None = None) -> 
     return _titled(chart.properties(height=220), title, subtitle)
 
 
-def metrics(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.Chart:
+def metrics(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.LayerChart:
     """Each case's metrics by layer (Fig. 12 and 22); the reader chooses the metric.
 
     ``table`` has one row per case and layer: ``case``, ``layer``, ``metric`` (a name among
@@ -67,22 +63,17 @@ def metrics(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt
     table = _table(table, "lenses.metrics", "case", "layer", "metric", "value")
     names = list(table["metric"].unique())
     cases = list(table["case"].unique())
-    metric = alt.param(
-        name="lens_metric",
-        value=names[0],
-        bind=alt.binding_select(options=names, labels=[METRICS[n] for n in names], name="Metric "),
-    )
+    metric = _select_metric(names, "lens_metric")
     chart = (
         alt.Chart(table, name="metrics")
         .transform_filter(alt.datum.metric == metric)
         .mark_line(point=True)
         .encode(
             x=alt.X("layer:O", title="Layer", axis=alt.Axis(labelAngle=0)),
-            y=alt.Y("value:Q", title="The chosen metric, in its units"),
+            y=alt.Y("value:Q", title=None),
             color=alt.Color("case:N", title=None, sort=cases),
             shape=alt.Shape("case:N", legend=None, sort=cases),
             tooltip=["case:N", "layer:O", "metric:N", "value:Q"],
         )
-        .add_params(metric)
     )
-    return _titled(chart.properties(height=280), title, subtitle)
+    return _titled(_level_axis_title(chart, "lens_metric", METRICS, names, metric), title, subtitle)

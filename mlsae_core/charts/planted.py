@@ -5,7 +5,7 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from mlsae_core.charts import _level_axis_title, _table, _titled
+from mlsae_core.charts import _level_axis_title, _select, _table, _titled
 
 #: Axis titles of the estimators, with their units.
 ESTIMATORS = {
@@ -39,15 +39,8 @@ def estimators(
     table = _table(table, "planted.estimators", x, "estimator", "series", "value", "low", "high")
     present = set(table["estimator"])
     names = [name for name in ESTIMATORS if name in present]
-    chosen = alt.param(
-        name="estimator",
-        value=names[0],
-        bind=alt.binding_select(
-            options=names,
-            labels=[ESTIMATORS[name].split(" (")[0] for name in names],
-            name="Estimator ",
-        ),
-    )
+    labels = [ESTIMATORS[name].split(" (")[0] for name in names]
+    chosen = _select("estimator", names, "Estimator", labels)
     base = (
         alt.Chart(table)
         .transform_filter(alt.datum.estimator == chosen)
@@ -61,9 +54,13 @@ def estimators(
         tooltip=[f"{x}:Q", "series:N", "value:Q", "low:Q", "high:Q"],
     )
     bars = (
-        base.transform_filter("isValid(datum.low)")
+        # Without an interval the bar has no length; a layer without rows would have no scale.
+        base.transform_calculate(
+            least="isValid(datum.low) ? datum.low : datum.value",
+            most="isValid(datum.high) ? datum.high : datum.value",
+        )
         .mark_rule(strokeDash=[1, 0], strokeWidth=2)
-        .encode(y="low:Q", y2="high:Q", color=alt.Color("series:N", title=None, sort=order))
+        .encode(y="least:Q", y2="most:Q", color=alt.Color("series:N", title=None, sort=order))
     )
     layers = alt.layer(
         lines.properties(name="planted_values"), bars.properties(name="planted_intervals")
@@ -80,15 +77,8 @@ def splits(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.
     count), ``recovered`` (fraction of the feature's layers).
     """
     table = _table(table, "planted.splits", "drift", "kind", "latents", "recovered")
-    value = alt.param(
-        name="split_value",
-        value="latents",
-        bind=alt.binding_select(
-            options=["latents", "recovered"],
-            labels=["Different latents", "Share of layers recovered"],
-            name="Show ",
-        ),
-    )
+    labels = ["Different latents", "Share of layers recovered"]
+    value = _select("split_value", ["latents", "recovered"], "Show", labels)
     chart = (
         alt.Chart(table, name="planted_splits")
         .transform_calculate(shown="datum[split_value]")

@@ -5,25 +5,11 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
-from mlsae_core.charts import _limited, _table, _titled
+from mlsae_core.charts import _by_run, _latent_cells, _limited, _select, _table, _titled
 
 
 def _choice(name: str, table: pd.DataFrame, column: str, label: str) -> alt.Parameter:
-    """A dropdown of the values of a column, the first one chosen."""
-    options = list(table[column].unique())
-    param = alt.param(name=name, value=options[0])
-    if len(options) > 1:
-        param.param.bind = alt.binding_select(options=options, name=f"{label} ")
-    return param
-
-
-def _runs() -> alt.X:
-    return alt.X(
-        "run:O",
-        title=None,
-        sort=alt.EncodingSortField("position", op="min"),
-        axis=alt.Axis(labelAngle=0, labelLimit=90),
-    )
+    return _select(name, list(table[column].unique()), label)
 
 
 def points(
@@ -44,7 +30,9 @@ def points(
     named = [*([series] if series else []), *(interval or ())]
     table = _table(table, "points", "sweep", "run", "position", value, *named)
     sweep = _choice("sweep", table, "sweep", "Sweep")
-    base = alt.Chart(table).transform_filter(alt.datum.sweep == sweep).encode(x=_runs())
+    base = (
+        alt.Chart(table).transform_filter(alt.datum.sweep == sweep).encode(x=_by_run(labelLimit=90))
+    )
     if series:
         base = base.encode(
             color=alt.Color(f"{series}:N", title=None),
@@ -114,7 +102,7 @@ def active_layers(table: pd.DataFrame, title: str, subtitle: str | None = None) 
     runs = (
         here.mark_point()
         .encode(
-            x=_runs(),
+            x=_by_run(labelLimit=90),
             y=share.scale(domain=[0, 1]),
             tooltip=["run:N", "threshold:Q", alt.Tooltip("active_layers:Q", format=".3f")],
         )
@@ -185,19 +173,10 @@ def gallery(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt
     table = _table(table, "gallery", "run", "latent", "layer", "probability", "order")
     run = _choice("run", table, "run", "Run")
     width = int(table["order"].max()) + 1
+    base = alt.Chart(table, name="gallery").transform_filter(alt.datum.run == run)
     chart = (
-        alt.Chart(table, name="gallery")
-        .transform_filter(alt.datum.run == run)
-        .transform_calculate(end="datum.order + 1")
-        .mark_rect()
+        _latent_cells(base, f"At most {width} latents, by mean layer", width)
         .encode(
-            x=alt.X(
-                "order:Q",
-                title=f"At most {width} latents, by mean layer",
-                axis=alt.Axis(labels=False, ticks=False),
-            ).scale(domain=[0, width], nice=False),
-            x2="end:Q",
-            y=alt.Y("layer:O", title="Layer", sort="descending"),
             color=alt.Color("probability:Q", title="P(layer | latent)").scale(domain=[0, 1]),
             tooltip=[
                 "run:N",

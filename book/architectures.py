@@ -1,0 +1,142 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Other architectures
+#
+# **Is what we found a matter of how GPT-NeoX is built?**
+#
+# Appendix B.3 of {cite:t}`lawson2025` trains MLSAEs on GPT-2 small, Llama 3.2 3B and Gemma 2 2B as well (Figures 13 to 18,
+# and rows of Table 1 and Figure 5) and finds heatmaps like those of Pythia. But these models differ from Pythia in
+# everything at once: size, text, tokenizer, training. Ours differ in the architecture alone. Each has six layers of 128
+# dimensions and read the same 9 M tokens of the same text, cut by the same tokenizer, with the same seed:
+#
+# - `neox-6l-128d`: rotary positions, attention and MLP side by side;
+# - `gpt2-6l-128d`: learned positions, attention before the MLP;
+# - `llama-6l-128d`: rotary positions, RMS norms without means, gated MLPs;
+# - `gemma2-6l-128d`: norms before and after every part, soft-capped logits, sliding and full attention in turns,
+#   and embeddings multiplied by $\sqrt{d}$.
+
+# %% tags=["remove-cell"]
+from mlsae_core import charts, pipeline, widgets
+from mlsae_core.analysis import layers, spread, sweeps
+from mlsae_core.charts import layers as layer_charts
+from mlsae_core.charts import sweeps as sweep_charts
+from mlsae_core.spec import load_experiment
+
+charts.use_book_theme()
+results = pipeline.materialise(load_experiment("experiments/architectures.yml"))
+read = pipeline.all_distributions(results)
+session = pipeline.Session()
+
+# %% [markdown]
+# The models, with what they lose on validation text, in nats per token:
+
+# %% tags=["hide-input"]
+models = pipeline.suite().set_index("model").loc[results.evaluation.model.unique()]
+models[["parameters", "training_tokens", "validation_loss", "bigram_loss", "seconds", "commit"]]
+
+# %% [markdown]
+# ## Heatmaps
+#
+# The counterparts of Figures 13, 15 and 17, with that of GPT-NeoX. Choose a model.
+
+# %% tags=["hide-input"]
+sweep_charts.gallery(
+    sweeps.stack({"model": spread.sampled(read)}),
+    title="TITLE-HEATMAP",
+    subtitle="100 latents of each dictionary, evenly spaced in the order of their mean layer; R = 16, k = 16.",
+)
+
+# %% [markdown]
+# The paper notes that in Llama more latents are active only at the first layer than elsewhere. Latents with more than
+# 90 % of their probability at the first layer, and at the last, as fractions of the live ones:
+
+# %% tags=["hide-input"]
+spread.at_the_ends(read).set_index("model").round(3)
+
+# %% [markdown]
+# SEE-HEATMAP
+#
+# ## Single prompts
+#
+# The counterparts of Figures 14, 16 and 18: the paper's prompt, and one of the kind that our models know.
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+prompts = ["When John and Mary went to the store, John gave", "x : array_like, optional"]
+layer_charts.prompts(
+    layers.prompts_of_runs(session, results.runs, prompts),
+    title="TITLE-PROMPT",
+    subtitle="A column is a latent, sorted by its mean layer in this prompt. Choose model and prompt.",
+)
+
+# %% [markdown]
+# In JupyterLab, type one of your own for one of the models:
+
+# %% tags=["nbval-ignore-output", "remove-output"]
+widgets.prompt_layers(session, results.runs[1][1], prompts[0])
+
+# %% [markdown]
+# SEE-PROMPT
+#
+# ## Variance ratios
+#
+# The counterpart of the three models in Figure 5; the ratios are explained in {doc}`variance`.
+
+# %% tags=["hide-input"]
+ratios = layers.variance_sweeps({"Architecture": results.artefacts["distributions"]})
+layer_charts.variance_ratios(
+    ratios,
+    title="TITLE-RATIOS",
+    subtitle="95 % bootstrap intervals over blocks of sequences, mostly smaller than a point. With null models.",
+)
+
+# %% tags=["hide-input"]
+ratios.pivot(index="run", columns="ratio", values=["low", "value", "high"]).round(3)
+
+# %% [markdown]
+# SEE-RATIOS
+#
+# ## Reconstruction and loss
+#
+# The counterpart of the three rows of Table 1. Choose a metric; MSE and L1 depend on the scale of a model's
+# activations and are not to be compared between models.
+
+# %% tags=["hide-input"]
+charts.metric_by_layer(
+    results.evaluation,
+    title="TITLE-LOSS",
+    subtitle="One point per layer. R = 16, k = 16, 1 M training tokens each, one seed.",
+    color="model",
+)
+
+# %% tags=["hide-input"]
+averages = ["fvu_global", "fvu_per_dimension", "l1", "delta_ce", "kl"]
+results.evaluation.groupby("model", sort=False)[averages].mean().round(4)
+
+# %% [markdown]
+# SEE-LOSS
+#
+# ## Beside the paper
+
+# %% tags=["hide-input"]
+published = pipeline.published("table1")
+published[published.model.str.contains("GPT-2|Llama|Gemma|Pythia-160m")].set_index("model")
+
+# %% [markdown]
+# SEE-PAPER
+#
+# ## How this page was made
+
+# %% tags=["hide-input"]
+results.provenance.set_index(["model", "stage"])
+
+# %% [markdown]
+# ```{bibliography}
+# :filter: docname in docnames
+# ```
