@@ -1,0 +1,351 @@
+"""How fast is what surrounds the training step: language model, evaluation, distributions?
+
+Each is compared with `benchmarks.reference`, which does the same plainly, and both must give the
+same numbers. Text and weights are random except in the training loop, which runs on the shipped
+model and packs its text as it goes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import reference
+from benchmarks.common import OURS, Case, Implementation, Step
+from mlsae_core import analysis, text
+from mlsae_core.lens import Lens
+from mlsae_core.lm import LanguageModel
+from mlsae_core.metrics import LayerDistribution
+from mlsae_core.sae import MLSAE
+from mlsae_core.spec import DataSpec, ModelSpec, RunSpec, SaeSpec, SiteSpec, TrainSpec
+
+PLAIN = "as described"
+SITE, LENS = SiteSpec(), Lens.identity()
+
+
+class Shape(NamedTuple):
+    """A GPT-NeoX model, a dictionary on it, and sequences and positions of a batch."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    vocabulary: int
+    n_latents: int
+    k: int
+    sequences: int
+    positions: int
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.positions
+
+    def settings(self) -> dict:
+        names = {"layers": self.n_layers, "d": self.d_model, "latents": self.n_latents, "k": self.k}
+        return {"tokens": self.tokens, "vocabulary": self.vocabulary, **names}
+
+
+SHAPES = {
+    "tiny": Shape(2, 32, 2, 97, 256, 4, 2, 16),
+    "mini": Shape(6, 128, 4, 4096, 4096, 16, 8, 256),
+    "pythia": Shape(6, 512, 8, 50304, 32768, 32, 1, 512),
+}
+DEFAULT_MODEL = "neox-6l-128d"
+
+
+def cases(quick: bool) -> list[Case]:
+    shapes = ["tiny"] if quick else ["mini", "pythia"]
+    tokens = (2_000, 4_000) if quick else (100_000, 1_000_000, 2_000_000)
+    found = [_loop_case(steps=2 if quick else 32)]
+    for name in shapes:
+        found += [_evaluation_case(name), _distributions_case(name)]
+    return [*found, *map(_memory_case, tokens)]
+
+
+def _sae(shape: Shape, kernel: str = "sparse") -> MLSAE:
+    generator = torch.Generator().manual_seed(0)
+    sizes = shape.d_model, shape.n_latents, shape.k
+    return MLSAE(*sizes, kernel=kernel, generator=generator).requires_grad_(False)
+
+
+# --- the training loop ----------------------------------------------------------------------------
+
+
+def _loop_case(steps: int) -> Case:
+    seconds: dict[str, float] = {}
+    run = RunSpec(
+        ModelSpec(DEFAULT_MODEL),
+        DataSpec(),
+        SiteSpec(),
+        SaeSpec(expansion_factor=16, k=16),
+        TrainSpec(tokens=steps * 2048, learning_rate=1e-3),
+    )
+    return Case(
+        "training loop",
+        DEFAULT_MODEL,
+        run.train.tokens,
+        "tokens",
+        {
+            OURS: Implementation(partial(_our_loop, run, seconds)),
+            PLAIN: Implementation(partial(_plain_loop, run)),
+        },
+        steps=1,
+        check=partial(_check_close, tolerance=1e-3),
+        agreement="loss of every step: 1e-3, since differences of rounding grow with the steps",
+        rounds=3,
+        shares=lambda: {part: spent / sum(seconds.values()) for part, spent in seconds.items()},
+        settings={"steps": steps, "tokens a step": 2048, "R": 16, "k": 16, "AuxK": "on"},
+    )
+
+
+class _PackedAnew:
+    """Sequences packed from text as they are asked for; the seconds that takes are added up."""
+
+    def __init__(self, run: RunSpec, tokenizer, seconds: dict[str, float]):
+        self.context, self.tokenizer, self.seconds = run.data.context_length, tokenizer, seconds
+        self.documents = list(itertools.islice(text.documents(run.data), 6000))
+
+    def batches(self, size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+        """As `mlsae_core.text.TokenBlocks` has it, in the order of the documents."""
+        sequences = self._sequences()
+        while True:
+            began = time.perf_counter()
+            batch = torch.stack([next(sequences) for _ in range(size)])
+            _add(self.seconds, "packing", began)
+            yield batch
+
+    def _sequences(self) -> Iterator[Tensor]:
+        documents = itertools.cycle(self.documents)
+        while True:  # few documents at a time, so that hardly more is packed than is used
+            some = itertools.islice(documents, 16)
+            for piece in text.pack(some, self.tokenizer, self.context):
+                yield from torch.as_tensor(piece).long()
+
+
+def _add(seconds: dict[str, float], part: str, began: float) -> None:
+    seconds[part] = seconds.get(part, 0) + time.perf_counter() - began
+
+
+def _our_loop(run: RunSpec, seconds: dict[str, float]) -> Step:
+    from mlsae_core.train import train
+
+    lm = LanguageModel.load(run.model)
+    blocks, capture = _PackedAnew(run, lm.tokenizer, seconds), lm.capture
+
+    def timed_capture(*args):
+        began = time.perf_counter()
+        try:
+            return capture(*args)
+        finally:
+            _add(seconds, "language model", began)
+
+    lm.capture = timed_capture
+
+    def step():
+        seconds.clear()
+        began = time.perf_counter()
+        log = train(run, lm, blocks, LENS).log
+        seconds["autoencoder"] = time.perf_counter() - began - sum(seconds.values())
+        return torch.tensor(log.loss.to_numpy())
+
+    return step
+
+
+def _plain_loop(run: RunSpec) -> Step:
+    from mlsae_core.metrics import geometric_median
+    from mlsae_core.train import build_sae
+
+    lm = LanguageModel.load(run.model)
+    blocks = _PackedAnew(run, lm.tokenizer, {})
+    sequences = run.train.micro_batch_tokens // run.data.context_length
+
+    @torch.no_grad()
+    def activations_of(tokens: Tensor) -> Tensor:
+        return reference.capture(lm, tokens)[0][:, lm.keep_mask(tokens)]
+
+    def step():
+        sae, training, losses = build_sae(run, lm), None, []
+        batches = blocks.batches(sequences, run.train.seed)
+        for tokens in itertools.islice(batches, run.train.tokens // run.train.batch_tokens):
+            x = activations_of(tokens)
+            if training is None:
+                scaled = sae.standardise(x)[0].flatten(0, 1)
+                sae.pre_bias.data.copy_(geometric_median(scaled))
+                training = reference.Training(sae, run.train.learning_rate)
+            losses.append(training.step(x))
+        return torch.tensor(losses, dtype=torch.float64)
+
+    return step
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def _lm(shape: Shape) -> LanguageModel:
+    """A model of random weights; token 0 ends sequences."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.d_model,
+        intermediate_size=4 * shape.d_model,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.n_heads,
+        max_position_embeddings=shape.positions,
+        initializer_range=0.1,  # large enough that a replaced layer changes the predictions
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = GPTNeoXForCausalLM(config)
+    ids = SimpleNamespace(bos_token_id=0, eos_token_id=0, pad_token_id=None)
+    return LanguageModel(network, ids, "random")
+
+
+def _tokens(shape: Shape) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(shape.vocabulary, (shape.sequences, shape.positions), generator=generator)
+
+
+def _evaluation_case(name: str) -> Case:
+    shape = SHAPES[name]
+    return Case(
+        "evaluation",
+        name,
+        shape.tokens,
+        "tokens",
+        {
+            OURS: Implementation(partial(_our_evaluation, shape)),
+            PLAIN: Implementation(partial(_plain_evaluation, shape)),
+        },
+        steps=1,
+        check=partial(_check_close, tolerance=1e-3),
+        agreement="MSE, delta CE and KL of every layer: 1e-3 of the largest",
+        rounds=3,
+        settings={**shape.settings(), "FVU, delta CE, KL at": "every layer"},
+    )
+
+
+def _our_evaluation(shape: Shape) -> Step:
+    lm, sae, batches = _lm(shape), _sae(shape), [_tokens(shape)]
+
+    def step():
+        options = {"ablations": False, "progress": False}
+        table = analysis.evaluate(lm, sae, LENS, SITE, batches, **options)
+        return torch.tensor(table[["mse", "delta_ce", "kl"]].to_numpy().T)
+
+    return step
+
+
+def _plain_evaluation(shape: Shape) -> Step:
+    lm, sae, batches = _lm(shape), _sae(shape, "dense"), [_tokens(shape)]
+
+    def step():
+        return torch.stack(list(reference.evaluate(lm, sae, batches).values()))
+
+    return step
+
+
+# --- distributions over layers --------------------------------------------------------------------
+
+
+def _activations(shape: Shape) -> Tensor:
+    """(layer, token, d_model): layers share a part, so that latents are active at several."""
+    generator = torch.Generator().manual_seed(2)
+    drawn = torch.randn(shape.n_layers + 1, shape.tokens, shape.d_model, generator=generator)
+    return drawn[:-1] + drawn[-1]
+
+
+def _distributions_case(name: str) -> Case:
+    shape = SHAPES[name]
+    return Case(
+        "distributions",
+        name,
+        shape.tokens,
+        "tokens",
+        {
+            OURS: Implementation(partial(_our_distributions, shape)),
+            PLAIN: Implementation(partial(_plain_distributions, shape)),
+        },
+        steps=1,
+        check=partial(_check_close, tolerance=1e-3),
+        agreement="Eq. 11, Eq. 12 and P(layer | latent) of every latent: 1e-3 of the largest",
+        rounds=3,
+        settings={**shape.settings(), "from": "activations"},
+    )
+
+
+def _our_distributions(shape: Shape) -> Step:
+    sae, x = _sae(shape), _activations(shape)
+
+    def step():
+        found = LayerDistribution(shape.n_layers, shape.n_latents)
+        topk = sae.encode(x)
+        found.update(topk.indices, topk.values)
+        result = found.compute()
+        return _numbers(result.ratio_latent, result.ratio_token, result.probs[:, result.live])
+
+    return step
+
+
+def _plain_distributions(shape: Shape) -> Step:
+    sae, x = _sae(shape, "dense"), _activations(shape)
+
+    def step():
+        found = reference.Distributions(shape.n_layers, shape.n_latents)
+        topk = sae.encode(x)
+        found.update(topk.indices, topk.values)
+        result = found.compute()
+        return _numbers(result["ratio_latent"], result["ratio_token"], result["probs"])
+
+    return step
+
+
+def _numbers(ratio_latent, ratio_token, probs: Tensor) -> Tensor:
+    return torch.cat([torch.tensor([ratio_latent, ratio_token]).double(), probs.flatten()])
+
+
+def _memory_case(tokens: int) -> Case:
+    """The whole analysis with its null models, on activations that are drawn batch by batch."""
+    shape = SHAPES["tiny"] if tokens < 10_000 else SHAPES["mini"]._replace(n_latents=2048)
+
+    def step():
+        class Drawn:
+            n_layers, device = shape.n_layers, torch.device("cpu")
+            drawn = _activations(shape).unflatten(1, (shape.sequences, shape.positions))
+
+            def capture(self, tokens, layers, hook_points):
+                return {"residual": self.drawn.roll(int(tokens[0, 0]), 1)}
+
+            def keep_mask(self, tokens):
+                return torch.ones_like(tokens, dtype=torch.bool)
+
+        batches = (
+            torch.full((shape.sequences, shape.positions), i) for i in range(tokens // shape.tokens)
+        )
+        analysis.distributions(Drawn(), _sae(shape), LENS, SITE, batches, progress=False)
+
+    return Case(
+        "memory of distributions",
+        f"{tokens / 1e6:g} M tokens",
+        tokens,
+        "tokens",
+        {OURS: Implementation(lambda: step)},
+        steps=1,
+        rounds=0,
+        settings={**shape.settings(), "null models": 2, "activations": "drawn"},
+    )
+
+
+def _check_close(results: dict[str, list[Tensor]], tolerance: float) -> None:
+    """Both first results agree to a share of the largest number of each row."""
+    ours, plain = results[OURS][0], results[PLAIN][0]
+    assert ours.shape == plain.shape, f"expected shape {plain.shape}, got {ours.shape}"
+    largest = plain.abs().amax(-1, keepdim=True)
+    error = ((ours - plain).abs() / largest).max()
+    assert error <= tolerance, f"expected agreement to {tolerance:g}, got {error:.2g}"

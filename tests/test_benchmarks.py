@@ -1,0 +1,117 @@
+"""The benchmarks: they run, compare numbers before times, and name what is missing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_loop, bench_train, common, reference
+from benchmarks.common import LIMIT, OURS, Case, Implementation
+
+ROOT = Path(__file__).parents[1]
+
+
+def case(**implementations):
+    made = {name: Implementation(*parts) for name, parts in implementations.items()}
+    return Case("distributions", "none", 10, "things", made, steps=1, rounds=2)
+
+
+def rows_of(case, monkeypatch):
+    monkeypatch.setattr(common, "_peak", lambda *_: {"peak_megabytes": 1.0})
+    return {row["implementation"]: row for row in common.run(case, False, 1)}
+
+
+def test_missing_and_broken_packages_are_named_and_the_rest_is_timed(monkeypatch):
+    monkeypatch.setitem(common.PACKAGES, "no_such_module", "no-such-package")
+
+    def fails():
+        raise RuntimeError("first line\nsecond")
+
+    rows = rows_of(
+        case(
+            mlsae_core=(lambda: lambda: 1,),
+            limit=(lambda: lambda: 1,),
+            missing=(lambda: lambda: 1, "no_such_module"),
+            cannot_be_made=(fails, "torch"),
+            cannot_run=(lambda: fails, "torch"),
+        ),
+        monkeypatch,
+    )
+    assert rows["missing"]["note"] == "not installed: pip install no-such-package"
+    for name in ("cannot_be_made", "cannot_run"):
+        assert rows[name]["note"] == "failed: RuntimeError: first line second"
+        assert rows[name]["per_second"] is None
+    ours = rows[OURS]
+    assert ours["rounds"] == 2
+    assert ours["slowest"] <= ours["per_second"] <= ours["fastest"]
+    assert ours["times_ours"] == 1
+    assert ours["share_of_limit"] == ours["per_second"] / rows[LIMIT]["per_second"]
+    assert "not installed" in common.line(rows["missing"])
+
+
+def test_our_own_failure_is_no_row_but_an_error(monkeypatch):
+    def fails():
+        raise RuntimeError("ours")
+
+    with pytest.raises(RuntimeError, match="ours"):
+        rows_of(case(mlsae_core=(lambda: fails,)), monkeypatch)
+
+
+@pytest.mark.parametrize("dead", [0.0, 0.25])
+def test_the_described_training_step_gives_the_losses_of_ours(dead):
+    compared = bench_train.case("tiny", dead)
+    results = {
+        name: [step() for _ in range(2)]
+        for name in (OURS, "dense oracle", "as described")
+        for step in [compared.implementations[name].make()]
+    }
+    compared.check(results)
+    results[OURS][1] *= 1 + 10 * bench_train.TOLERANCE
+    with pytest.raises(AssertionError):
+        compared.check(results)
+
+
+@pytest.mark.parametrize("make", [bench_loop._evaluation_case, bench_loop._distributions_case])
+def test_the_references_give_our_numbers(make):
+    compared = make("tiny")
+    results = {name: [i.make()()] for name, i in compared.implementations.items()}
+    compared.check(results)
+    results[OURS][0] = results[OURS][0] * 1.01
+    with pytest.raises(AssertionError, match="expected agreement"):
+        compared.check(results)
+
+
+def test_the_described_distributions_are_those_of_a_world_worked_out_by_hand():
+    """One latent, two tokens, two layers: P = (1/4, 3/4) and (1, 0)."""
+    found = reference.Distributions(2, 1)
+    values = torch.tensor([[[1.0], [2.0]], [[3.0], [0.0]]])
+    found.update(torch.zeros(2, 2, 1, dtype=torch.int64), values)
+    result = found.compute()
+    assert result["probs"][:, 0].tolist() == [5 / 8, 3 / 8]
+    within, between = 3 / 16 / 2, (3 / 8) ** 2
+    assert float(result["ratio_token"]) == pytest.approx(within / (within + between))
+    assert float(result["ratio_latent"]) == 1  # a single latent
+
+
+@pytest.mark.slow
+def test_one_command_writes_rows_of_every_suite_asked_for(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "training step", "distributions", "--quick"]
+    subprocess.run([*command, "--json", tmp_path / "r.json"], cwd=ROOT, check=True)
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert content["quick"]
+    assert {row["suite"] for row in content["results"]} == {"training step", "distributions"}
+    for row in content["results"]:
+        if row["implementation"] == OURS:
+            assert row["per_second"] > 0
+            assert row["peak_megabytes"] > row["import_megabytes"] > 0
+    assert str(Path.home()) not in json.dumps(content)
+
+
+def test_an_unknown_suite_is_refused():
+    command = [sys.executable, "-m", "benchmarks", "speed"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "expected suites of training step" in done.stderr
