@@ -24,12 +24,12 @@
 # yours to choose.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, pipeline, widgets
+from mlsae_core import charts, experiments, widgets
 from mlsae_core.analysis import spread, sweeps
 from mlsae_core.charts import sweeps as sweep_charts
 
 charts.use_book_theme()
-read = pipeline.swept_distributions()
+read = experiments.swept_distributions()
 table = sweeps.across(spread.active_layers, read)
 
 # %% tags=["hide-input"]
@@ -92,7 +92,7 @@ widgets.heatmaps(read["Sparsity k"])
 # the test tokens of each run's evaluation, special ones left out.
 
 # %% tags=["hide-input"]
-notes = sweeps.across(pipeline.notes, pipeline.swept("distributions"))
+notes = sweeps.across(experiments.notes, experiments.swept("distributions"))
 notes.drop(columns="position").set_index(["sweep", "run"])
 
 # %% [markdown]

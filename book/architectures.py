@@ -23,22 +23,22 @@
 #   and embeddings multiplied by $\sqrt{d}$.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, pipeline, widgets
+from mlsae_core import charts, experiments, pipeline, widgets
 from mlsae_core.analysis import layers, spread, sweeps
 from mlsae_core.charts import layers as layer_charts
 from mlsae_core.charts import sweeps as sweep_charts
 from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
-results = pipeline.materialise(load_experiment("experiments/architectures.yml"))
-read = pipeline.all_distributions(results)
+results = experiments.materialise(load_experiment("experiments/architectures.yml"))
+read = experiments.all_distributions(results)
 session = pipeline.Session()
 
 # %% [markdown]
 # The models, with what they lose on validation text, in nats per token:
 
 # %% tags=["hide-input"]
-models = pipeline.suite().set_index("model").loc[results.evaluation.model.unique()]
+models = experiments.suite().set_index("model").loc[results.evaluation.model.unique()]
 models[["parameters", "training_tokens", "validation_loss", "bigram_loss", "seconds", "commit"]]
 
 # %% [markdown]
@@ -125,7 +125,7 @@ results.evaluation.groupby("model", sort=False)[averages].mean().round(4)
 # ## Beside the paper
 
 # %% tags=["hide-input"]
-published = pipeline.published("table1")
+published = experiments.published("table1")
 published[published.model.str.contains("GPT-2|Llama|Gemma|Pythia-160m")].set_index("model")
 
 # %% [markdown]

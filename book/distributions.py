@@ -30,7 +30,7 @@
 # - **Gaussian input**: the dictionary encodes vectors of random direction, as long as the real ones.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, pipeline, widgets
+from mlsae_core import charts, experiments, pipeline, widgets
 from mlsae_core.analysis import layers
 from mlsae_core.charts import layers as layer_charts
 from mlsae_core.lens import Lens
@@ -38,9 +38,9 @@ from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
 experiment = load_experiment("experiments/default.yml")
-trained = pipeline.measure(experiment, "train")
-measured = pipeline.measure(experiment, "distributions")
-arrays, numbers = pipeline.read_distributions(measured[0][1])
+trained = experiments.measure(experiment, "train")
+measured = experiments.measure(experiment, "distributions")
+arrays, numbers = experiments.read_distributions(measured[0][1])
 
 # %% [markdown]
 # ## Over many tokens
@@ -155,7 +155,7 @@ layers.prompt_spread(*inputs).set_index(["prompt", "of"]).round(3)
 # the mean.
 
 # %% tags=["hide-input"]
-pipeline.notes(trained + measured).set_index("stage")
+experiments.notes(trained + measured).set_index("stage")
 
 # %% [markdown]
 # ```{bibliography}

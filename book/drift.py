@@ -29,14 +29,14 @@
 # dictionary takes part in this chapter: these are facts about the language models.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, pipeline
+from mlsae_core import charts, experiments
 from mlsae_core.analysis import drift
 from mlsae_core.charts import drift as drift_charts
 from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
-made = pipeline.measure(load_experiment("experiments/drift.yml"), "drift")
-layers, pairs = pipeline.tables(made, "layers.csv"), pipeline.tables(made, "pairs.csv")
+made = experiments.measure(load_experiment("experiments/drift.yml"), "drift")
+layers, pairs = experiments.tables(made, "layers.csv"), experiments.tables(made, "pairs.csv")
 
 # %% [markdown]
 # ## Norms
@@ -114,7 +114,7 @@ drift.summary(layers, pairs).set_index("model").round(3)
 # much tokens differ.
 
 # %% tags=["hide-input"]
-pipeline.notes(made).set_index("model")
+experiments.notes(made).set_index("model")
 
 # %% [markdown]
 # ```{bibliography}

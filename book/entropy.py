@@ -23,12 +23,12 @@
 # Figure 29.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, pipeline, widgets
+from mlsae_core import charts, experiments, widgets
 from mlsae_core.analysis import spread, sweeps
 from mlsae_core.charts import sweeps as sweep_charts
 
 charts.use_book_theme()
-read = pipeline.swept_distributions()
+read = experiments.swept_distributions()
 table = sweeps.across(spread.entropies, read)
 
 # %% tags=["hide-input"]
@@ -82,7 +82,7 @@ widgets.heatmaps(read["Sparsity k"])
 # evaluation. Every token at which a latent is active counts the same.
 
 # %% tags=["hide-input"]
-notes = sweeps.across(pipeline.notes, pipeline.swept("distributions"))
+notes = sweeps.across(experiments.notes, experiments.swept("distributions"))
 notes.drop(columns="position").set_index(["sweep", "run"])
 
 # %% [markdown]

@@ -34,20 +34,20 @@
 # $$ (eq-fvu-delta-ce)
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, pipeline, widgets
+from mlsae_core import charts, experiments, widgets
 from mlsae_core.analysis import fidelity, sweeps
 from mlsae_core.charts import fidelity as fidelity_charts
 from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
-results = pipeline.materialise(load_experiment("experiments/default.yml"))
+results = experiments.materialise(load_experiment("experiments/default.yml"))
 table = results.evaluation
 
 # %% tags=["remove-cell"]
-factors = pipeline.materialise(load_experiment("experiments/factors.yml"))
-models = pipeline.materialise(load_experiment("experiments/models.yml"))
-seeds = pipeline.materialise(load_experiment("experiments/seeds.yml"))
-sparsity = pipeline.materialise(load_experiment("experiments/sparsity.yml"))
+factors = experiments.materialise(load_experiment("experiments/factors.yml"))
+models = experiments.materialise(load_experiment("experiments/models.yml"))
+seeds = experiments.materialise(load_experiment("experiments/seeds.yml"))
+sparsity = experiments.materialise(load_experiment("experiments/sparsity.yml"))
 
 # %% [markdown]
 # ## By layer
@@ -213,7 +213,7 @@ ours.rename("mean over layers").to_frame().T
 # The paper's, Table 1a without and 1b with a tuned lens:
 
 # %% tags=["hide-input"]
-pipeline.published("table1").set_index("model")
+experiments.published("table1").set_index("model")
 
 # %% [markdown]
 # Where our delta CE lies below the paper's we do not read that as a merit of the dictionary: the language

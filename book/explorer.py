@@ -27,21 +27,21 @@
 # %% tags=["remove-cell"]
 from IPython.display import HTML
 
-from mlsae_core import charts, pipeline, widgets
+from mlsae_core import charts, experiments, pipeline, widgets
 from mlsae_core.analysis import examples, interventions, latents
 from mlsae_core.charts import latents as latent_charts
 from mlsae_core.lens import Lens
 from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
-default = pipeline.materialise(load_experiment("experiments/default.yml"))
-results = pipeline.materialise(load_experiment("experiments/explorer.yml"))
+default = experiments.materialise(load_experiment("experiments/default.yml"))
+results = experiments.materialise(load_experiment("experiments/explorer.yml"))
 
 # %% tags=["remove-cell"]
 _, run = results.runs[0]
 session, lens = pipeline.Session(), Lens.identity()
 lm, sae = session.lm(run.model), session.sae(run)
-arrays, _ = pipeline.read_distributions(default.artefacts["distributions"][0][1])
+arrays, _ = experiments.read_distributions(default.artefacts["distributions"][0][1])
 found = examples.load(results.artefacts["examples"][0][1].file("examples.safetensors"))
 chosen = latents.spread_of_latents(arrays, most=40)
 
@@ -214,7 +214,7 @@ interventions.losses(ablated).round(5)
 # For every latent with $\max_\ell P(\ell \mid j) \ge 1/2$, by the cosine similarity of its nearest other latent:
 
 # %% tags=["hide-input"]
-pairs = pipeline.tables(results.artefacts["duplicates"], "duplicates.csv")
+pairs = experiments.tables(results.artefacts["duplicates"], "duplicates.csv")
 summary = latents.drift_summary(pairs)
 columns = ["latents", "same_layer", "null_same_layer", "neighbouring", "null_neighbouring"]
 summary.set_index("cosine")[columns].round(3)
@@ -269,7 +269,7 @@ pairs.sort_values("cosine", ascending=False).head(10).set_index("latent")[column
 
 # %% tags=["hide-input"]
 latent_charts.uniformity(
-    pipeline.tables(results.artefacts["importance"], "importance.csv"),
+    experiments.tables(results.artefacts["importance"], "importance.csv"),
     title="Effects on the next token are less even than activations",
     subtitle="Means and 95 % intervals over sequences, four random positions in each.",
 )

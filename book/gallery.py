@@ -17,12 +17,12 @@
 # $P(L = \ell \mid j)$ of {eq}`eq-layer-distribution`, and columns are sorted by the mean layer.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, pipeline, widgets
+from mlsae_core import charts, experiments, widgets
 from mlsae_core.analysis import spread, sweeps
 from mlsae_core.charts import sweeps as sweep_charts
 
 charts.use_book_theme()
-read = pipeline.swept_distributions()
+read = experiments.swept_distributions()
 
 # %% [markdown]
 # ## Sparsity
@@ -92,7 +92,7 @@ widgets.heatmaps([*read["Sparsity k"], *read["Expansion factor R"], *read["Tuned
 # 31, 33, 35, 37, 39 and 41) have their place in {doc}`distributions`, where the prompt can be chosen.
 
 # %% tags=["hide-input"]
-notes = sweeps.across(pipeline.notes, pipeline.swept("distributions"))
+notes = sweeps.across(experiments.notes, experiments.swept("distributions"))
 notes.drop(columns="position").set_index(["sweep", "run"])
 
 # %% [markdown]

@@ -20,16 +20,16 @@
 # which it is $k$ at the most. And theirs have a dictionary per layer, ours one for all.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, pipeline
+from mlsae_core import charts, experiments
 from mlsae_core.analysis import fidelity, transfer
 from mlsae_core.charts import fidelity as fidelity_charts
 from mlsae_core.charts import latents as latent_charts
 from mlsae_core.spec import DataSpec, EvaluateSpec, load_experiment
 
 charts.use_book_theme()
-mlp = pipeline.materialise(load_experiment("experiments/transcoder.yml"))
-sparsity = pipeline.materialise(load_experiment("experiments/sparsity.yml"))
-latents = pipeline.materialise(load_experiment("experiments/explorer.yml"))
+mlp = experiments.materialise(load_experiment("experiments/transcoder.yml"))
+sparsity = experiments.materialise(load_experiment("experiments/sparsity.yml"))
+latents = experiments.materialise(load_experiment("experiments/explorer.yml"))
 
 # %% [markdown]
 # ## Transcoders
@@ -109,7 +109,7 @@ fidelity.means(sparsity.evaluation, "k", columns).round(4)
 
 # %% tags=["hide-input"]
 latent_charts.uniformity(
-    pipeline.tables(latents.artefacts["importance"], "importance.csv"),
+    experiments.tables(latents.artefacts["importance"], "importance.csv"),
     title="More of the active latents matter at later layers: 54 to 69 %",
     subtitle="Means and 95 % intervals over 512 sequences, four random positions in each. k = 16.",
 )
@@ -136,8 +136,8 @@ questions = DataSpec(path="docstring-questions")
 targets = transfer.base_and_tuned("neox-6l-128d", "neox-6l-128d-qa", questions)
 settings = EvaluateSpec(tokens=65_536, ablations=False)
 [(_, run)] = load_experiment("experiments/default.yml").runs
-measured = pipeline.transfers(run, settings, targets)
-tuned = pipeline.tables(measured, "transfer.csv")
+measured = experiments.transfers(run, settings, targets)
+tuned = experiments.tables(measured, "transfer.csv")
 
 # %% tags=["hide-input"]
 charts.metric_by_layer(
@@ -194,7 +194,7 @@ sparsity.provenance.query("stage == 'evaluate'").set_index("k")
 latents.provenance.query("stage == 'importance'").set_index("stage")
 
 # %% tags=["hide-input"]
-pipeline.provenances(measured).set_index("target")
+experiments.notes(measured).set_index("target")
 
 # %% [markdown]
 # ```{bibliography}

@@ -22,7 +22,7 @@
 # %% tags=["remove-cell"]
 import pandas as pd
 
-from mlsae_core import analysis, charts, pipeline
+from mlsae_core import analysis, charts, experiments, pipeline
 from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
@@ -45,7 +45,7 @@ session = pipeline.Session()
 # %% tags=["hide-input"]
 _, run = experiment.runs[0]
 distributions = session.distributions(run, experiment.evaluate)
-arrays, numbers = pipeline.read_distributions(distributions)
+arrays, numbers = experiments.read_distributions(distributions)
 charts.heatmap(
     analysis.latent_table(arrays),
     title="Most latents are spread over several layers; few belong to one",
@@ -119,7 +119,7 @@ analysis.variance_table(numbers).set_index("quantity")
 
 # %% tags=["hide-input"]
 made = [session.train(run), distributions]
-pd.DataFrame(map(pipeline.provenance, made)).set_index("stage")
+pd.DataFrame(map(experiments.provenance, made)).set_index("stage")
 
 # %% [markdown]
 # ```{bibliography}

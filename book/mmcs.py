@@ -30,13 +30,13 @@
 # $n / n_L$ Gaussian vectors is there $n_L$ times with noise of its own length.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, pipeline, widgets
+from mlsae_core import charts, experiments, widgets
 from mlsae_core.analysis import geometry, sweeps
 from mlsae_core.charts import sweeps as sweep_charts
 
 charts.use_book_theme()
-made = pipeline.swept("geometry")
-mmcs = sweeps.across(pipeline.tables, made, "mmcs.csv")
+made = experiments.swept("geometry")
+mmcs = sweeps.across(experiments.tables, made, "mmcs.csv")
 
 # %% [markdown]
 # ## By sparsity, size, model and basis
@@ -81,7 +81,7 @@ kept[["mmcs", "std", "q50"]].round(3)
 # The paper's, with $R = 64$ and $k = 32$. Its models are wider, so their rows have more room:
 
 # %% tags=["hide-input"]
-pipeline.published("table2").set_index("model")
+experiments.published("table2").set_index("model")
 
 # %% [markdown]
 # ## The whole distribution
@@ -89,7 +89,7 @@ pipeline.published("table2").set_index("model")
 # A mean hides whether all rows have a neighbour or a few have a twin.
 
 # %% tags=["hide-input"]
-cosines = sweeps.stack({"k": pipeline.tables(made["Sparsity k"], "cosines.csv")})
+cosines = sweeps.stack({"k": experiments.tables(made["Sparsity k"], "cosines.csv")})
 sweep_charts.histogram(
     geometry.densities(cosines, "maxima"),
     axis="Largest cosine similarity with another row",
@@ -114,7 +114,7 @@ widgets.cosines(cosines)
 # The numbers depend on the trained dictionaries alone. The controls are drawn with seed 0.
 
 # %% tags=["hide-input"]
-sweeps.across(pipeline.notes, made).drop(columns="position").set_index(["sweep", "run"])
+sweeps.across(experiments.notes, made).drop(columns="position").set_index(["sweep", "run"])
 
 # %% [markdown]
 # ```{bibliography}

@@ -22,12 +22,12 @@
 #   like.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, pipeline, widgets
+from mlsae_core import charts, experiments, widgets
 from mlsae_core.analysis import geometry, sweeps
 from mlsae_core.charts import sweeps as sweep_charts
 
 charts.use_book_theme()
-made = pipeline.swept("geometry")
+made = experiments.swept("geometry")
 
 # %% [markdown]
 # ## By sparsity
@@ -35,7 +35,7 @@ made = pipeline.swept("geometry")
 # Copies would be bought with what is spare: many latents, few of them active at once. So choose $k$.
 
 # %% tags=["hide-input"]
-by_sparsity = sweeps.stack({"k": pipeline.tables(made["Sparsity k"], "cosines.csv")})
+by_sparsity = sweeps.stack({"k": experiments.tables(made["Sparsity k"], "cosines.csv")})
 sweep_charts.histogram(
     geometry.densities(by_sparsity, "pairs"),
     axis="Cosine similarity of two rows",
@@ -70,7 +70,7 @@ share.unstack("rows").reindex(by_sparsity["run"].unique()).mul(1e4).round(2)
 # ## By size
 
 # %% tags=["hide-input"]
-by_size = sweeps.stack({"R": pipeline.tables(made["Expansion factor R"], "cosines.csv")})
+by_size = sweeps.stack({"R": experiments.tables(made["Expansion factor R"], "cosines.csv")})
 sweep_charts.histogram(
     geometry.densities(by_size, "pairs"),
     axis="Cosine similarity of two rows",
@@ -94,7 +94,7 @@ share.unstack("rows").reindex(by_size["run"].unique()).mul(1e4).round(2)
 # two layers, they would be fewer there.
 
 # %% tags=["hide-input"]
-by_lens = sweeps.stack({"basis": pipeline.tables(made["Tuned lens"], "cosines.csv")})
+by_lens = sweeps.stack({"basis": experiments.tables(made["Tuned lens"], "cosines.csv")})
 sweep_charts.histogram(
     geometry.densities(by_lens, "pairs"),
     axis="Cosine similarity of two rows",
@@ -117,7 +117,7 @@ share.unstack("rows").reindex(by_lens["run"].unique()).mul(1e4).round(2)
 # The numbers depend on the trained dictionaries alone. The controls are drawn with seed 0.
 
 # %% tags=["hide-input"]
-sweeps.across(pipeline.notes, made).drop(columns="position").set_index(["sweep", "run"])
+sweeps.across(experiments.notes, made).drop(columns="position").set_index(["sweep", "run"])
 
 # %% [markdown]
 # ```{bibliography}

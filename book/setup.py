@@ -26,7 +26,7 @@
 # %% tags=["remove-cell"]
 from pathlib import Path
 
-from mlsae_core import analysis, charts, pipeline, widgets
+from mlsae_core import analysis, charts, experiments, pipeline, widgets
 from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
@@ -44,11 +44,11 @@ session = pipeline.Session()
 # `python -m mlsae_core pretrain NAME`.
 
 # %% tags=["hide-input"]
-pipeline.suite().set_index("model").T
+experiments.suite().set_index("model").T
 
 # %% tags=["hide-input"]
 charts.loss_curve(
-    pipeline.model_logs(),
+    experiments.model_logs(),
     title="One pass over the text, and validation follows the training loss down",
     subtitle="Cross-entropy per predicted token; the learning rate falls linearly to zero. Choose a model.",
 )
@@ -73,7 +73,7 @@ charts.loss_curve(
 # token, 1024 at a time, and cut into sequences of 256 tokens, as in Appendix A of the paper.
 
 # %% tags=["hide-input"]
-pipeline.corpus(session, run).set_index("split")
+experiments.corpus(session, run).set_index("split")
 
 # %% [markdown]
 # Vectors at end-of-text tokens are *excluded*: from training, and from every mean and count over

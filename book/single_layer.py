@@ -27,18 +27,18 @@
 # takes as many optimiser steps as one of them, on batches with $n_L$ times the vectors.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, pipeline
+from mlsae_core import charts, experiments
 from mlsae_core.analysis import fidelity, transfer
 from mlsae_core.charts import transfer as transfer_charts
 from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
-single = pipeline.materialise(load_experiment("experiments/single.yml"))
-sparsity = pipeline.materialise(load_experiment("experiments/sparsity.yml"))
+single = experiments.materialise(load_experiment("experiments/single.yml"))
+sparsity = experiments.materialise(load_experiment("experiments/sparsity.yml"))
 
 # %% tags=["remove-cell"]
 mlsae = sparsity.evaluation.query("k == 16")  # the same R, k, text and tokens
-cells = transfer.matrix(pipeline.tables(single.artefacts["transfer"], "transfer.csv"), mlsae)
+cells = transfer.matrix(experiments.tables(single.artefacts["transfer"], "transfer.csv"), mlsae)
 
 # %% [markdown]
 # ## Layer by layer

@@ -39,7 +39,7 @@
 # for a million.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, pipeline, widgets
+from mlsae_core import charts, experiments, pipeline, widgets
 from mlsae_core.analysis import total_variance
 from mlsae_core.charts import sweeps as sweep_charts
 from mlsae_core.lens import Lens
@@ -100,7 +100,7 @@ widgets.total_variance(session, run, (4_096, 8_192, 16_384, 32_768))
 # ones left out. The numbers on the whole sample are in {doc}`variance`.
 
 # %% tags=["hide-input"]
-pipeline.provenance(session.train(run))
+experiments.provenance(session.train(run))
 
 # %% [markdown]
 # ```{bibliography}

@@ -47,7 +47,7 @@
 # %% tags=["remove-cell"]
 import pandas as pd
 
-from mlsae_core import analysis, charts, pipeline, widgets
+from mlsae_core import analysis, charts, experiments, pipeline, widgets
 from mlsae_core.spec import flat, load_experiment
 
 charts.use_book_theme()
@@ -93,7 +93,7 @@ widgets.live_training(live_run, k=[4, 8, 16, 32], factors=[2, 4, 8, 16])
 
 # %% tags=["hide-input"]
 experiment = load_experiment("experiments/default.yml")
-results = pipeline.materialise(experiment)
+results = experiments.materialise(experiment)
 charts.training_curves(
     analysis.long_log(results.log),
     title="The earlier the layer, the better it is reconstructed",

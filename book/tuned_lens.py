@@ -31,15 +31,15 @@
 # block $\ell$, *as released*. This page compares both with the residual stream as it is (*identity*).
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, pipeline
+from mlsae_core import charts, experiments, pipeline
 from mlsae_core.analysis import layers, lenses
 from mlsae_core.charts import layers as layer_charts
 from mlsae_core.charts import lenses as lens_charts
 from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
-results = pipeline.materialise(load_experiment("experiments/lens.yml"))
-read = pipeline.all_distributions(results)
+results = experiments.materialise(load_experiment("experiments/lens.yml"))
+read = experiments.all_distributions(results)
 session = pipeline.Session()
 (_, run) = results.runs[0]
 lm = session.lm(run.model)
@@ -128,7 +128,7 @@ results.evaluation.groupby("case", sort=False)[averages].mean().round(4)
 # $R = 64$, $k = 32$:
 
 # %% tags=["hide-input"]
-published = pipeline.published("table1")
+published = experiments.published("table1")
 published[published.model.str.contains("Pythia-(?:70m|160m|410m)")]
 
 # %% [markdown]

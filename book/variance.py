@@ -37,7 +37,7 @@
 # token it is active at one layer.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, pipeline
+from mlsae_core import charts, experiments, pipeline
 from mlsae_core.analysis import layers, sweeps
 from mlsae_core.charts import layers as layer_charts
 from mlsae_core.lens import Lens
@@ -45,8 +45,8 @@ from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
 default = load_experiment("experiments/default.yml")
-made = pipeline.swept("distributions")
-made["Default run"] = pipeline.measure(default, "distributions", training="4 M tokens")
+made = experiments.swept("distributions")
+made["Default run"] = experiments.measure(default, "distributions", training="4 M tokens")
 ratios = layers.variance_sweeps(made)
 
 # %% [markdown]
@@ -111,7 +111,7 @@ layer_charts.variance_parts(
 # The paper states ranges in its text, for $R = 64$, $k = 32$ and 10 M tokens of the Pile:
 
 # %% tags=["hide-input"]
-published = pipeline.published("variance_ratios")
+published = experiments.published("variance_ratios")
 published.set_index(["source", "ratio"])
 
 # %% [markdown]
@@ -152,7 +152,7 @@ layers.ratio_definitions(*inputs, batches).set_index("definition").round(3)
 # cover the choice of text, not of the seed of training.
 
 # %% tags=["hide-input"]
-sweeps.across(pipeline.notes, made).drop(columns="position").set_index(["sweep", "run"])
+sweeps.across(experiments.notes, made).drop(columns="position").set_index(["sweep", "run"])
 
 # %% [markdown]
 # ```{bibliography}

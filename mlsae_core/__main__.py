@@ -142,9 +142,9 @@ def _evaluate(options: argparse.Namespace):
 
 def _materialise(options: argparse.Namespace):
     experiment = load_experiment(options.experiment)
-    from mlsae_core import pipeline
+    from mlsae_core import experiments, pipeline
 
-    made = pipeline.materialise(experiment, _mode(options), options.ship)
+    made = experiments.materialise(experiment, _mode(options), options.ship)
     if pipeline.is_main_process():
         _show(made.provenance)
 
@@ -152,18 +152,18 @@ def _materialise(options: argparse.Namespace):
 def _status(options: argparse.Namespace):
     if options.experiment is not None:
         experiment = load_experiment(options.experiment)
-        from mlsae_core import pipeline
+        from mlsae_core import experiments
 
-        return _show(pipeline.status(experiment))
+        return _show(experiments.status(experiment))
     import pandas as pd
 
-    from mlsae_core import pipeline
+    from mlsae_core import experiments
 
     rows = []
     for stage in store.STAGES:
         for artefact in store.artefacts(stage):
             state = "shipped" if artefact.path.is_relative_to(store.SHIPPED) else "stored"
-            row = pipeline.provenance(artefact)
+            row = experiments.provenance(artefact)
             if isinstance(row["tokens"], dict):  # of each split
                 row["tokens"] = sum(row["tokens"].values())
             rows.append({**row, "state": state})

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mlsae_core import pipeline, store
+from mlsae_core import experiments, pipeline, store
 from mlsae_core.spec import Experiment
 
 # What a clock says is no result.
@@ -20,7 +20,7 @@ TIMES = ("seconds", "tokens_per_second")
 def estimate(experiments: list[Experiment]) -> float:
     """Seconds that is left to compute, within a factor of two; finished results count nothing."""
     with store.recomputing():
-        return sum(float(pipeline.status(e).seconds.sum()) for e in experiments)
+        return sum(float(experiments.status(e).seconds.sum()) for e in experiments)
 
 
 def reproduce(experiment: Experiment) -> pd.DataFrame:
@@ -37,7 +37,7 @@ def reproduce(experiment: Experiment) -> pd.DataFrame:
     """
     session, rows = pipeline.Session(), []
     for labels, run in experiment.runs:
-        for stage in ("train", *pipeline.analyses(experiment, run)):
+        for stage in ("train", *experiments.analyses(experiment, run)):
             arguments = (run,) if stage == "train" else (run, experiment.evaluate)
             with store.recomputing():
                 anew = getattr(session, stage)(*arguments)

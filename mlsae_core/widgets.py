@@ -101,7 +101,7 @@ def live_training(run: RunSpec, k: Sequence[int], factors: Sequence[int]) -> ipy
 def heatmaps(read: Sequence[tuple[dict, dict, dict]]) -> ipywidgets.VBox:
     """Choose a run, a weighting and how many latents; see its heatmap at that resolution.
 
-    read: what `pipeline.all_distributions` returns.
+    read: what `experiments.all_distributions` returns.
     """
     names = [", ".join(f"{k} = {v}" for k, v in labels.items()) or "run" for labels, _, _ in read]
 

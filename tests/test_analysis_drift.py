@@ -6,7 +6,7 @@ import torch
 from test_lens import random_lens
 from tiny_lm import D_MODEL, N_LAYERS, tiny_lm, tiny_tokens
 
-from mlsae_core import pipeline, spec
+from mlsae_core import experiments, pipeline, spec
 from mlsae_core.activations import stream
 from mlsae_core.analysis import drift
 from mlsae_core.lens import Lens
@@ -113,9 +113,9 @@ def test_the_stage_needs_no_dictionary_and_knows_what_it_depends_on(inputs, data
     run, settings = spec.run_from_dict(fields), EvaluateSpec(tokens=64)
     made = pipeline.Session().drift(run, settings)
     assert not (data / "store" / "train").exists()
-    table = pipeline.tables([({"model": "m"}, made)], "layers.csv")
+    table = experiments.tables([({"model": "m"}, made)], "layers.csv")
     assert list(table.model) == ["m"] * 3
-    assert len(pipeline.tables([({}, made)], "pairs.csv")) == 3
+    assert len(experiments.tables([({}, made)], "pairs.csv")) == 3
 
     def key(settings=settings, **changes):
         return pipeline.drift_key(spec.run_from_dict(fields | changes), settings)[0]

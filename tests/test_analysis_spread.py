@@ -12,7 +12,7 @@ from mlsae_core.metrics import LayerDistribution
 
 
 def read(seed=0, n_layers=3, n_latents=20):
-    """What `pipeline.read_distributions` gives, and the accumulator's own result."""
+    """What `experiments.read_distributions` gives, and the accumulator's own result."""
     generator = torch.Generator().manual_seed(seed)
     values, indices = torch.rand(n_layers, 400, n_latents, generator=generator).topk(2)
     weight = torch.rand(n_layers, n_latents, generator=generator) ** 4

@@ -10,7 +10,7 @@ from test_lens import random_lens
 from test_pipeline import SETTINGS, run_of
 from tiny_lm import D_MODEL, N_LAYERS, tiny_lm, tiny_tokens
 
-from mlsae_core import analysis, pipeline
+from mlsae_core import analysis, experiments, pipeline
 from mlsae_core.analysis import transfer
 from mlsae_core.analysis.transfer import Rollouts, Target
 from mlsae_core.lens import Lens
@@ -251,12 +251,12 @@ def test_base_and_tuned_model_are_measured_alike_and_shipped(inputs, data):
     assert len({(t.model.path, t.text) for t in targets.values()}) == 4
     chosen = {n: t for n, t in targets.items() if t.text == "given"}
     run = run_of(inputs)
-    table = pipeline.tables(
-        pipeline.transfers(run, SETTINGS, chosen, ship=True), "transfer.csv"
+    table = experiments.tables(
+        experiments.transfers(run, SETTINGS, chosen, ship=True), "transfer.csv"
     ).set_index("target")
     own = pd.read_csv(pipeline.Session().evaluate(run, SETTINGS).file("evaluation.csv"))
     base = table.loc["base, given text"].reset_index(drop=True)
     pd.testing.assert_frame_equal(base[["fvu_global", "kl"]], own[["fvu_global", "kl"]])
     assert (table.loc["tuned, given text"].fvu_global.to_numpy() != own.fvu_global).all()
     shutil.rmtree(data / "store")
-    assert len(pipeline.transfers(run, SETTINGS, chosen, "read-only")) == 2
+    assert len(experiments.transfers(run, SETTINGS, chosen, "read-only")) == 2

@@ -255,6 +255,7 @@ MODULES = (
     "tune",
     "analysis",
     "pipeline",
+    "experiments",
     "charts",
     "widgets",
     "pretrain",

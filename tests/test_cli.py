@@ -332,10 +332,10 @@ def test_damaged_results_and_checkpoints_are_named(call, data):
         assert "model.safetensors: damaged" in err
         assert "--force" in err
     assert call("train", "SPEC", "--force")[0] == 0
-    checkpoint = pipeline._checkpoint("0" * 16)
+    checkpoint = pipeline.checkpoint_path("0" * 16)
     checkpoint.parent.mkdir(exist_ok=True)
     code, out, _ = call("status", "SPEC", seed=1)
-    checkpoint = pipeline._checkpoint(re.search(r"train +([0-9a-f]{16})", out)[1])
+    checkpoint = pipeline.checkpoint_path(re.search(r"train +([0-9a-f]{16})", out)[1])
     checkpoint.write_bytes(b"damaged")
     code, _, err = call("train", "SPEC", seed=1)
     assert code == 2

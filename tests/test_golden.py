@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from workers import sentences
 
-from mlsae_core import pipeline, spec, store, text
+from mlsae_core import experiments, pipeline, spec, store, text
 from mlsae_core.pretrain import train_tokenizer
 
 # stage → its version when these numbers were written, and the numbers
@@ -73,7 +73,7 @@ def numbers(inputs, data, tmp_path):
     settings, session = spec.EvaluateSpec(tokens=512), pipeline.Session()
     log = pd.read_csv(session.train(run).file("log.csv")).iloc[-1]
     table = pd.read_csv(session.evaluate(run, settings).file("evaluation.csv"))
-    _, variances = pipeline.read_distributions(session.distributions(run, settings))
+    _, variances = experiments.read_distributions(session.distributions(run, settings))
     source = tmp_path / "module.py"
     source.write_text('"""One."""\nclass A:\n    """Two."""\n    def f():\n        """Three."""\n')
     return {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from workers import sentences, write_jsonl
 
-from mlsae_core import pipeline, spec, store, text, train
+from mlsae_core import experiments, pipeline, spec, store, text, train
 from mlsae_core.lens import Lens
 from mlsae_core.spec import EvaluateSpec, Experiment, SpecError
 
@@ -140,7 +140,7 @@ def test_every_architecture_trains_and_is_measured(inputs, data, architecture):
     assert list(table.layer) == [0, 1, 2]
     assert (table.l0 <= 4).all()
     assert table.isna().sum().sum() == 0
-    arrays, numbers = pipeline.read_distributions(session.distributions(run, SETTINGS))
+    arrays, numbers = experiments.read_distributions(session.distributions(run, SETTINGS))
     assert arrays["probs"].shape == (3, 32)
     assert numbers["tokens"] == table.tokens.iloc[0]
     assert trained.meta["tokens"] == 256
@@ -196,7 +196,7 @@ def test_the_checkpoint_outlives_a_failed_write(inputs, data, monkeypatch):
         patch.setattr(store, "write", None)
         with pytest.raises(TypeError):
             pipeline.Session().train(run)
-    checkpoint = pipeline._checkpoint(pipeline.run_key(run)[0])
+    checkpoint = pipeline.checkpoint_path(pipeline.run_key(run)[0])
     assert checkpoint.exists()
     pipeline.Session().train(run)
     assert not checkpoint.exists()
@@ -276,25 +276,25 @@ def test_a_session_refuses_trackers_before_anything_else():
 def test_an_experiment_becomes_tables_with_its_labels(inputs, data):
     runs = tuple(({"k": k}, run_of(inputs, k=k)) for k in (2, 4))
     experiment = Experiment("t", runs, SETTINGS)
-    before = pipeline.status(experiment)
+    before = experiments.status(experiment)
     assert set(before.state) == {"missing"}
     assert len(before) == 6
-    made = pipeline.materialise(experiment, ship=True)
+    made = experiments.materialise(experiment, ship=True)
     assert list(made.log.k.unique()) == list(made.evaluation.k.unique()) == [2, 4]
     assert list(made.provenance.stage) == ["train", "evaluate", "distributions"] * 2
-    after = pipeline.status(experiment)
+    after = experiments.status(experiment)
     assert set(after.state) == {"shipped"}
     assert set(after.seconds) == {0}
     shutil.rmtree(store.STORE)
-    again = pipeline.materialise(experiment, "read-only")
+    again = experiments.materialise(experiment, "read-only")
     pd.testing.assert_frame_equal(again.evaluation, made.evaluation)
 
 
 def test_an_experiment_says_which_analyses_and_whether_weights_are_shipped(inputs, data):
     runs = (({}, run_of(inputs)),)
     slim = Experiment("t", runs, SETTINGS, analyses=("distributions",), weights=False)
-    assert list(pipeline.status(slim).stage) == ["train", "distributions"]
-    made = pipeline.materialise(slim, ship=True)
+    assert list(experiments.status(slim).stage) == ["train", "distributions"]
+    made = experiments.materialise(slim, ship=True)
     assert made.evaluation.empty
     assert list(made.artefacts) == ["train", "distributions"]
     (trained,) = (artefact for _, artefact in made.artefacts["train"])
@@ -307,22 +307,22 @@ def test_an_experiment_says_which_analyses_and_whether_weights_are_shipped(input
         pipeline.Session("read-only").sae(runs[0][1])
     assert pipeline.Session().sae(runs[0][1]).n_latents == 32
     # Shipped with weights, and not taken away again.
-    pipeline.materialise(Experiment("t", runs, None), ship=True)
-    pipeline.materialise(slim, ship=True)
+    experiments.materialise(Experiment("t", runs, None), ship=True)
+    experiments.materialise(slim, ship=True)
     assert "model.safetensors" in store.read(shipped).meta["files"]
 
 
 def test_an_unknown_analysis_is_refused(inputs, data):
     experiment = Experiment("t", (({}, run_of(inputs)),), SETTINGS, analyses=("lm",))
     with pytest.raises(SpecError, match=r"analyses: expected some of .*evaluate.*, got lm"):
-        pipeline.materialise(experiment)
+        experiments.materialise(experiment)
 
 
 def test_stacked_runs_are_evaluated_and_have_no_distribution(inputs, data):
     stacked = run_of(inputs, stacked=True, layers=[0, 2])
     experiment = Experiment("t", (({}, stacked),), SETTINGS)
-    assert list(pipeline.status(experiment).stage) == ["train", "evaluate"]
-    made = pipeline.materialise(experiment)
+    assert list(experiments.status(experiment).stage) == ["train", "evaluate"]
+    made = experiments.materialise(experiment)
     assert list(made.evaluation.layer) == [0, 2]
     assert "fvu_stacked" in made.log
     with pytest.raises(SpecError, match="stacked: expected false"):
@@ -332,13 +332,13 @@ def test_stacked_runs_are_evaluated_and_have_no_distribution(inputs, data):
 def test_status_knows_what_is_begun_and_estimates_the_rest(inputs, data):
     run = run_of(inputs, tokens=10**9)
     experiment = Experiment("t", (({}, run),), None)
-    small = pipeline.status(Experiment("t", (({}, run_of(inputs)),), None))
-    (row,) = pipeline.status(experiment).to_dict("records")
+    small = experiments.status(Experiment("t", (({}, run_of(inputs)),), None))
+    (row,) = experiments.status(experiment).to_dict("records")
     assert row["seconds"] > 100 * max(small.seconds[0], 1)
-    checkpoint = pipeline._checkpoint(row["key"])
+    checkpoint = pipeline.checkpoint_path(row["key"])
     checkpoint.parent.mkdir(parents=True)
     checkpoint.touch()
-    (again,) = pipeline.status(experiment).to_dict("records")
+    (again,) = experiments.status(experiment).to_dict("records")
     assert again["state"] == "begun"
     assert again["seconds"] > 0
 

@@ -89,7 +89,7 @@ def costs(
     """One MLSAE against one autoencoder for each layer: what was trained, and at what cost.
 
     Args:
-        single, mlsae: rows of `pipeline.provenance` of the trained dictionaries: ``tokens``,
+        single, mlsae: rows of `experiments.provenance` of the trained dictionaries: ``tokens``,
             ``seconds``.
         d_model: width of the model. expansion_factor: R, of all dictionaries.
 

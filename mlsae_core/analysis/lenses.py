@@ -87,7 +87,7 @@ def aggregates(read: Sequence[tuple[dict, dict, dict]], most: int = 400) -> pd.D
     """`layers.aggregate_table` of each case, beside each other, for `charts.layers.aggregate`.
 
     Args:
-        read: labels, arrays and numbers of an experiment's cases (`pipeline.all_distributions`).
+        read: labels, arrays and numbers of an experiment's cases (`experiments.all_distributions`).
 
     Returns:
         One row per (order, layer): ``order``, ``layer``, and for each case its probability, mean

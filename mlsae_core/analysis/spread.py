@@ -1,6 +1,6 @@
 """How many layers a latent is spread over, for many runs: active layers, entropy, samples.
 
-Each function takes what `pipeline.read_distributions` returns for several runs, as a list of
+Each function takes what `experiments.read_distributions` returns for several runs, as a list of
 (labels, arrays, numbers), and gives a table with the labels as its first columns.
 """
 

@@ -12,7 +12,7 @@ def stack(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
     Args:
         tables: name of the sweep, as the reader is to see it → its table, whose first column is
-            what was swept, as `pipeline.tables` gives it.
+            what was swept, as `experiments.tables` gives it.
 
     Returns:
         The tables' other columns after ``sweep``, ``run`` (the swept value, as text) and
@@ -36,7 +36,7 @@ def across(table: Callable[..., pd.DataFrame], made: dict, *arguments) -> pd.Dat
     """One table of every sweep, beneath each other: `stack` of ``table(runs, *arguments)``.
 
     Args:
-        table: makes a table of a sweep's runs, such as `pipeline.tables` or `spread.entropies`.
+        table: makes a table of a sweep's runs, such as `experiments.tables` or `spread.entropies`.
         made: name of the sweep, as the reader is to see it → its runs, as `table` wants them.
     """
     return stack({name: table(runs, *arguments) for name, runs in made.items()})

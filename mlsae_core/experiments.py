@@ -1,0 +1,269 @@
+"""Name → experiment: every result of a declared experiment, as tables that chapters show.
+
+Also the facts that chapters quote about their inputs, and what is still to be computed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from mlsae_core import pipeline, store, text
+from mlsae_core.pipeline import Mode
+from mlsae_core.spec import EvaluateSpec, Experiment, RunSpec, SpecError, load_experiment
+from mlsae_core.store import Artefact
+
+if TYPE_CHECKING:
+    import torch
+
+    from mlsae_core.analysis.transfer import Target
+
+
+class Materialised(NamedTuple):
+    """The finished tables of an experiment, each with the swept fields as its first columns.
+
+    log: training, one row per interval. evaluation: one row per run and layer. provenance: one row
+    per artefact with key, tokens, seconds and commit. runs: (labels, run) as declared. artefacts:
+    stage -> (labels, artefact) of every run that has it.
+    """
+
+    log: pd.DataFrame
+    evaluation: pd.DataFrame
+    provenance: pd.DataFrame
+    runs: tuple[tuple[dict, RunSpec], ...]
+    artefacts: dict[str, list[tuple[dict, Artefact]]]
+
+
+def materialise(experiment: Experiment, mode: Mode = "cached", ship: bool = False) -> Materialised:
+    """Find or compute every result of an experiment; `ship` copies them to the tracked ones."""
+    session = pipeline.Session(mode)
+    everything = []
+    for labels, run in experiment.runs:
+        for stage in ("train", *analyses(experiment, run)):
+            arguments = (run,) if stage == "train" else (run, experiment.evaluate)
+            artefact = getattr(session, stage)(*arguments)
+            everything.append((labels, artefact))
+            if ship and pipeline.is_main_process():
+                slim = stage == "train" and not experiment.weights
+                if stage == "train" and not slim:  # another experiment may have shipped its log
+                    artefact = session.with_weights(run, artefact)
+                store.ship(artefact, ("log.csv",) if slim else None)
+    made: dict[str, list[tuple[dict, Artefact]]] = {}
+    for labels, artefact in everything:
+        made.setdefault(artefact.meta["stage"], []).append((labels, artefact))
+    return Materialised(
+        log=tables(made["train"], "log.csv"),
+        evaluation=tables(made.get("evaluate", []), "evaluation.csv"),
+        provenance=notes(everything),
+        runs=experiment.runs,
+        artefacts=made,
+    )
+
+
+def measure(experiment: Experiment, stage: str, **labels) -> list[tuple[dict, Artefact]]:
+    """One stage of every run of an experiment, for `tables`; nothing that it does not need.
+
+    labels: further ones, after those of the experiment, such as what sets it apart from others.
+    """
+    session, made = pipeline.Session(), []
+    for swept, run in experiment.runs:
+        arguments = (run,) if stage == "train" else (run, experiment.evaluate)
+        made.append((swept | labels, getattr(session, stage)(*arguments)))
+    return made
+
+
+#: The book's sweeps: what a reader is to see → path from the book's folder.
+SWEEPS = {
+    "Sparsity k": "experiments/sparsity.yml",
+    "Expansion factor R": "experiments/factors.yml",
+    "Model": "experiments/models.yml",
+    "Tuned lens": "experiments/lens.yml",
+}
+
+
+def swept(
+    stage: str, experiments: dict[str, str] = SWEEPS
+) -> dict[str, list[tuple[dict, Artefact]]]:
+    """`measure` for several experiments: name of the sweep → path becomes name → results."""
+    return {name: measure(load_experiment(path), stage) for name, path in experiments.items()}
+
+
+def analyses(experiment: Experiment, run: RunSpec) -> list[str]:
+    """The analyses of one run of an experiment; an unknown one is refused."""
+    if experiment.evaluate is None:
+        return []
+    for name in experiment.analyses:
+        if name not in store.STAGES or not hasattr(pipeline.Session, name):
+            known = ", ".join(stage for stage in store.STAGES if hasattr(pipeline.Session, stage))
+            raise SpecError(f"analyses: expected some of {known}, got {name}")
+    # One vector a token has no layers to be distributed over.
+    return [n for n in experiment.analyses if not (run.site.stacked and n == "distributions")]
+
+
+def transfers(
+    run: RunSpec,
+    settings: EvaluateSpec,
+    targets: dict[str, Target],
+    mode: Mode = "cached",
+    ship: bool = False,
+) -> list[tuple[dict, Artefact]]:
+    """One dictionary measured in several models: (label, artefact) for :func:`tables`."""
+    session, made = pipeline.Session(mode), []
+    for name, target in targets.items():
+        artefact = session.transfer(run, settings, target)
+        made.append(({"target": name}, artefact))
+        if ship and pipeline.is_main_process():
+            store.ship(artefact)
+    return made
+
+
+def tables(made: list[tuple[dict, Artefact]], file: str) -> pd.DataFrame:
+    """One CSV file of several results as one table, the labels as its first columns."""
+    return _stack((labels, pd.read_csv(artefact.file(file))) for labels, artefact in made)
+
+
+def notes(made: list[tuple[dict, Artefact]]) -> pd.DataFrame:
+    """How several results were made, one row each, the labels as its first columns."""
+    return _stack((labels, pd.DataFrame([provenance(artefact)])) for labels, artefact in made)
+
+
+def _stack(parts) -> pd.DataFrame:
+    parts = [_labelled(table, labels) for labels, table in parts]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _labelled(table: pd.DataFrame, labels: dict) -> pd.DataFrame:
+    fixed = {name: str(v) if isinstance(v, list | dict) else v for name, v in labels.items()}
+    return table.assign(**fixed)[[*fixed, *[c for c in table.columns if c not in fixed]]]
+
+
+def provenance(artefact: Artefact) -> dict:
+    """How a result was made, in one row: stage, key, tokens, seconds, commit, date."""
+    names = ("stage", "tokens", "seconds", "commit", "written")
+    row = {name: artefact.meta.get(name) for name in names}
+    return {"stage": row.pop("stage"), "key": artefact.key, **row}
+
+
+def read_distributions(artefact: Artefact) -> tuple[dict[str, torch.Tensor], dict]:
+    """Arrays of a `distributions` result, as `layers.derived` lists them, and its numbers."""
+    from safetensors.torch import load_file
+
+    from mlsae_core.analysis import layers
+
+    arrays = layers.derived(load_file(artefact.file("distributions.safetensors")))
+    return arrays, json.loads(artefact.file("variances.json").read_text())
+
+
+def all_distributions(results: Materialised) -> list[tuple[dict, dict, dict]]:
+    """Labels, arrays and numbers of every `distributions` result, as `read_distributions` reads."""
+    return _read_all(results.artefacts.get("distributions", []))
+
+
+def swept_distributions(
+    experiments: dict[str, str] = SWEEPS,
+) -> dict[str, list[tuple[dict, dict, dict]]]:
+    """`all_distributions` of several experiments: name of the sweep → path, as for `swept`."""
+    made = swept("distributions", experiments)
+    return {name: _read_all(results) for name, results in made.items()}
+
+
+def _read_all(made: list[tuple[dict, Artefact]]) -> list[tuple[dict, dict, dict]]:
+    return [(labels, *read_distributions(artefact)) for labels, artefact in made]
+
+
+# --- facts about the inputs -----------------------------------------------------------------------
+
+
+def suite() -> pd.DataFrame:
+    """The shipped language models, one row each: size, training tokens, loss, seconds, commit."""
+    names = ("parameters", "training_tokens", "validation_loss", "bigram_loss", "unigram_loss")
+    names += ("seconds", "seed", "commit")
+    rows = []
+    for model in store.shipped_models():
+        facts = json.loads((store.MODELS / model / "training.json").read_text())
+        rows.append({"model": model, **{name: facts[name] for name in names}})
+    return pd.DataFrame(rows)
+
+
+def model_logs() -> pd.DataFrame:
+    """How the shipped models' losses fell: ``loss`` (nats per token) by model, tokens, split."""
+    logs = []
+    for model in store.shipped_models():
+        log = pd.read_csv(store.MODELS / model / "log.csv")
+        long = log.melt("tokens", ["train", "validation"], "split", "loss").dropna()
+        logs.append(long.assign(model=model))
+    return pd.concat(logs, ignore_index=True)
+
+
+def corpus(session: pipeline.Session, run: RunSpec) -> pd.DataFrame:
+    """Documents, characters and tokens of each split of a run's text."""
+    meta = text.packed(run.data, session.lm(run.model).tokenizer).meta
+    columns = ("documents", "characters", "tokens")
+    return pd.DataFrame(
+        [{"split": split, **{name: meta[name][split] for name in columns}} for split in text.SPLITS]
+    )
+
+
+def published(table: str) -> pd.DataFrame:
+    """Numbers printed in a paper, from ``data/published``; `source` says where they stand."""
+    return pd.read_csv(store.DATA / "published" / f"{table}.csv")
+
+
+# --- what exists, and what it would cost ----------------------------------------------------------
+
+
+def status(experiment: Experiment) -> pd.DataFrame:
+    """One row per result: shipped, stored, begun or missing, and the seconds it would still take.
+
+    The estimate counts floating-point operations and divides by the measured speed of a matrix
+    product on this machine; expect it to be right within a factor of two. A run that was begun
+    continues from its checkpoint and takes less.
+    """
+    rows, speed = [], None
+    for labels, run in experiment.runs:
+        keys = {"train": pipeline.run_key(run)[0]}
+        for stage in ("evaluate", "distributions"):
+            if stage in analyses(experiment, run):
+                keys[stage] = pipeline.analysis_key(stage, run, experiment.evaluate)[0]
+        for stage, identity in keys.items():
+            state, seconds = _state(stage, identity), 0.0
+            if state in ("begun", "missing"):
+                speed = speed or _speed()
+                seconds = _operations(stage, run, experiment.evaluate) / speed
+            row = {"stage": stage, "key": identity, "state": state, "seconds": round(seconds)}
+            rows.append(labels | row)
+    return pd.DataFrame(rows)
+
+
+def _state(stage: str, identity: str) -> str:
+    for name, root in (("shipped", store.SHIPPED), ("stored", store.STORE)):
+        if (root / stage / identity / "meta.json").is_file():
+            return name
+    return "begun" if pipeline.checkpoint_path(identity).exists() else "missing"
+
+
+def _operations(stage: str, run: RunSpec, settings: EvaluateSpec | None) -> float:
+    """Floating-point operations of a stage, at the share of peak speed that was measured."""
+    config = pipeline.model_config(run.model)
+    width, depth, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    model = 24 * depth * width**2 + 4 * depth * width * run.data.context_length
+    layers = len(run.site.indices(depth))
+    encode = 2 * layers * width * width * run.sae.expansion_factor
+    if stage == "train":  # decoding and the gradients touch k latents: a tenth of it
+        return run.train.tokens * (model + 1.1 * encode) * 2
+    replaced = layers * (model / 2 + 8 * vocabulary * width) if stage == "evaluate" else 0
+    return settings.tokens * (model + encode + replaced) * 2
+
+
+def _speed() -> float:
+    """Floating-point operations per second of this machine's matrix product, in float32."""
+    a = np.ones((768, 768), np.float32)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(5):
+        a @ a
+    return 5 * 2 * 768**3 / (time.perf_counter() - start)
