@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mlsae_core.products import fast_products
 
@@ -29,6 +30,10 @@ KERNELS: tuple[str, ...] = ("sparse", "dense")
 
 BLOCK_SIZE = 2**17
 """Elements of a parameter that the optimiser treats at a time on a CPU."""
+
+
+PIECE = 2**19
+"""Elements of a weight's gradient that are made at a time on a CPU."""
 
 
 class Code(NamedTuple):
@@ -249,16 +254,46 @@ class Pairs:
         rows = stacked % n if len(self.parts) > 1 else stacked
         return order, counts.cumsum(0) - counts, rows, stacked
 
-    def sum_by_latent(self, weights: Sequence[Tensor], table: Tensor) -> Tensor:
+    def sum_by_latent(
+        self, weights: Sequence[Tensor], table: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         """For each latent, the sum over its pairs of weight times the vector's row of the table.
 
-        weights : (n, k) for each part; table : (n, d), or (parts * n, d) with rows for each part.
+        weights : (n, k) for each part; table : (n, d), or (parts * n, d) with rows for each part;
+        out : memory for the result (n_latents, d), filled piece by piece.
         """
         order, offsets, rows, stacked = self.by_latent
         weights = torch.cat([weight.reshape(-1) for weight in weights]).index_select(0, order)
         if len(table) > len(self.parts[0]):
             rows = stacked
-        return F.embedding_bag(rows, table, offsets, mode="sum", per_sample_weights=weights)
+        if out is None:
+            return F.embedding_bag(rows, table, offsets, mode="sum", per_sample_weights=weights)
+        size = max(1, PIECE // table.shape[1])
+        ends = [*offsets[::size].tolist(), len(rows)]
+        for piece, begins, start, end in zip(
+            out.split(size), offsets.split(size), ends[:-1], ends[1:], strict=True
+        ):
+            here = slice(start, end)
+            bags = {"mode": "sum", "per_sample_weights": weights[here]}
+            piece.copy_(F.embedding_bag(rows[here], table, begins - start, **bags))
+        return out
+
+    def products(self, weight: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
+        """<table_i, weight_j> for each pair of each part: weight (n_latents, d), a table (n, d)
+        for each part, to (n, k) for each part."""
+        if weight.device.type != "cpu":
+            return list(map(partial(_row_products, weight), self.parts, tables))
+        # By latent, each row of the large matrix is read once, and the small one stays in cache.
+        order, offsets, _, stacked = self.by_latent
+        vectors, starts = torch.cat(list(tables)), F.pad(offsets, (0, 1), value=len(order))
+        with warnings.catch_warnings(action="ignore"):  # "sparse CSR tensor support is in beta"
+            pairs = torch.sparse_csr_tensor(
+                starts, stacked, vectors.new_zeros(len(order)), (len(weight), len(vectors))
+            )
+        found = torch.sparse.sampled_addmm(pairs, weight, vectors.T, beta=0).values()
+        products = torch.empty_like(found).index_copy_(0, order, found)
+        sizes = [part.numel() for part in self.parts]
+        return [p.view_as(i) for p, i in zip(products.split(sizes), self.parts, strict=True)]
 
 
 class _Encode(torch.autograd.Function):
@@ -283,7 +318,7 @@ class _Encode(torch.autograd.Function):
             totals = pairs.sum_by_latent(grads, torch.ones_like(centred[:, :1]))
             grad_bias = -(totals.T @ encoder).squeeze(0)
         if ctx.needs_input_grad[2]:
-            grad_encoder = pairs.sum_by_latent(grads, centred)
+            grad_encoder = pairs.sum_by_latent(grads, centred, _gradient_memory(encoder))
         return grad_x, grad_bias, grad_encoder, None, None, *[None for _ in grads]
 
 
@@ -304,9 +339,9 @@ class _Decode(torch.autograd.Function):
         grads = [grad.contiguous() for grad in grads]
         grad_decoder, grad_values = None, [None for _ in values]
         if ctx.needs_input_grad[0]:
-            grad_decoder = pairs.sum_by_latent(values, torch.cat(grads))
+            grad_decoder = pairs.sum_by_latent(values, torch.cat(grads), _gradient_memory(decoder))
         if any(ctx.needs_input_grad[2:]):
-            grad_values = map(partial(_row_products, decoder), pairs.parts, grads)
+            grad_values = pairs.products(decoder, grads)
         return grad_decoder, None, *grad_values
 
 
@@ -318,18 +353,29 @@ def _weighted_sums(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
 def _row_products(table: Tensor, indices: Tensor, a: Tensor) -> Tensor:
     """<a_i, table_j> for each pair: table (m, d), indices (n, k), a (n, d) to (n, k)."""
     n, k = indices.shape
-    starts = torch.arange(0, n * k + 1, k, device=a.device)
-    if a.device.type == "cpu":
-        with warnings.catch_warnings(action="ignore"):  # "sparse CSR tensor support is in beta"
-            pairs = torch.sparse_csr_tensor(
-                starts, indices.view(-1), a.new_zeros(n * k), (n, len(table))
-            )
-        return torch.sparse.sampled_addmm(pairs, a, table.T, beta=0).values().view(n, k)
+    starts = torch.arange(0, n * k, k, device=a.device)
     bags = torch.arange(n, device=a.device).repeat_interleave(k)
     products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        a, table, indices.view(-1), starts[:-1], bags, 0
+        a, table, indices.view(-1), starts, bags, 0
     )
     return products.view(n, k)
+
+
+def _gradient_memory(weight: Tensor) -> Tensor | None:
+    """Memory for the gradient of a weight on a CPU: the last one's, unless it is still in use.
+
+    As with `_kept_buffer`, fresh pages would cost more than to fill them. None on other devices.
+    """
+    if weight.device.type != "cpu":
+        return None
+    storage = _gradients.get(weight)
+    if storage is None or torch._C._storage_Use_Count(storage._cdata) > 1:
+        storage = _gradients[weight] = weight.new_empty(weight.shape).untyped_storage()
+    # A tensor of its own, no view of a kept one: autograd takes it for the gradient as it is.
+    return weight.new_empty(0).set_(storage, 0, weight.shape)
+
+
+_gradients = WeakTensorKeyDictionary()
 
 
 # --- the optimiser ----------------------------------------------------------------------------

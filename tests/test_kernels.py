@@ -117,6 +117,46 @@ def test_results_repeat_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
 
 
+def gradient_of(encoder, decoder, bias, x):
+    kernels.autoencode(x, encoder, decoder, bias, K)[0].square().sum().backward()
+    return encoder.grad, decoder.grad
+
+
+def test_gradients_reuse_the_memory_of_the_last_ones_that_nobody_holds():
+    x, encoder, decoder, bias, _ = problem()
+    first = [grad.data_ptr() for grad in gradient_of(encoder, decoder, bias, x)]
+    encoder.grad = decoder.grad = None
+    second = [grad.data_ptr() for grad in gradient_of(encoder, decoder, bias, x)]
+    assert first == second
+
+
+@pytest.mark.parametrize("hold", [lambda grad: grad, lambda grad: grad.view(-1)[3:]])
+def test_gradients_that_somebody_holds_are_not_overwritten(hold):
+    x, encoder, decoder, bias, _ = problem()
+    held = [hold(grad) for grad in gradient_of(encoder, decoder, bias, x)]
+    copies = [grad.clone() for grad in held]
+    encoder.grad = decoder.grad = None
+    gradient_of(encoder, decoder, bias, 2 * x)
+    assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
+
+
+def test_gradients_of_two_batches_add_up():
+    x, encoder, decoder, bias, _ = problem()
+    once = [grad.clone() for grad in gradient_of(encoder, decoder, bias, x)]
+    twice = gradient_of(encoder, decoder, bias, x)
+    assert all(torch.equal(2 * a, b) for a, b in zip(once, twice, strict=True))
+
+
+@pytest.mark.parametrize("elements", [1, 5 * D, 10**6])
+def test_gradients_do_not_depend_on_the_pieces_they_are_made_in(monkeypatch, elements):
+    x, encoder, decoder, bias, _ = problem()
+    whole = [grad.clone() for grad in gradient_of(encoder, decoder, bias, x)]
+    encoder.grad = decoder.grad = None
+    monkeypatch.setattr(kernels, "PIECE", elements)
+    pieces = gradient_of(encoder, decoder, bias, x)
+    assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+
+
 def test_reduced_precision_touches_only_the_scores():
     """Under autocast a selected value is off by rounding; the rest stays in single precision."""
     x, encoder, decoder, bias, which = problem(n=50, dead=40, dtype=torch.float32)
