@@ -132,6 +132,8 @@ def test_every_control_changes_its_chart(open_page, name):
                 last = control.locator("option").count() - 1
                 chosen = control.evaluate("c => c.selectedIndex")
                 control.select_option(index=last if chosen != last else 0)
+            elif control.get_attribute("type") == "checkbox":
+                control.click()
             else:
                 control.focus()
                 here = control.evaluate("c => c.value - c.min > c.max - c.value")
