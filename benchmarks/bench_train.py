@@ -86,6 +86,7 @@ def case(name: str, dead: float) -> Case:
             "k": shape.k,
             "AuxK": f"{shape.d_model // 2} of {work.n_dead} dead" if work.n_dead else "off",
         },
+        per_token=shape.layers,
     )
 
 

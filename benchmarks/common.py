@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 Step = Callable[[], Any]
+ROOT = Path(__file__).parents[1]
 
 SUITES = {
     "training step": "benchmarks.bench_train",
@@ -73,6 +74,7 @@ class Case:
     rounds: timed; 0 where memory alone is of interest.
     shares: parts of the time of our rounds, by name, asked for after them.
     settings: what is the same for all implementations, for the table's heading.
+    per_token: units of work that a token makes, such as activation vectors of its layers.
     """
 
     suite: str
@@ -86,6 +88,7 @@ class Case:
     rounds: int = 5
     shares: Callable[[], dict[str, float]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    per_token: int = 1
 
 
 def cases(suites: Iterable[str], quick: bool) -> list[Case]:
@@ -114,6 +117,8 @@ def run(case: Case, quick: bool, threads: int) -> list[dict[str, Any]]:
     for name in case.implementations:
         row = {"suite": case.suite, "case": case.name, "implementation": name, "note": notes[name]}
         row |= {"unit": case.unit, **_rates(seconds.get(name, []), case.work)}
+        rate = row["per_second"]
+        row["hours_for_1e9_tokens"] = rate and 1e9 * case.per_token / rate / 3600
         peak = {}
         # A quick run starts few processes.
         if not row["note"] and name != LIMIT and (name == OURS or not quick):
@@ -180,8 +185,7 @@ def _peak(case: Case, name: str, quick: bool, threads: int) -> dict[str, Any]:
     """Peak memory in MB (10⁶ bytes) of a process of its own, and what its imports take of it."""
     command = [sys.executable, "-m", "benchmarks", "--peak-of", case.suite, case.name, name]
     command += ["--threads", str(threads), *["--quick"] * quick]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return {"note": f"memory not measured: {lines[-1][:150]}"}
@@ -227,15 +231,15 @@ def machine(threads: int) -> dict[str, Any]:
         "threads": threads,
         "accelerator": "none measured",
         "python": platform.python_version(),
-        "versions": {n: metadata.version(n) for n in PACKAGES.values() if n in installed},
+        **{n: metadata.version(n) for n in PACKAGES.values() if n in installed},
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "changed_since": bool(_git("status", "--porcelain", "--", "mlsae_core", "benchmarks/*.py")),
+        "changed since": bool(_git("status", "--porcelain", "--", "mlsae_core", "benchmarks/*.py")),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
 
 def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    command = ["git", "-C", str(ROOT), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

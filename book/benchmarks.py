@@ -1,0 +1,133 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # How fast is it?
+#
+# **What does a training step cost beside other packages, and how far is it from the machine's limit?**
+#
+# {cite:t}`lawson2025` trained most of their MLSAEs, on 1 billion tokens each, in **12 to 24 hours on one
+# NVIDIA RTX 3090**. The numbers of this page are of a *processor*: **no GPU was measured**. They come from
+# one run of `python -m benchmarks` on the machine below, in which all implementations took turns.
+
+# %% tags=["remove-cell"]
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from mlsae_core import charts
+from mlsae_core.charts import benchmarks as draw
+
+charts.use_book_theme()
+found = json.loads(Path("../benchmarks/results.json").read_text(encoding="utf-8"))
+results = pd.DataFrame(found["results"]).set_index("suite", drop=False)
+cases = pd.DataFrame(found["cases"]).set_index("suite")
+columns = ["case", "implementation", "per_second", "times_ours", "share_of_limit"]
+columns += ["peak_megabytes", "note"]
+
+# %% tags=["hide-input"]
+pd.Series({"quick run, of no weight": found["quick"], **found["machine"]}, name="").to_frame()
+
+# %% [markdown]
+# If the first row says *True*, the run had tiny shapes, made only to see that everything works: its rates
+# mean nothing.
+#
+# ## The training step
+#
+# One step is forward, backward, optimiser and the bookkeeping of dead latents, on a batch of random
+# activations. All have the same vectors, latents, $k$ and Adam; where a quarter of the latents is dead,
+# AuxK is on. The *dense oracle* is this project's definition, *as described* the paper's text written out
+# plainly. The *limit* is one float32 product of all vectors with the encoder: no exact float32 method is
+# faster.
+
+# %% tags=["hide-input"]
+draw.rates(
+    results.loc[["training step"]],
+    name="training",
+    axis="Activation vectors per second",
+    title="A training step beside other packages and the limit",
+    subtitle="Medians; lines from the slowest round to the fastest. Choose the shape.",
+)
+
+# %% tags=["hide-input"]
+results.loc[["training step"], columns].set_index(["case", "implementation"]).round(2)
+
+# %% [markdown]
+# **What to see.** `times_ours` is how many times longer another implementation takes. What is left between
+# the first row and the limit is selection, gradients and the optimiser. Only k of the latents take part in
+# anything but the one product, so a dense method repeats that product about five times over. Peak memory, in
+# 10⁶ bytes, is that of a process that does nothing else, and contains Python and PyTorch.
+#
+# **What would contradict it.** A row of another package with `times_ours` below 1, or a share of the limit
+# that falls with the shape.
+#
+# At this rate 1 billion tokens would take, in hours, without the language model:
+
+# %% tags=["hide-input"]
+ours = results.loc[["training step"]].query("implementation == 'mlsae_core'")
+ours[["case", "per_second", "hours_for_1e9_tokens"]].set_index("case").round(0)
+
+# %% [markdown]
+# That is longer than the paper's 12 to 24 hours where the shape is the paper's (*pythia*): a
+# processor of few cores is no graphics card. The small shape of this book (*mini*) is another matter.
+#
+# ## The loop, evaluation, and distributions over layers
+#
+# Here the comparison is with the plain version alone: whole passes with logits, one hooked pass for each
+# layer, dense (layer, token, latent) activations. Both must give the same numbers, or the run fails.
+
+# %% tags=["hide-input"]
+cases["agreement"].drop("memory of distributions").drop_duplicates().to_frame()
+
+# %% tags=["hide-input"]
+others = ["training loop", "evaluation", "distributions"]
+draw.rates(
+    results.loc[others].assign(case=lambda t: t["suite"] + ", " + t["case"]),
+    name="loop",
+    axis="Tokens per second",
+    title="The same numbers from a plain version and from ours",
+    subtitle="Medians; lines from the slowest round to the fastest. Choose the work.",
+)
+
+# %% tags=["hide-input"]
+results.loc[others, columns].drop(columns=["share_of_limit", "note"]).round(2)
+
+# %% [markdown]
+# Where the time of the training loop goes:
+
+# %% tags=["hide-input"]
+pd.DataFrame([cases.loc["training loop", "shares"]], index=["share of the time"]).round(2)
+
+# %% [markdown]
+# **What to see.** The plain version needs a multiple of the time and of the memory, and more of both the
+# larger the shape.
+#
+# **What would contradict it.** A plain version that is as fast.
+#
+# ## Memory and the number of tokens
+#
+# The whole analysis of {doc}`distributions`, null models and intervals included, on more and more tokens:
+
+# %% tags=["hide-input"]
+results.loc[["memory of distributions"], ["case", "peak_megabytes"]].set_index("case").round(0)
+
+# %% [markdown]
+# **What to see.** The same peak: sums per latent are kept, not tokens.
+#
+# **What would contradict it.** A peak that grows with the tokens.
+#
+# ## How this page was made
+#
+# The page reads `benchmarks/results.json`, which `python -m benchmarks` writes; nothing is timed when the
+# book is built. On a machine with other packages installed the same command compares with them; one that is
+# missing or fails is named in the column `note`.
+#
+# ```{bibliography}
+# :filter: docname in docnames
+# ```
