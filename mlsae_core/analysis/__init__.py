@@ -128,14 +128,26 @@ def evaluate(
             last = lm.resume_layers(original, replacements, point)
             _score(lm, original, last, rows, downstream, ablated, start)
 
-    errors, effect = reconstruction.compute(), downstream.compute()
-    columns = errors._asdict() | {
-        "dead": 1 - active[:, :-1].any(0).double().mean(),
-        "inactive": 1 - active[:, :-1].double().mean(1),
+    seen = active[:, :-1]
+    return _evaluation(layers, reconstruction, downstream, seen, ablated if ablations else None)
+
+
+def _evaluation(
+    layers: list[int],
+    reconstruction: Reconstruction,
+    downstream: Downstream,
+    active: Tensor,
+    ablated: Tensor | None,
+) -> pd.DataFrame:
+    """What `evaluate` returns, of its sums; ``active`` (layer, latent), ``ablated`` (layer, 2)."""
+    effect = downstream.compute()
+    columns = reconstruction.compute()._asdict() | {
+        "dead": 1 - active.any(0).double().mean(),
+        "inactive": 1 - active.double().mean(1),
         "predictions": effect.tokens,
         **{name: value for name, value in effect._asdict().items() if name != "tokens"},
     }
-    if ablations:
+    if ablated is not None:
         zero, mean = (ablated / effect.tokens[:, None]).unbind(1)
         for name, ce in (("zero", zero), ("mean", mean)):
             columns[f"ce_{name}"] = ce
