@@ -96,7 +96,7 @@ def _implementation(make: Callable[[Work], Step], work: Work) -> Implementation:
 
 def _check(results: dict[str, list[float]]) -> None:
     expected = results["dense oracle"]
-    for name in (OURS, "as described"):
+    for name in (OURS, "mlsae_core, bf16 candidates", "as described"):
         torch.testing.assert_close(results[name], expected, rtol=TOLERANCE, atol=0)
 
 
@@ -117,6 +117,10 @@ def ours(work: Work, kernel: kernels.Kernel = "sparse") -> Step:
         return loss.total.item()
 
     return step
+
+
+def candidates(work: Work) -> Step:
+    return ours(work, "candidates")
 
 
 def dense(work: Work) -> Step:
@@ -217,6 +221,7 @@ def saelens_dense(work: Work) -> Step:
 
 MAKERS = {
     OURS: ours,
+    "mlsae_core, bf16 candidates": candidates,
     "dense oracle": dense,
     "as described": as_described,
     "sparsify": sparsify,

@@ -88,6 +88,56 @@ def test_encode_and_decode_alone_equal_autoencode():
         torch.testing.assert_close(again, y)
 
 
+@pytest.mark.parametrize("spread", [0, 1e-6, 1e-3, 0.1, 1])
+def test_candidates_are_those_of_the_exact_scores_however_close_they_lie(spread):
+    """Scores that bfloat16 cannot tell apart (small spread) are found as well."""
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((50, D), (N, D))
+    )
+    encoder = spread * noise + (1 - spread) * torch.ones(D)
+    exact, found = (kernels.select(x, encoder, K, kernel=k) for k in ("sparse", "candidates"))
+    expected = (x @ encoder.T).topk(K, dim=1).values.relu()
+    for code in (exact, found):
+        values = code.values.sort(1, descending=True).values
+        torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            (x @ encoder.T).gather(1, code.indices).relu(), code.values, rtol=1e-12, atol=1e-12
+        )
+
+
+def test_only_vectors_that_the_bound_leaves_open_are_done_over(monkeypatch):
+    again = []
+    exact = kernels.select
+    monkeypatch.setattr(kernels, "select", lambda x, *rest: again.append(len(x)) or exact(x, *rest))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 64, generator=generator)
+    encoder = torch.randn(4096, 64, generator=generator)
+    found = kernels._select_candidates(x, encoder, 8)
+    assert sum(again) < 20
+    expected = (x @ encoder.T).topk(8, dim=1)
+    assert torch.equal(found.indices.sort(1).values, expected.indices.sort(1).values)
+    again.clear()
+    kernels._select_candidates(x, torch.ones_like(encoder), 8)
+    assert again == [200]
+
+
+def test_scores_in_bfloat16_alone_would_select_others():
+    """Else the tests of the candidates could not fail."""
+    generator = torch.Generator().manual_seed(0)
+    x, encoder = (torch.randn(n, 64, generator=generator) for n in (200, 4096))
+    rounded = (x.bfloat16() @ encoder.bfloat16().T).topk(8, dim=1).indices
+    expected = (x @ encoder.T).topk(8, dim=1).indices
+    assert not torch.equal(rounded.sort(1).values, expected.sort(1).values)
+
+
+def test_candidates_need_products_that_are_rounded_once(monkeypatch):
+    monkeypatch.setattr(kernels, "sums_bfloat16_in_float32", lambda: False)
+    monkeypatch.delattr(kernels, "_select_candidates")  # must not be asked
+    x, encoder, *_ = problem()
+    kernels.select(x, encoder, K, kernel="candidates")
+
+
 def test_dead_latents_are_selected_among_the_dead_only():
     x, encoder, decoder, bias, which = problem(dead=20)
     code = kernels.autoencode(x, encoder, decoder, bias, K, which, 6)[2]

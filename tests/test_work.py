@@ -107,6 +107,13 @@ def test_dead_latents_cost_no_product(chunks):
     assert none.multiplications == some.multiplications
 
 
+def test_candidates_cost_one_product_and_no_more_memory(chunks):
+    """What is scored again is no dense product; few vectors are done over."""
+    work = work_of_a_step("candidates", 0)
+    assert DENSE_PRODUCT <= work.multiplications <= 1.3 * DENSE_PRODUCT
+    assert work.largest <= max(ROWS * LATENTS, LATENTS * D)
+
+
 def test_memory_of_a_step_does_not_grow_with_latents_times_vectors(chunks, monkeypatch):
     """Twice the vectors: the largest tensor is still a chunk's or a weight's."""
     first = work_of_a_step("sparse", 0).largest
