@@ -16,6 +16,7 @@ Three implementations of the same functions, chosen by an argument at every call
 Nothing here knows about layers, standardisation or losses: vectors are the rows of one matrix.
 """
 
+import inspect
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
@@ -262,24 +263,27 @@ def group_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     and the same for all but negative scores, and these become zero anyhow. Among equal scores the
     choice is arbitrary, as it is in `torch.topk`.
     """
-    (n, width), device = scores.shape, scores.device
-    keys = scores.view(_INTEGERS[scores.element_size()])
+    indices = _largest(scores.view(_INTEGERS[scores.element_size()]), k)
+    return scores.gather(1, indices).relu_(), indices
+
+
+def _largest(keys: Tensor, k: int) -> Tensor:
+    """Indices (n, k) of the k largest of each row of keys (n, width); the maxima likewise."""
+    (n, width), device = keys.shape, keys.device
+    if width < 8 * k:
+        return keys.topk(k, dim=1, sorted=False).indices
     size = 4
     while 64 * size * size * k <= width:  # near the square root of width / k, where both are small
         size *= 2
     groups = width // size
-    if width < 8 * k:
-        indices = keys.topk(k, dim=1, sorted=False).indices
-    else:
-        maxima = keys[:, : groups * size].view(n, size, groups).amax(1)
-        winners = maxima.topk(k, dim=1, sorted=False).indices.unsqueeze(1)
-        members = (winners + torch.arange(size, device=device)[:, None] * groups).flatten(1)
-        if groups * size < width:
-            rest = torch.arange(groups * size, width, device=device).expand(n, -1)
-            members = torch.cat((members, rest), 1)
-        positions = keys.gather(1, members).topk(k, dim=1, sorted=False).indices
-        indices = members.gather(1, positions)
-    return scores.gather(1, indices).relu_(), indices
+    maxima = keys[:, : groups * size].view(n, size, groups).amax(1)
+    winners = _largest(maxima, k).unsqueeze(1)
+    members = (winners + torch.arange(size, device=device)[:, None] * groups).flatten(1)
+    if groups * size < width:
+        rest = torch.arange(groups * size, width, device=device).expand(n, -1)
+        members = torch.cat((members, rest), 1)
+    positions = keys.gather(1, members).topk(k, dim=1, sorted=False).indices
+    return members.gather(1, positions)
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -481,6 +485,10 @@ class ProjectedAdam(torch.optim.Optimizer):
         if not (lr >= 0 and eps >= 0):
             raise ValueError(f"expected lr and eps of at least 0, got lr={lr}, eps={eps}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "unit_rows": False})
+
+    # Without the decorators that keep PyTorch's compiler out, since they import it: seconds, 80 MB.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     @torch.no_grad()
     def step(self, closure=None):

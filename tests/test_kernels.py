@@ -1,6 +1,8 @@
 """The sparse kernels against the dense definition, and the optimiser against its laws."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -317,6 +319,24 @@ def test_parameters_without_gradient_stay():
     unit.grad = torch.randn_like(unit)
     optimiser(free, unit).step()
     assert torch.equal(free, before)
+
+
+def test_a_step_does_not_import_the_compiler():
+    """It would take seconds and 80 MB; other users of PyTorch's optimisers pay them."""
+    code = """if True:
+        import sys, torch
+        from mlsae_core.kernels import ProjectedAdam
+        p = torch.nn.Parameter(torch.ones(2, 2))
+        optimiser = ProjectedAdam([p])
+        p.square().sum().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        assert p.grad is None and p.max() < 1
+        print("torch._dynamo" in sys.modules)
+        torch.optim.Adam([p])
+        print("torch._dynamo" in sys.modules)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
 
 
 def test_negative_learning_rate_is_refused():
