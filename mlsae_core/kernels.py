@@ -249,8 +249,8 @@ def _norms(rows: Tensor) -> Tensor:
 
 
 def chunk_rows(n_latents: int, device: str) -> int:
-    """Rows of scores held at a time: at most 512, or 64 MiB in float32, on a CPU."""
-    rows = min(512, 2**24 // n_latents) if device == "cpu" else 2**27 // n_latents
+    """Rows of scores held at a time: at most 512, or 48 MiB in float32, on a CPU."""
+    rows = min(512, 3 * 2**22 // n_latents) if device == "cpu" else 2**27 // n_latents
     return max(1, rows)
 
 
