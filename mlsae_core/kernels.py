@@ -338,12 +338,15 @@ class Pairs:
         n, device = len(self.parts[0]), latents.device
         stacked = torch.cat(
             [
-                torch.arange(i * n, (i + 1) * n, device=device).repeat_interleave(part.shape[1])
+                torch.arange(
+                    i * n, (i + 1) * n, dtype=torch.int32, device=device
+                ).repeat_interleave(part.shape[1])
                 for i, part in enumerate(self.parts)
             ]
         ).index_select(0, order)
         rows = stacked % n if len(self.parts) > 1 else stacked
-        return order, counts.cumsum(0) - counts, rows, stacked
+        offsets = (counts.cumsum(0) - counts).int()
+        return order, offsets, rows, stacked
 
     def sum_by_latent(
         self, weights: Sequence[Tensor], table: Tensor, out: Tensor | None = None
