@@ -43,8 +43,9 @@ pd.Series({"quick run, of no weight": found["quick"], **found["machine"]}, name=
 # One step is forward, backward, optimiser and the bookkeeping of dead latents, on a batch of random
 # activations. All have the same vectors, latents, $k$ and Adam; where a quarter of the latents is dead,
 # AuxK is on. The *dense oracle* is this project's definition, *as described* the paper's text written out
-# plainly. The *limit* is one float32 product of all vectors with the encoder: no exact float32 method is
-# faster.
+# plainly. The *limit* is one float32 product of all vectors with the encoder, which every method needs
+# that works in float32 throughout. *bf16 candidates* does not: it looks for candidates in bfloat16, proves by a bound
+# on the rounding that none is missing, and scores them again in float32, so it may pass the limit.
 
 # %% tags=["hide-input"]
 draw.rates(
@@ -65,7 +66,7 @@ results.loc[["training step"], columns].set_index(["case", "implementation"]).ro
 # 10⁶ bytes, is that of a process that does nothing else, and contains Python and PyTorch.
 #
 # **What would contradict it.** A row of another package with `times_ours` below 1, or a share of the limit
-# that falls with the shape.
+# that is smaller for the larger shape.
 #
 # At this rate 1 billion tokens would take, in hours, without the language model:
 

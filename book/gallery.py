@@ -48,14 +48,14 @@ sweep_charts.gallery(
 )
 
 # %% [markdown]
-# **What to see.** The larger the dictionary, the more strong cells: mean entropy falls from 0.86 at $R = 1$ to 0.77 at 16.
+# **What to see.** The larger the dictionary, the more strong cells: mean entropy falls from 0.86 at $R = 1$ to 0.69 at 64.
 #
 # ## Model
 
 # %% tags=["hide-input"]
 sweep_charts.gallery(
     sweeps.stack({"model": spread.sampled(read["Model"])}),
-    title="Four layers or six, the picture is of one kind",
+    title="Four layers or six, four architectures: the picture is of one kind",
     subtitle="100 latents of each dictionary, evenly spaced in the order of their mean layer; R = 16, k = 16. Choose a model.",
 )
 

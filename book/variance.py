@@ -71,7 +71,7 @@ layer_charts.variance_ratios(
 # more than measured: from $k = 8$ on, the layers of a latent at one token are nearer to each other than chance would
 # place them.
 #
-# With $R$ from 1 to 16 the first ratio falls, from 0.75 to 0.62, and the second from 0.36 to 0.21. The paper has the
+# With $R$ from 1 to 64 the first ratio falls, from 0.75 to 0.56, and the second from 0.36 to 0.16. The paper has the
 # first rise with the number of latents; ours does not. In neox-4l-64d the ratios are 0.65 and 0.15.
 #
 # A lens at its own layers raises the first ratio, from 0.62 to 0.75; with the alignment of the released code it is
@@ -79,7 +79,7 @@ layer_charts.variance_ratios(
 # way, and not so far. For the default run (4 M training tokens, 1 M test tokens) the ratios are 0.563 [0.562, 0.564]
 # and 0.274 [0.273, 0.276]: longer training makes latents keep more to their layers.
 #
-# An interval can lie beside its own estimate, as at $k = 4$, where 0.492 goes with [0.494, 0.502]: a latent that was
+# An interval can lie beside its own estimate, as at $k = 4$, where 0.492 goes with [0.494, 0.502], or at $R = 64$: a latent that was
 # active at few tokens is too narrow in the sample, a resample leaves out some of its tokens and makes it narrower
 # still, and a *basic* interval corrects for that bias by reflecting it about the estimate.
 #
@@ -102,8 +102,8 @@ layer_charts.variance_parts(
 # %% [markdown]
 # **What to see.** From $k = 4$ to 64 the part between latents falls from 51 % to 20 %, that between the tokens of a latent
 # rises from 33 % to 72 %, and that within one token falls from 16 % to 8 %. In the default run they are 44 %, 41 % and
-# 15 %. With $R$ from 1 to 16 the part within one token falls from 27 % to 13 %, and that between latents rises from
-# 25 % to 38 %. For the default run $\operatorname{Var}(L)$ is 3.34, more than uniform layers would give, since latents crowd at the first
+# 15 %. With $R$ from 1 to 64 the part within one token falls from 27 % to 9 %, and that between latents rises from
+# 25 % to 44 %. For the default run $\operatorname{Var}(L)$ is 3.34, more than uniform layers would give, since latents crowd at the first
 # and the last layer.
 #
 # ## Beside the paper
