@@ -4,7 +4,7 @@ A step is forward, backward, optimiser and dead-latent bookkeeping of one batch 
 activations; the language model is no part of it. Every implementation has the same vectors,
 latents, k, Adam, and, where latents are dead, AuxK with half of d_model of them. In the same rounds
 one product of all vectors with the encoder is timed, in float32 and without selection, decoder,
-gradients or optimiser: the limit that no exact float32 method passes.
+gradients or optimiser: the limit of methods that score in float32 alone.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ from mlsae_core.charts import benchmarks as draw
 
 charts.use_book_theme()
 found = json.loads(Path("../benchmarks/results.json").read_text(encoding="utf-8"))
+
+# %% tags=["remove-cell"]
 results = pd.DataFrame(found["results"]).set_index("suite", drop=False)
 cases = pd.DataFrame(found["cases"]).set_index("suite")
 columns = ["case", "implementation", "per_second", "times_ours", "share_of_limit"]
@@ -87,9 +89,9 @@ ours[["case", "per_second", "hours_for_1e9_tokens"]].set_index("case").round(0)
 cases["agreement"].drop("memory of distributions").drop_duplicates().to_frame()
 
 # %% tags=["hide-input"]
-others = ["training loop", "evaluation", "distributions"]
+others = results.loc[["training loop", "evaluation", "distributions"]]
 draw.rates(
-    results.loc[others].assign(case=lambda t: t["suite"] + ", " + t["case"]),
+    others.assign(case=others["suite"] + ", " + others["case"]),
     name="loop",
     axis="Tokens per second",
     title="The same numbers from a plain version and from ours",
@@ -97,7 +99,7 @@ draw.rates(
 )
 
 # %% tags=["hide-input"]
-results.loc[others, columns].drop(columns=["share_of_limit", "note"]).round(2)
+others[columns].drop(columns=["share_of_limit", "note"]).round(2)
 
 # %% [markdown]
 # Where the time of the training loop goes:
