@@ -180,18 +180,18 @@ def _pretrain(options: argparse.Namespace):
 
 
 def _reproduce(options: argparse.Namespace):
-    experiments = [load_experiment(path) for path in options.experiment]
+    declared = [load_experiment(path) for path in options.experiment]
     import pandas as pd
 
     from mlsae_core import reproduce
 
-    hours = reproduce.estimate(experiments) / 3600
+    hours = reproduce.estimate(declared) / 3600
     print(f"about {hours:.1f} hours left; a killed call continues where it was", flush=True)
-    tables = [reproduce.reproduce(e).assign(experiment=e.title) for e in experiments]
+    tables = [reproduce.reproduce(e).assign(experiment=e.title) for e in declared]
     _show(pd.concat(tables, ignore_index=True))
     if options.models:
-        models = [p.parent.name for p in sorted(store.MODELS.glob("*/recipe.yml"))]
-        _show(pd.DataFrame([reproduce.reproduce_model(name) for name in models]))
+        models = map(reproduce.reproduce_model, store.shipped_models())
+        _show(pd.DataFrame(models))
     deviation = max((t.deviation.max() for t in tables if len(t)), default=0.0)
     print(f"largest deviation from what is shipped: {deviation:.2%} of a column's largest value")
 

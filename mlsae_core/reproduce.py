@@ -17,10 +17,10 @@ from mlsae_core.spec import Experiment
 TIMES = ("seconds", "tokens_per_second")
 
 
-def estimate(experiments: list[Experiment]) -> float:
+def estimate(declared: list[Experiment]) -> float:
     """Seconds that is left to compute, within a factor of two; finished results count nothing."""
     with store.recomputing():
-        return sum(float(experiments.status(e).seconds.sum()) for e in experiments)
+        return sum(float(experiments.status(e).seconds.sum()) for e in declared)
 
 
 def reproduce(experiment: Experiment) -> pd.DataFrame:
