@@ -144,13 +144,12 @@ class Distributions:
         self.weights += probs.sum(1, dtype=torch.float64)
 
     def compute(self) -> dict[str, Tensor]:
-        """P(L | j) of the latents that are active at least once, Eq. 11 and Eq. 12."""
-        n, m, m2, v = self.sums
-        live = n > 0
-        n, mean, within = n[live], m[live] / n[live], v[live] / n[live]
-        given_j = within + m2[live] / n - mean.square()
+        """P(L | j), nan for latents that are never active, Eq. 11 and Eq. 12."""
+        probs, live = self.weights / self.sums[0], self.sums[0] > 0
+        n, m, m2, v = self.sums[:, live]
+        mean, within = m / n, v / n
+        given_j = within + m2 / n - mean.square()
         eq_11 = given_j.mean() / (given_j.mean() + mean.var(unbiased=False))
-        probs = self.weights[:, live] / n
         return {
             "probs": probs,
             "ratio_latent": eq_11,
