@@ -193,7 +193,7 @@ def _reproduce(options: argparse.Namespace):
         models = map(reproduce.reproduce_model, store.shipped_models())
         _show(pd.DataFrame(models))
     deviation = max((t.deviation.max() for t in tables if len(t)), default=0.0)
-    print(f"largest deviation from what is shipped: {deviation:.2%} of a column's largest value")
+    print(f"largest deviation: {deviation:.2%} of a column's largest value, or of all latents")
 
 
 def _lens(options: argparse.Namespace):

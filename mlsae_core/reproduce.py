@@ -13,8 +13,11 @@ import pandas as pd
 from mlsae_core import experiments, pipeline, store
 from mlsae_core.spec import Experiment
 
-# What a clock says is no result.
-TIMES = ("seconds", "tokens_per_second")
+# What a clock says is no result, nor is the error that whichever latent is dead leaves: often there
+# is one or none, and another rounding lets it die some steps earlier or later.
+NOT_COMPARED = ("seconds", "tokens_per_second", "auxk")
+# Fractions of latents are compared as they are: one latent more or less is much of a small number.
+OF_LATENTS = ("dead", "dead_fraction", "inactive", "live")
 
 
 def estimate(declared: list[Experiment]) -> float:
@@ -74,8 +77,8 @@ def deviations(shipped: Path, anew: Path) -> pd.Series:
     """How far the numbers of a CSV or JSON file are apart, by column or path of keys.
 
     The largest absolute difference over the rows of a column, as a fraction of the column's
-    largest absolute value; infinite where the rows or what is not a number differ. Empty for other
-    kinds of files.
+    largest absolute value, but as it is for fractions of latents (`OF_LATENTS`); infinite where the
+    rows or what is not a number differ. Without `NOT_COMPARED`; empty for other kinds of files.
     """
     if shipped.suffix == ".csv":
         one, other = pd.read_csv(shipped), pd.read_csv(anew)
@@ -85,18 +88,20 @@ def deviations(shipped: Path, anew: Path) -> pd.Series:
         )
     else:
         return pd.Series(dtype=float)
-    columns = [c for c in one if c not in TIMES]
+    columns = [c for c in one if c not in NOT_COMPARED]
     if len(one) != len(other):
         return pd.Series(np.inf, index=columns)
-    return pd.Series({c: _deviation(one[c], other[c]) if c in other else np.inf for c in columns})
+    return pd.Series(
+        {c: _deviation(one[c], other[c], c) if c in other else np.inf for c in columns}
+    )
 
 
-def _deviation(one: pd.Series, other: pd.Series) -> float:
+def _deviation(one: pd.Series, other: pd.Series, column: str) -> float:
     if not pd.api.types.is_numeric_dtype(one):
         return 0.0 if one.equals(other) else np.inf
     if (one.isna() != other.isna()).any():
         return np.inf
-    scale = float(one.abs().max())
+    scale = 1.0 if column in OF_LATENTS else float(one.abs().max())
     difference = float((one.astype(float) - other.astype(float)).abs().max())
     return 0.0 if not difference > 0 else difference / scale if scale else np.inf
 

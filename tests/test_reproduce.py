@@ -57,6 +57,13 @@ def test_deviations_are_fractions_of_a_columns_largest_value(tmp_path):
     assert set(reproduce.deviations(*paths)) == {np.inf}
 
 
+def test_fractions_of_latents_are_compared_as_they_are(tmp_path):
+    paths = [tmp_path / f"{name}.csv" for name in ("one", "other")]
+    for path, dead in zip(paths, (0.001, 0.002), strict=True):
+        pd.DataFrame({"dead": [dead], "fvu": [dead]}).to_csv(path, index=False)
+    assert reproduce.deviations(*paths).to_dict() == pytest.approx({"dead": 0.001, "fvu": 1.0})
+
+
 def test_nested_json_is_compared_leaf_by_leaf(tmp_path):
     one, other = tmp_path / "one.json", tmp_path / "other.json"
     one.write_text(json.dumps({"a": {"value": 2.0}, "b": [1, 2]}))
