@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", "train the dictionary of a spec, or find it", "SPEC", "YAML file")
     train.add_argument("--track", action="append", default=[], metavar="TRACKER",
                        help="also log to an accelerate tracker: tensorboard, wandb, …")  # fmt: skip
+    train.add_argument("--kernel", choices=("sparse", "candidates", "dense"), default="sparse",
+                       help="how the same numbers are computed; candidates: faster for many "
+                       "latents on processors with bfloat16 products")  # fmt: skip
     evaluate = command(
         "evaluate", "FVU, L1, delta CE and KL per layer; trains first where needed", "SPEC",
         "YAML file",
@@ -118,7 +121,7 @@ def _train(options: argparse.Namespace):
 
     from mlsae_core import pipeline
 
-    artefact = pipeline.Session(_mode(options), tuple(options.track)).train(run)
+    artefact = pipeline.Session(_mode(options), tuple(options.track), options.kernel).train(run)
     last = pd.read_csv(artefact.file("log.csv")).iloc[-1]
     if pipeline.is_main_process():
         print(

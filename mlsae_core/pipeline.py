@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from mlsae_core.analysis.transfer import Target
+    from mlsae_core.kernels import Kernel
     from mlsae_core.lens import Lens
     from mlsae_core.lm import LanguageModel
     from mlsae_core.sae import MLSAE
@@ -104,7 +105,8 @@ class Session:
     """Stages of one process: `mode` says what may be computed.
 
     mode: ``cached`` computes what is missing, ``force`` everything anew, ``read-only`` nothing.
-    trackers: names of accelerate trackers to log training to.
+    trackers: names of accelerate trackers to log training to. kernel: how training computes, see
+    `mlsae_core.kernels`; no part of a result's identity, since the numbers are the same.
 
     Under `accelerate launch` all processes train; the main one measures and writes, the others
     wait. Whatever can be refused is refused (SpecError) before text is tokenised or anything is
@@ -113,6 +115,7 @@ class Session:
 
     mode: Mode = "cached"
     trackers: tuple[str, ...] = ()
+    kernel: Kernel = "sparse"
 
     def __post_init__(self):
         store.provenance()  # of the code that computes, not of what is there when it ends
@@ -173,6 +176,7 @@ class Session:
             accelerator=accelerator,
             checkpoint=checkpoint,
             description=f"training {identity}",
+            kernel=self.kernel,
         )
         for tracker in accelerator.trackers:
             tracker.finish()

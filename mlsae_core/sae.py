@@ -83,7 +83,8 @@ class MLSAE(nn.Module):
     standardize : whether each vector is standardised before, and mapped back after.
     dead_tokens, dead_threshold : a latent is dead when it had no activation above the threshold,
         at any layer, within this many training tokens.
-    kernel : "sparse" or "dense", see `mlsae_core.kernels`; an attribute, so it can be changed.
+    kernel : "sparse", "candidates" or "dense", see `mlsae_core.kernels`; an attribute, so it can be
+        changed.
     generator : source of the random initial weights; None takes PyTorch's global one.
 
     Attributes

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from mlsae_core import activations, metrics, objective, store
 from mlsae_core.activations import ActivationError, Batch
+from mlsae_core.kernels import Kernel
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.sae import MLSAE
@@ -108,6 +109,7 @@ def train(
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     should_stop: Callable[[int], bool] = lambda step: False,
     description: str = "training",
+    kernel: Kernel = "sparse",
 ) -> Trained:
     """Train the autoencoder of `run` on the activations of `lm` on `blocks`.
 
@@ -115,6 +117,7 @@ def train(
         lens: the basis of the activations; by default the one `run.site` names.
         checkpoint: file to continue from if it exists and to write every `checkpoint_seconds`.
         should_stop: asked after every step but the last; true ends the run at a checkpoint.
+        kernel: how the same numbers are computed, see `mlsae_core.kernels`.
 
     Returns:
         The autoencoder on the accelerator's device, and the log, at most 400 rows. Each is of
@@ -132,6 +135,7 @@ def train(
     """
     accelerator = accelerator or make_accelerator(run)
     sae = build_sae(run, lm).to(accelerator.device)
+    sae.kernel = kernel
     lens = lens if lens is not None else Lens.load(run.site, accelerator.device)
     optimizer = sae.make_optimizer(run.train.learning_rate, run.train.adam_eps)
     loop = _Loop(run, lm, blocks, lens, accelerator, sae, optimizer, _Plan.of(run, accelerator))

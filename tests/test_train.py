@@ -69,6 +69,15 @@ def test_the_same_run_gives_the_same_numbers_and_another_seed_others(lm, blocks,
     assert digest(train.train(run_of(seed=1), lm, blocks)) != digest(uninterrupted)
 
 
+@pytest.mark.parametrize("kernel", ["dense", "candidates"])
+def test_a_kernel_changes_nothing_but_the_rounding(lm, blocks, uninterrupted, kernel):
+    other = train.train(run_of(), lm, blocks, kernel=kernel)
+    assert other.sae.kernel == kernel
+    assert other.log.fvu.to_numpy() == pytest.approx(uninterrupted.log.fvu.to_numpy(), rel=1e-3)
+    with pytest.raises(ValueError, match="expected a kernel of"):
+        train.train(run_of(), lm, blocks, kernel="magic")
+
+
 def test_training_learns_and_says_so_in_documented_columns(uninterrupted):
     log = uninterrupted.log
     assert log.fvu.iloc[-1] < 0.8 * log.fvu.iloc[0]
