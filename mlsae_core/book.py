@@ -36,7 +36,13 @@ from . import __version__, charts
 MATHML = "http://www.w3.org/1998/Math/MathML"
 VEGA, FONT = "vega.js", "STIXTwoMath-Regular.ttf"
 #: What the outputs of a notebook depend on, beside its own cells.
-INPUTS = ("mlsae_core/**/*.py", "book/experiments/**/*", "data/**/*", "constraints.txt")
+INPUTS = (
+    "mlsae_core/**/*.py",
+    "book/experiments/**/*",
+    "data/**/*",
+    "benchmarks/results.json",
+    "constraints.txt",
+)
 
 logger = logging.getLogger(__name__)
 ElementTree.register_namespace("", MATHML)

@@ -150,6 +150,7 @@ def test_outputs_are_cached_under_what_they_depend_on(tmp_path):
         write("book/experiments/one.yml", "a"),
         write("data/docstrings.yml", "a"),
         write("data/models/one/config.json", "a"),
+        write("benchmarks/results.json", "a"),
         write("constraints.txt", "a"),
     ]
     assert len(set(keys)) == len(keys)
