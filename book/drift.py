@@ -71,7 +71,7 @@ drift_charts.cosines(
 # %% [markdown]
 # **What to see.** In neox-6l-128d the similarities are 0.83 to 0.92, in neox-4l-64d, where a block has more to do, 0.75
 # to 0.87; both are highest in the middle. GPT-2, Llama and Gemma 2 lie between 0.81 and 0.92, lowest from the first layer to the
-# second. Centring changes these by 0.05 at most: an offset that all tokens share is
+# second. Centring changes these by 0.06 at most: an offset that all tokens share is
 # not what makes neighbours alike.
 #
 # **What would contradict it.** Similarities near zero after centring: then nothing but a common offset
