@@ -216,7 +216,8 @@ def metric_by_layer(
         )
     )
     if color:
-        points = points.encode(color=alt.Color(f"{color}:N"))
+        shape = alt.Shape(f"{color}:N", legend=None)
+        points = points.encode(color=alt.Color(f"{color}:N"), shape=shape)
     return _titled(_level_axis_title(points, "metric", METRICS, metrics, metric), title, subtitle)
 
 
