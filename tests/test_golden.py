@@ -6,12 +6,14 @@ If this fails after a change that is meant to change numbers, raise the stage's 
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 from workers import sentences
 
-from mlsae_core import experiments, pipeline, spec, store, text
+from mlsae_core import analysis, experiments, pipeline, spec, store, text
+from mlsae_core.lens import Lens
 from mlsae_core.pretrain import train_tokenizer
 
 # stage → its version when these numbers were written, and the numbers
@@ -103,3 +105,22 @@ def test_numbers_change_only_with_their_stages_version(numbers):
                 f"{stage}: {name} differs; if it is meant to, raise store.STAGES[{stage!r}] and "
                 f"write {now}"
             )
+
+
+def test_a_language_model_in_bfloat16_changes_no_metric_by_half_a_percent():
+    """The shipped dictionary on the shipped model: `dtype: bfloat16` in a spec is safe to take."""
+    [(_, run)] = spec.load_experiment(store.ROOT / "book/experiments/default.yml").runs
+    session, tables = pipeline.Session("read-only"), []
+    settings = spec.EvaluateSpec(tokens=16_384)
+    batches = list(pipeline.Batches(session.blocks(run, "test"), run, settings))
+    for dtype in ("float32", "bfloat16"):
+        lm = session.lm(replace(run.model, dtype=dtype))
+        tables.append(
+            analysis.evaluate(
+                lm, session.sae(run), Lens.identity(), run.site, batches, ablations=False
+            )
+        )
+    metrics = ["fvu_global", "fvu_per_dimension", "l1", "delta_ce", "kl"]
+    exact, rounded = (table[metrics].mean() for table in tables)
+    assert rounded.to_numpy() == pytest.approx(exact.to_numpy(), rel=5e-3)
+    assert not rounded.equals(exact)
