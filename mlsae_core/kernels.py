@@ -297,7 +297,7 @@ def _kept_buffer(
     To ask the system for fresh pages costs more than to fill them. A CUDA device needs no such
     help: PyTorch keeps its memory anyway.
     """
-    if device.type != "cpu":
+    if not _is_cpu(device):
         return torch.empty(size, dtype=dtype, device=device)
     buffers: dict[tuple[str, torch.dtype], Tensor] = _kept.__dict__
     if (use, dtype) not in buffers or buffers[use, dtype].numel() < size:
@@ -306,6 +306,11 @@ def _kept_buffer(
 
 
 _kept = threading.local()
+
+
+def _is_cpu(device: torch.device) -> bool:
+    """Whether to take the path tuned for a processor; tests say no to compare it with the other."""
+    return device.type == "cpu"
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -375,7 +380,7 @@ class Pairs:
     def products(self, weight: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
         """<table_i, weight_j> for each pair of each part: weight (n_latents, d), a table (n, d)
         for each part, to (n, k) for each part."""
-        if weight.device.type != "cpu":
+        if not _is_cpu(weight.device):
             return list(map(partial(_row_products, weight), self.parts, tables))
         # By latent, each row of the large matrix is read once, and the small one stays in cache.
         order, offsets, _, stacked = self.by_latent
@@ -460,7 +465,7 @@ def _gradient_memory(weight: Tensor) -> Tensor | None:
 
     As with `_kept_buffer`, fresh pages would cost more than to fill them. None on other devices.
     """
-    if weight.device.type != "cpu":
+    if not _is_cpu(weight.device):
         return None
     storage = _gradients.get(weight)
     if storage is None or torch._C._storage_Use_Count(storage._cdata) > 1:
@@ -516,7 +521,7 @@ class ProjectedAdam(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         tensors = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
         rows = len(param)
-        if group["unit_rows"] and param.device.type == "cpu":
+        if group["unit_rows"] and _is_cpu(param.device):
             rows = max(1, BLOCK_SIZE // param[0].numel())
         for w, grad, mean, square in zip(*(t.split(rows) for t in tensors), strict=True):
             if group["unit_rows"]:

@@ -48,10 +48,16 @@ def test_group_topk_selects_the_largest_values_even_with_ties(
     assert all(len(set(row.tolist())) == k for row in indices)
 
 
+#: The path tuned for a processor, and that of other devices, run on a processor.
+either_path = pytest.mark.parametrize("tuned", [True, False], ids=["cpu", "other devices"])
+
+
+@either_path
 @pytest.mark.parametrize("chunk_rows", [1, 3, 64])
 @pytest.mark.parametrize(("k", "dead", "aux_k"), [(K, 0, 0), (K, 1, 1), (1, 40, 7), (N, N, N)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sparse_equals_dense(monkeypatch, chunk_rows, k, dead, aux_k, dtype):
+def test_sparse_equals_dense(monkeypatch, chunk_rows, k, dead, aux_k, dtype, tuned):
+    monkeypatch.setattr(kernels, "_is_cpu", lambda _: tuned)
     monkeypatch.setattr(kernels, "chunk_rows", lambda *_: chunk_rows)
     results = {}
     for kernel in kernels.KERNELS:
@@ -258,7 +264,9 @@ def set_gradients(free, unit, seed):
         param.grad = torch.randn(param.shape, generator=generator)
 
 
-def test_steps_equal_adam_with_projection_and_rescaling():
+@either_path
+def test_steps_equal_adam_with_projection_and_rescaling(monkeypatch, tuned):
+    monkeypatch.setattr(kernels, "_is_cpu", lambda _: tuned)
     free, unit = parameters()
     ours = optimiser(free, unit, lr=0.01, eps=1e-9)
     other = [p.detach().clone().requires_grad_() for p in (free, unit)]

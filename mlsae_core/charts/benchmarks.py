@@ -25,7 +25,7 @@ def rates(
         alt.Chart(table)
         .transform_filter(alt.datum.case == case)
         .encode(
-            y=alt.Y("implementation:N", title=None, sort=order, axis=alt.Axis(labelLimit=160)),
+            y=alt.Y("implementation:N", title=None, sort=order, axis=alt.Axis(labelLimit=200)),
             tooltip=["implementation:N", "per_second:Q", "slowest:Q", "fastest:Q"],
         )
     )
