@@ -64,8 +64,8 @@ layer_charts.variance_ratios(
 )
 
 # %% [markdown]
-# **What to see.** The first ratio rises with $k$, from 0.49 at 4 to 0.80 at 64; both null models stay within 0.98 and
-# 1. So latents do prefer layers, the more so the fewer are active. The second falls, from 0.33 to 0.10. With Gaussian
+# **What to see.** The first ratio rises with $k$, from 0.49 at 4 to 0.80 at 64; both null models stay between 0.98
+# and 1. So latents do prefer layers, the more so the fewer are active. The second falls, from 0.33 to 0.10. With Gaussian
 # input it is 0.003 to 0.045: at one token a latent is active at several layers far more than vectors without a
 # common origin would make it. With layers permuted it is 0.33 at $k = 4$, as measured, and 0.20 to 0.33 after that,
 # more than measured: from $k = 8$ on, the layers of a latent at one token are nearer to each other than chance would

@@ -69,6 +69,15 @@ def test_cells_are_short_and_hold_no_program(chapter):
 
 
 @every_chapter
+def test_no_sentence_becomes_a_list(chapter):
+    """A line of a paragraph that begins with `1.`, `-` or `+` is one to Markdown."""
+    for cell in jupytext.read(chapter).cells:
+        if cell.cell_type == "markdown":
+            begins = re.findall(r"[\w,]\n((?:\d+[.)]|[-+*]) .*)", cell.source)
+            assert not begins
+
+
+@every_chapter
 def test_widgets_are_left_out_of_the_page_and_of_the_comparison(chapter):
     """A static page shows a dead widget: it has a twin with controls in the chart instead."""
     for cell in code_cells(chapter):
