@@ -68,7 +68,7 @@ charts.metric_by_layer(
 # model's loss does: a good proxy for what the model needs, not an exact one.
 #
 # **What would contradict it.** Layers that the two rank in different orders throughout. The one
-# exchange here, of 0.015 nats, is no accident of this run: it is found at each of the five $k$ below.
+# exchange here, of 0.015 nats, is no accident of this run: it is found at each of the five $k$ and the seven $R$ below.
 #
 # The same numbers as a table:
 
@@ -82,8 +82,8 @@ table[columns].set_index("layer").round(4)
 # Delta CE needs a scale. Replacing the residual stream by zero, or by its mean, destroys all that
 # the layer knows of the text; the fraction of that damage which the reconstruction avoids is the *CE
 # recovered*. It is a forgiving number, since the damage is large: read it beside delta CE, not
-# instead. Where ablation costs more than the 8.3 nats of a uniform guess it does harm of its own, and
-# the fraction flatters: layer 4's is mostly the size of its denominator. (The mean is that of the
+# instead. Where the loss after ablation is above the 8.3 nats of a uniform guess, ablation does harm of its own, and
+# the fraction flatters: layer 4's (by zero) is mostly the size of its denominator. (The mean is that of the
 # first 8192 tokens.)
 
 # %% tags=["hide-input"]
@@ -137,13 +137,13 @@ fidelity_charts.over_sweep(
 
 # %% [markdown]
 # **What to see.** As in the paper, FVU, MSE, delta CE and KL fall at every layer with each doubling of either. Doubling
-# $R$ lowers the mean FVU by 15 % at first and by 6 % at last, from 32 to 64; doubling $k$ lowers it by 21 % three times and by 35 %
+# $R$ lowers the mean FVU by 15 % at first and by 6 % at last, from 32 to 64; doubling $k$ lowers it by 21 or 22 % three times and by 35 %
 # the fourth. L1 falls with $R$ and rises with $k$, as in the paper. And MSE, which no variance divides, rises with the layer
 # throughout. The paper's exception, a last layer that gets worse at large $R$, is not found up to $R = 64$;
 # theirs go to 256.
 #
 # **What would contradict it.** A line that rises with $R$ or $k$, other than L1's with $k$. Each point is one
-# run, but each step is many times the range over seeds.
+# run, but each step of the mean is at least six times the range over seeds, other than L1's beyond $R = 16$.
 
 # %% tags=["hide-input"]
 columns = ["fvu_global", "fvu_per_dimension", "mse", "l1", "delta_ce", "kl", "dead"]
@@ -186,18 +186,18 @@ fidelity_charts.last_layer(
 # %% tags=["hide-input"]
 charts.metric_by_layer(
     models.evaluation,
-    title="Models differ less than their layers do",
+    title="In every model FVU grows with the layer; delta CE need not",
     subtitle="One point per layer. R = 16, k = 16, 1 M training tokens each, one seed.",
     color="model",
 )
 
 # %% [markdown]
-# **What to see.** In all five models FVU grows with every layer, by a factor of 2.6 to 3.5 from the first to the last,
+# **What to see.** In all five models FVU grows with every layer, global FVU by a factor of 2.6 to 3.5 from the first to the last,
 # while their means over layers lie between 0.130 and 0.151. What the architectures do to it is the subject of
-# {doc}`architectures`. Of the two GPT-NeoX, the smaller one has at each of the four common layers the larger global FVU, by more than seeds move it. Per dimension the two are within the range over seeds at layers 0, 1
-# and 3 or near it, and at layer 2 the smaller model's is the smaller, 0.171 against 0.185; so which model is the
+# {doc}`architectures`. Of the two GPT-NeoX, the smaller one has at each of the four common layers the larger global FVU, by more than seeds move it. Per dimension the two are within about the range over seeds at layers 0
+# and 1, at layer 2 the smaller model's is the smaller (0.171 against 0.185), at 3 the larger (0.203 against 0.199); so which model is the
 # harder to reconstruct depends on the baseline. Delta CE is larger in the smaller model but at layer 3, which is
-# its last. MSE and L1 depend on the scale of a model's activations and on its width, and are not to be compared.
+# its last. MSE depends on the scale of a model's activations, L1 on its width.
 #
 # **What would contradict it.** For the two sizes: one below the other at all layers in both kinds of FVU, as GPT-2 is
 # below GPT-NeoX.
@@ -221,7 +221,7 @@ experiments.published("table1").set_index("model")
 # %% [markdown]
 # Where our delta CE lies below the paper's we do not read that as a merit of the dictionary: the language
 # model, the text, the tokenizer, $R$ and $k$ all differ, and a small model has less to lose. L1 is not
-# comparable for the last reason alone.
+# comparable, since it grows with the width of the vectors and with $k$.
 #
 # ## How this page was made
 #

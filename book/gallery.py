@@ -60,6 +60,8 @@ sweep_charts.gallery(
 )
 
 # %% [markdown]
+# **What to see.** A diagonal in each; GPT-2's has the most strong cells, Llama's the fewest ({doc}`architectures`).
+#
 # ## Tuned lens
 #
 # The counterpart of Figures 6, 38 and 40; what the lens does is the subject of {doc}`tuned_lens`.
@@ -83,7 +85,7 @@ sweep_charts.gallery(
 # In JupyterLab, with up to 600 latents, and weighted by activation as in the paper's figures:
 
 # %% tags=["nbval-ignore-output", "remove-output"]
-widgets.heatmaps([*read["Sparsity k"], *read["Expansion factor R"], *read["Tuned lens"]])
+widgets.heatmaps([*read["Sparsity k"], *read["Expansion factor R"], *read["Model"]])
 
 # %% [markdown]
 # ## How this page was made

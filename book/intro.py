@@ -63,7 +63,7 @@ charts.heatmap(
 # **What would contradict it.** If a dictionary shared by all layers were only six dictionaries in
 # one, every column would be a single dark cell, and the slider would fade nothing before its right
 # end. If the layers did not matter at all, every column would look like its neighbours, as it does
-# when the layers are shuffled within each token (last column of the table).
+# when the layers are shuffled within each token (column *permuted* of the table below).
 #
 # How much of the spread over layers is left when one looks at one latent, or at one latent at one
 # token? These are the two ratios of the paper's Eqs. 11 and 12, with 95 % bootstrap intervals over
@@ -79,7 +79,7 @@ analysis.variance_table(numbers).set_index("quantity")
 # left at a single token, where the paper reports at most a tenth. The model, $R$, $k$ and the length of
 # training all differ from the paper's, and so does the estimator: the released code averages ratios
 # over batches and counts tokens where a latent is inactive, so its distributions do not sum to one.
-# This page does not say which of these matters.
+# The estimator alone would be enough ({doc}`variance`).
 #
 # ## What this book is
 #

@@ -49,14 +49,14 @@ experiments.suite().set_index("model").T
 # %% tags=["hide-input"]
 charts.loss_curve(
     experiments.model_logs(),
-    title="One pass over the text, and validation follows the training loss down",
+    title="Validation follows the training loss down",
     subtitle="Cross-entropy per predicted token; the learning rate falls linearly to zero. Choose a model.",
 )
 
 # %% [markdown]
 # **What to see.** A model that knows nothing has a loss of $\ln 4096 \approx 8.3$ nats, and one that knows
 # the frequencies of tokens 6.7. The table says how far a model gets that knows only the previous token
-# (*bigram*). One epoch ends far below that, the larger GPT-NeoX lower than the smaller one, and GPT-2 above the others
+# (*bigram*). One epoch, or a quarter of one for `-qa`, ends far below that, the larger GPT-NeoX lower than the smaller one, and GPT-2 above the others
 # of its size. The
 # curves' validation points read 256 sequences, the table's loss all of the validation split; the
 # distance between the two says how much a sample of this size varies. (The fine-tuned model's numbers
@@ -99,7 +99,7 @@ charts.prompt_norms(
 
 # %% [markdown]
 # **What to see.** From the first to the last layer the mean norm grows by a factor of about 1.7, though
-# not at every token in every block. Punctuation starts with the shortest vectors and grows most. This growth is why the autoencoder standardises every vector before
+# not at every token in every block. Commas, full stops and words such as *of* and *to* start with the shortest vectors and grows most. This growth is why the autoencoder standardises every vector before
 # it reads it ({doc}`training`), and why errors are divided by a variance before they are compared
 # between layers ({doc}`evaluation`).
 #

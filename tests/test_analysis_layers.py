@@ -194,6 +194,10 @@ def test_prompts_of_several_runs_are_told_apart_by_their_label(monkeypatch):
     one = layers.prompt_distributions(tiny_lm(), tiny_sae(), LENS, SITE, PROMPTS)
     first = table[table.prompt.str.startswith("a: ")].drop(columns="prompt")
     assert first.reset_index(drop=True).equals(one.drop(columns="prompt").reset_index(drop=True))
+    spread = layers.spread_of_runs(Session, [({"model": "a"}, run)], PROMPTS)
+    one = layers.prompt_spread(tiny_lm(), tiny_sae(), LENS, SITE, PROMPTS)
+    assert spread.drop(columns="run").equals(one)
+    assert set(spread.run) == {"a"}
 
 
 def test_one_token_with_layers_permuted_is_as_spread_as_without():

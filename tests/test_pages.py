@@ -181,5 +181,10 @@ def test_nothing_is_cut_off(open_page, name, size, tmp_path):
             " < div.getBoundingClientRect().left - 1).map(div => div.textContent)"
         )
         assert begins_outside == []
+        overhangs = page.locator(".chart-view svg").evaluate_all(
+            "all => all.map(svg => svg.getBoundingClientRect().right"
+            " - svg.closest('.chart-view').getBoundingClientRect().right).filter(over => over > 1)"
+        )
+        assert overhangs == []
         assert page.evaluate("document.scrollingElement.scrollWidth - innerWidth") <= 0
         assert page.complaints == []

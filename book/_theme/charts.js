@@ -30,11 +30,17 @@
       const first = this.width === undefined;
       [this.dark, this.width] = [dark, width];
       await this.embed();
-      // The first drawing tells how much the axes add to the declared width of a panel.
       const [panel] = panels(this.spec);
-      if (first && panel) {
-        const declared = this.spec.config.view.continuousWidth;
-        this.margin = this.view.querySelector("svg").width.baseVal.value - declared;
+      if (!panel) return;
+      const drawn = () => this.view.querySelector("svg").width.baseVal.value;
+      // The first drawing tells how much the axes add to the declared width of a panel.
+      if (first) {
+        this.margin = drawn() - this.spec.config.view.continuousWidth;
+        await this.embed();
+      }
+      // Text may reach beyond a narrow panel and so add more than beside a wide one.
+      if (drawn() > this.width + 1) {
+        this.margin += drawn() - this.width;
         await this.embed();
       }
     }

@@ -186,9 +186,7 @@ def prompts_of_runs(session, runs, texts: Sequence[str]) -> pd.DataFrame:
     """
     tables = []
     for labels, run in runs:
-        lm, sae = session.lm(run.model), session.sae(run)
-        lens = Lens.load(run.site, lm.device)
-        found = prompt_distributions(lm, sae, lens, run.site, texts)
+        found = prompt_distributions(*_inputs(session, run), texts)
         name = next(iter(labels.values()))
         tables.append(found.assign(prompt=f"{name}: " + found["prompt"]))
     return pd.concat(tables, ignore_index=True)
@@ -261,6 +259,20 @@ def prompt_spread(
         mean = pd.DataFrame(nulls).mean().to_dict()
         rows.append({"prompt": prompt, "of": "layers permuted", **mean})
     return pd.DataFrame(rows).drop(columns="dead").astype({"latents": int})
+
+
+def spread_of_runs(session, runs, texts: Sequence[str]) -> pd.DataFrame:
+    """`prompt_spread` of every run, with its name as ``run``; see `prompts_of_runs`."""
+    tables = [
+        prompt_spread(*_inputs(session, run), texts).assign(run=next(iter(labels.values())))
+        for labels, run in runs
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def _inputs(session, run) -> tuple[LanguageModel, MLSAE, Lens, SiteSpec]:
+    lm, sae = session.lm(run.model), session.sae(run)
+    return lm, sae, Lens.load(run.site, lm.device), run.site
 
 
 # --- variance ratios ------------------------------------------------------------------------------

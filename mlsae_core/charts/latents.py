@@ -77,7 +77,8 @@ def _concordance(examples: pd.DataFrame, is_chosen) -> alt.LayerChart:
         alt.Tooltip("after:N"),
     ]
     share = "width * 0.64"
-    mark = {"baseline": "middle", "fontSize": 11}
+    # What does not fit is cut off at the panel's edge, instead of moving all other panels.
+    mark = {"baseline": "middle", "fontSize": 11, "clip": True}
     before = base.mark_text(align="right", **mark).encode(
         x=alt.value(alt.expr(f"{share} - 4")), text="before:N", tooltip=details
     )
@@ -85,7 +86,7 @@ def _concordance(examples: pd.DataFrame, is_chosen) -> alt.LayerChart:
         x=alt.value(alt.expr(share)), text="token:N", tooltip=details
     )
     after = base.mark_text(align="left", opacity=0.75, **mark).encode(
-        x=alt.value(alt.expr(f"{share} + 80")), text="after:N", tooltip=details
+        x=alt.value(alt.expr(f"{share} + max(60, width * 0.13)")), text="after:N", tooltip=details
     )
     return alt.layer(before, token, after).properties(
         name="concordance",
@@ -105,7 +106,7 @@ def _nearest(tokens: pd.DataFrame, is_chosen) -> alt.Chart:
         .encode(
             x=alt.X(
                 "matrix:N",
-                title="Nearest tokens and their cosine similarity",
+                title="Nearest tokens (cosine similarity)",
                 axis=alt.Axis(
                     labelAngle=0, orient="top", domain=False, ticks=False, labelLimit=300
                 ),
