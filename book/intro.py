@@ -56,7 +56,7 @@ charts.heatmap(
 # %% [markdown]
 # **What to see.** The columns change gradually from left to right. For more than a third of the latents
 # the first layer has the largest share, but for only one in ten more than half. Move the slider to 0.5
-# and roughly a third of the columns stay; at 0.9, one in forty. So the dictionary is shared in earnest,
+# and roughly a third of the columns stay; at 0.9, one in fifty. So the dictionary is shared in earnest,
 # and yet the layers are not interchangeable. (Here every token at which a latent is active counts the
 # same; the paper's heatmaps weight tokens by activation.)
 #
