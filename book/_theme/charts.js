@@ -16,6 +16,29 @@
   // Charts above each other; like single ones they fill the column where they name no width.
   const panels = (spec) => (spec.vconcat ?? []).filter((panel) => !panel.width);
 
+  const LINE = 14; // pixels
+  // On a phone the title above a y axis takes several lines: axes and legends make room for them.
+  const wrap = (spec, width) => {
+    let most = 1;
+    const lines = (title) =>
+      title.split(" ").reduce((all, word) => {
+        const longer = `${all.at(-1)} ${word}`;
+        return longer.length * 6.2 > width ? [...all, word] : [...all.slice(0, -1), longer];
+      }, [""]).map((line) => line.trim());
+    const visit = (view) => {
+      const y = view.encoding?.y;
+      if (y && typeof y.title === "string" && y.axis !== null) {
+        y.title = lines(y.title);
+        y.axis = { ...y.axis, titleY: -12 - LINE * (y.title.length - 1) };
+        most = Math.max(most, y.title.length);
+      }
+      [...(view.layer ?? []), ...(view.vconcat ?? [])].forEach(visit);
+    };
+    visit(spec);
+    if (spec.vconcat) spec.spacing = (spec.spacing ?? 20) + LINE * (most - 1);
+    spec.config = merge(spec.config, { legend: { offset: 34 + LINE * (most - 1) } });
+  };
+
   class Chart {
     constructor(figure) {
       this.view = figure.querySelector(".chart-view");
@@ -55,6 +78,7 @@
       for (const panel of panels(spec)) {
         if (this.margin !== undefined) panel.width = Math.max(120, this.width - this.margin);
       }
+      if (this.width < 480) wrap(spec, this.width - 40);
       const old = this.result;
       const chosen = new Map();
       for (const { name, bind } of old?.vgSpec.signals ?? []) {
