@@ -36,7 +36,8 @@
     };
     visit(spec);
     if (spec.vconcat) spec.spacing = (spec.spacing ?? 20) + LINE * (most - 1);
-    spec.config = merge(spec.config, { legend: { offset: 34 + LINE * (most - 1) } });
+    const legend = { offset: 34 + LINE * (most - 1), columns: 3, columnPadding: 6, labelFontSize: 11 };
+    spec.config = merge(spec.config, { legend });
   };
 
   class Chart {

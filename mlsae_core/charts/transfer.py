@@ -32,10 +32,9 @@ def matrix(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.
         _cells(table.assign(shade=shade.round(3))[chosen], metric) for chosen in (single, ~single)
     )
     lookup = "{" + ", ".join(f"{name!r}: {METRICS[name]!r}" for name in metrics) + "}"
-    words = f"({lookup})[metric] + '; a row is a dictionary, named by where it was trained'"
     label = (
         alt.Chart(alt.InlineData([{}]), name="metric_title")
-        .mark_text(align="left", baseline="bottom", text=alt.ExprRef(words))
+        .mark_text(align="left", baseline="bottom", text=alt.ExprRef(f"({lookup})[metric]"))
         .encode(x=alt.value(0), y=alt.value(-8))
     )
     square = alt.layer(*square, label).properties(name="square", height=alt.Step(34))
