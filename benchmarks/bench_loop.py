@@ -212,22 +212,33 @@ def _tokens(shape: Shape) -> Tensor:
     return torch.randint(shape.vocabulary, (shape.sequences, shape.positions), generator=generator)
 
 
-def _evaluation_case(name: str) -> Case:
+def _against_plain(suite: str, name: str, ours, plain, check, agreement: str, **settings) -> Case:
+    """One pass of both implementations over the tokens of a shape."""
     shape = SHAPES[name]
+    makers = {OURS: ours, PLAIN: plain}
     return Case(
-        "evaluation",
+        suite,
         name,
         shape.tokens,
         "tokens",
-        {
-            OURS: Implementation(partial(_our_evaluation, shape)),
-            PLAIN: Implementation(partial(_plain_evaluation, shape)),
-        },
+        {label: Implementation(partial(make, shape)) for label, make in makers.items()},
         steps=1,
-        check=_check_evaluation,
-        agreement="MSE of every layer: 1e-3 of the largest; delta CE and KL: of the largest KL",
+        check=check,
+        agreement=agreement,
         rounds=3,
-        settings={**shape.settings(), "FVU, delta CE, KL at": "every layer"},
+        settings=shape.settings() | settings,
+    )
+
+
+def _evaluation_case(name: str) -> Case:
+    return _against_plain(
+        "evaluation",
+        name,
+        _our_evaluation,
+        _plain_evaluation,
+        _check_evaluation,
+        "MSE of every layer: 1e-3 of the largest; delta CE and KL: of the largest KL",
+        **{"FVU, delta CE, KL at": "every layer"},
     )
 
 
@@ -262,21 +273,14 @@ def _activations(shape: Shape) -> Tensor:
 
 
 def _distributions_case(name: str) -> Case:
-    shape = SHAPES[name]
-    return Case(
+    return _against_plain(
         "distributions",
         name,
-        shape.tokens,
-        "tokens",
-        {
-            OURS: Implementation(partial(_our_distributions, shape)),
-            PLAIN: Implementation(partial(_plain_distributions, shape)),
-        },
-        steps=1,
-        check=_check_distributions,
-        agreement="Eq. 11 and Eq. 12: 1e-3; P(layer | latent): 1e-3 for all but 1 in 1000",
-        rounds=3,
-        settings={**shape.settings(), "from": "activations"},
+        _our_distributions,
+        _plain_distributions,
+        _check_distributions,
+        "Eq. 11 and Eq. 12: 1e-3; P(layer | latent): 1e-3 for all but 1 in 1000",
+        **{"from": "activations"},
     )
 
 

@@ -143,7 +143,10 @@ def test_candidates_need_products_that_are_rounded_once(monkeypatch):
     monkeypatch.setattr(kernels, "sums_bfloat16_in_float32", lambda: False)
     monkeypatch.delattr(kernels, "_select_candidates")  # must not be asked
     x, encoder, *_ = problem()
-    kernels.select(x, encoder, K, kernel="candidates")
+    found = kernels.select(x, encoder, K, kernel="candidates")
+    exact = kernels.select(x, encoder, K)
+    assert torch.equal(found.indices, exact.indices)
+    assert torch.equal(found.values, exact.values)
 
 
 def test_dead_latents_are_selected_among_the_dead_only():
