@@ -82,6 +82,7 @@ SWEEPS = {
     "Expansion factor R": "experiments/factors.yml",
     "Model": "experiments/models.yml",
     "Tuned lens": "experiments/lens.yml",
+    "Random weights": "experiments/random.yml",
 }
 
 

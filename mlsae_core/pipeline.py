@@ -42,6 +42,13 @@ if TYPE_CHECKING:
 
 Mode = Literal["cached", "force", "read-only"]
 EVALUATION_BATCH_TOKENS = 2048
+#: Of single-prompt heatmaps: the MLSAE paper's, and three of the sort of text our models know.
+PROMPTS = (
+    "When John and Mary went to the store, John gave",
+    "Return the number of elements along the given axis.",
+    "x : array_like, optional",
+    "Raises ValueError if the input is empty.",
+)
 
 
 def _hash(value) -> str:
@@ -286,6 +293,25 @@ class Session:
             return {"tokens": int(layers.tokens.iloc[0])}
 
         return self._write("drift", identity, spec, parents, fill)
+
+    def prompts(self, run: RunSpec, settings: EvaluateSpec | None = None) -> Artefact:
+        """Latents over layers for each of `PROMPTS` alone: `prompts.csv` and `spread.csv`."""
+        parents = {"train": run_key(run)[0]}
+        identity, spec = store.key("prompts", {"prompts": PROMPTS}, parents), {"run": flat(run)}
+        if found := self._find("prompts", identity, spec):
+            return found
+        lm, lens = self._inputs(run)
+        inputs = lm, self.sae(run), lens, run.site, PROMPTS
+
+        def fill(folder: Path) -> dict:
+            from mlsae_core.analysis import layers
+
+            table, spread = layers.prompt_distributions(*inputs), layers.prompt_spread(*inputs)
+            table.to_csv(folder / "prompts.csv", index=False, float_format="%.4g")
+            spread.to_csv(folder / "spread.csv", index=False, float_format="%.6g")
+            return {}
+
+        return self._write("prompts", identity, spec, parents, fill)
 
     def examples(self, run: RunSpec, settings: EvaluateSpec) -> Artefact:
         """Top activating examples of every latent and layer: `examples.safetensors`."""

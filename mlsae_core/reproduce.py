@@ -34,9 +34,9 @@ def reproduce(experiment: Experiment) -> pd.DataFrame:
 
     Returns:
         One row per table: the experiment's labels, ``stage``, ``key``, ``file``, ``column`` (the
-        one that deviates most), ``deviation`` (see :func:`deviations`). Weights and arrays per
-        latent are left out: a rounding that exchanges two latents of nearly equal activation
-        changes them, and not what they amount to.
+        one that deviates most), ``deviation`` (see :func:`deviations`). Weights, arrays per latent
+        and prompts.csv are left out: a rounding that exchanges two latents of nearly equal
+        activation changes them, and not what they amount to.
     """
     session, rows = pipeline.Session(), []
     for labels, run in experiment.runs:
@@ -48,7 +48,7 @@ def reproduce(experiment: Experiment) -> pd.DataFrame:
             if not (path / "meta.json").is_file():
                 continue
             shipped = store.read(path)
-            for file in shipped.meta["files"]:
+            for file in sorted(set(shipped.meta["files"]) - {"prompts.csv"}):
                 found = deviations(shipped.file(file), anew.file(file))
                 if len(found):
                     worst = {"file": file, "column": found.idxmax(), "deviation": found.max()}

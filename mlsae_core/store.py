@@ -47,6 +47,7 @@ STAGES = {
     "examples": 1,
     "importance": 1,
     "duplicates": 1,
+    "prompts": 1,
     "planted": 1,
 }
 

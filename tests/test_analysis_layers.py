@@ -1,6 +1,6 @@
 import json
-from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from tiny_lm import D_MODEL, N_LAYERS, tiny_lm, tiny_tokens
@@ -183,21 +183,28 @@ def test_weak_latents_are_left_out_and_bad_prompts_refused():
         layers.prompt_distributions(*inputs[:3], SiteSpec(stacked=True), PROMPTS)
 
 
-def test_prompts_of_several_runs_are_told_apart_by_their_label(monkeypatch):
-    class Session:
-        lm, sae = staticmethod(lambda _: tiny_lm()), staticmethod(lambda _: tiny_sae())
-
-    monkeypatch.setattr(layers.Lens, "load", lambda *_: LENS)
-    run = SimpleNamespace(model="tiny", site=SITE)
-    table = layers.prompts_of_runs(Session, [({"model": "a"}, run), ({"model": "b"}, run)], PROMPTS)
-    assert set(table.prompt) == {f"{name}: {prompt}" for name in "ab" for prompt in PROMPTS}
+def test_prompts_of_several_runs_are_told_apart_by_their_name():
     one = layers.prompt_distributions(tiny_lm(), tiny_sae(), LENS, SITE, PROMPTS)
-    first = table[table.prompt.str.startswith("a: ")].drop(columns="prompt")
-    assert first.reset_index(drop=True).equals(one.drop(columns="prompt").reset_index(drop=True))
-    spread = layers.spread_of_runs(Session, [({"model": "a"}, run)], PROMPTS)
-    one = layers.prompt_spread(tiny_lm(), tiny_sae(), LENS, SITE, PROMPTS)
-    assert spread.drop(columns="run").equals(one)
-    assert set(spread.run) == {"a"}
+    table = pd.concat([one.assign(model=name)[["model", *one]] for name in "ab"])
+    named = layers.name_prompts(table, PROMPTS[:1])
+    assert set(named.prompt) == {f"{name}: {PROMPTS[0]}" for name in "ab"}
+    assert len(named) == 2 * (one.prompt == PROMPTS[0]).sum()
+
+
+@pytest.mark.parametrize("most", [1, 7, 1000])
+def test_a_sample_of_a_prompt_keeps_every_layer_of_its_latents(most):
+    one = layers.prompt_distributions(tiny_lm(), tiny_sae(), LENS, SITE, PROMPTS)
+    table = pd.concat([one.assign(k=k)[["k", *one]] for k in (4, 8)], ignore_index=True)
+    sample = layers.sample_prompt(table, PROMPTS[0], most)
+    here = one[one.prompt == PROMPTS[0]]
+    for k in (4, 8):
+        mine = sample[sample.k == k]
+        assert sorted(mine.order.unique()) == list(range(min(most, here.latent.nunique())))
+        sums = mine.groupby("latent").probability.sum()
+        assert sums.to_numpy() == pytest.approx(1)
+        firsts = mine.drop_duplicates("order").sort_values("order").latent
+        places = here.drop_duplicates("latent").set_index("latent").order[firsts]
+        assert places.is_monotonic_increasing  # the order of the mean layer is kept
 
 
 def test_one_token_with_layers_permuted_is_as_spread_as_without():

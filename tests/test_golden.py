@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from workers import sentences
 
-from mlsae_core import analysis, experiments, pipeline, spec, store, text
+from mlsae_core import analysis, experiments, pipeline, planted, spec, store, text
 from mlsae_core.lens import Lens
 from mlsae_core.pretrain import train_tokenizer
 
@@ -44,6 +44,26 @@ GOLDEN = {
             "exp_var_l_given_j": 0.5117918420305555,
         },
     ),
+    "drift": (1, {"norm_0": 0.082531003, "norm_2": 0.084199149}),
+    "geometry": (1, {"mmcs": 0.58503925, "independent": 0.60539093}),
+    "transfer": (1, {"fvu_1": 0.15794815}),
+    "importance": (1, {"r_l0": 0.85502371, "r_activation": 0.98860792}),
+    "duplicates": (1, {"cosine": 0.58815440, "self_next": 0.76672649}),
+    "planted": (
+        1,
+        {
+            "ratio_latent_truth": 0.576678,
+            "ratio_latent_oracle": 0.574358,
+            "ratio_latent_estimate": 0.780063,
+            "ratio_token_truth": 0.5,
+            "ratio_token_oracle": 0.51165,
+            "ratio_token_estimate": 0.0672273,
+            "mean_entropy_truth": 0.601933,
+            "mean_entropy_oracle": 0.599916,
+            "mean_entropy_estimate": 0.81894,
+        },
+    ),
+    "prompts": (1, {"entropy": 0.573081, "permuted": 0.668008}),
 }
 
 
@@ -57,7 +77,7 @@ def tokens_digest(inputs):
 
 
 @pytest.fixture
-def numbers(inputs, data, tmp_path):
+def numbers(inputs, data, tmp_path, monkeypatch):
     """The same names as in GOLDEN, computed now."""
     run = spec.run_from_dict(
         {
@@ -76,6 +96,19 @@ def numbers(inputs, data, tmp_path):
     log = pd.read_csv(session.train(run).file("log.csv")).iloc[-1]
     table = pd.read_csv(session.evaluate(run, settings).file("evaluation.csv"))
     _, variances = experiments.read_distributions(session.distributions(run, settings))
+    monkeypatch.setattr(pipeline, "PROMPTS", ("w1 w2 w3 w4",))
+    prompts = pd.read_csv(session.prompts(run).file("spread.csv"))
+    geometry = pd.read_csv(session.geometry(run).file("mmcs.csv"))
+    drift = pd.read_csv(session.drift(run, settings).file("layers.csv"))
+    transfer = pd.read_csv(session.transfer(run, settings).file("transfer.csv"))
+    importance = pd.read_csv(session.importance(run, settings).file("importance.csv"))
+    duplicates = pd.read_csv(session.duplicates(run, settings).file("duplicates.csv"))
+    world = planted.find_or_compute(
+        planted.PlantedSpec(
+            n_features=16, d_model=16, n_layers=3, active=4, training_tokens=8192, tokens=2048, k=2
+        )
+    )
+    known = pd.read_csv(world.file("estimators.csv")).set_index("estimator")
     source = tmp_path / "module.py"
     source.write_text('"""One."""\nclass A:\n    """Two."""\n    def f():\n        """Three."""\n')
     return {
@@ -91,6 +124,17 @@ def numbers(inputs, data, tmp_path):
             name: variances[name]["value"] if isinstance(variances[name], dict) else variances[name]
             for name in ("mean_entropy", "var_l", "exp_var_l_given_j")
         },
+        "drift": dict(zip(("norm_0", "norm_2"), drift.norm[[0, 2]], strict=True)),
+        "geometry": dict(zip(("mmcs", "independent"), geometry.mmcs[:2], strict=True)),
+        "transfer": {"fvu_1": transfer.fvu_global[1]},
+        "importance": importance[["r_l0", "r_activation"]].mean().to_dict(),
+        "duplicates": duplicates[["cosine", "self_next"]].mean().to_dict(),
+        "planted": {
+            f"{name}_{of}": known[of][name]
+            for name in ("ratio_latent", "ratio_token", "mean_entropy")
+            for of in ("truth", "oracle", "estimate")
+        },
+        "prompts": dict(zip(("entropy", "permuted"), prompts.entropy, strict=True)),
     }
 
 

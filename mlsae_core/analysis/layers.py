@@ -177,19 +177,38 @@ def prompt_distributions(
     return pd.concat(frames, ignore_index=True)
 
 
-def prompts_of_runs(session, runs, texts: Sequence[str]) -> pd.DataFrame:
-    """`prompt_distributions` of every run of an experiment, told apart by a name before the prompt.
+def name_prompts(table: pd.DataFrame, prompts: Sequence[str]) -> pd.DataFrame:
+    """Some prompts of `prompts.csv` of several runs, each run's told apart by its name.
 
     Args:
-        session: gives models and dictionaries (`pipeline.Session`). runs: (labels, run) pairs, of
-            whose labels the first one is the name.
+        table: as `experiments.tables` gives it, the runs' names in its first column.
+
+    Returns:
+        Those rows, with ``prompt`` as "name: prompt".
     """
-    tables = []
-    for labels, run in runs:
-        found = prompt_distributions(*_inputs(session, run), texts)
-        name = next(iter(labels.values()))
-        tables.append(found.assign(prompt=f"{name}: " + found["prompt"]))
-    return pd.concat(tables, ignore_index=True)
+    table = table[table["prompt"].isin(prompts)]
+    return table.assign(prompt=table.iloc[:, 0].astype(str) + ": " + table["prompt"])
+
+
+def sample_prompt(table: pd.DataFrame, prompt: str, most: int = 100) -> pd.DataFrame:
+    """One prompt of `prompts.csv` of several runs, as `spread.sampled` has many tokens.
+
+    Args:
+        table: as for `name_prompts`. most: latents of a run, evenly spaced by mean layer.
+
+    Returns:
+        One row per run, latent and layer at which it is active: the name, ``latent``, ``layer``,
+        ``probability`` and ``order``.
+    """
+    name, parts = table.columns[0], []
+    for _, run in table[table["prompt"] == prompt].groupby(name, sort=False):
+        latents = run["order"].max() + 1
+        kept = np.linspace(0, latents - 1, min(most, latents)).round().astype(int)
+        run = run[run["order"].isin(kept)]
+        parts.append(run.assign(order=np.searchsorted(kept, run["order"])))
+    columns = {"probs": "probability"}
+    found = pd.concat(parts, ignore_index=True).rename(columns=columns)
+    return found[[name, "latent", "layer", "probability", "order"]]
 
 
 def _prompt(lm, sae, lens, site, prompt: str):
@@ -259,20 +278,6 @@ def prompt_spread(
         mean = pd.DataFrame(nulls).mean().to_dict()
         rows.append({"prompt": prompt, "of": "layers permuted", **mean})
     return pd.DataFrame(rows).drop(columns="dead").astype({"latents": int})
-
-
-def spread_of_runs(session, runs, texts: Sequence[str]) -> pd.DataFrame:
-    """`prompt_spread` of every run, with its name as ``run``; see `prompts_of_runs`."""
-    tables = [
-        prompt_spread(*_inputs(session, run), texts).assign(run=next(iter(labels.values())))
-        for labels, run in runs
-    ]
-    return pd.concat(tables, ignore_index=True)
-
-
-def _inputs(session, run) -> tuple[LanguageModel, MLSAE, Lens, SiteSpec]:
-    lm, sae = session.lm(run.model), session.sae(run)
-    return lm, sae, Lens.load(run.site, lm.device), run.site
 
 
 # --- variance ratios ------------------------------------------------------------------------------
