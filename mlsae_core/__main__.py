@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--kernel", choices=("sparse", "candidates", "dense"), default="sparse",
                        help="how the same numbers are computed; candidates: faster for many "
                        "latents on processors with bfloat16 products")  # fmt: skip
+    train.add_argument("--compile", action="store_true", help="compile the language model first; "
+                       "faster on a GPU, where it runs as CUDA graphs")  # fmt: skip
     evaluate = command(
         "evaluate", "FVU, L1, delta CE and KL per layer; trains first where needed", "SPEC",
         "YAML file",
@@ -121,7 +123,8 @@ def _train(options: argparse.Namespace):
 
     from mlsae_core import pipeline
 
-    artefact = pipeline.Session(_mode(options), tuple(options.track), options.kernel).train(run)
+    chosen = tuple(options.track), options.kernel, options.compile
+    artefact = pipeline.Session(_mode(options), *chosen).train(run)
     last = pd.read_csv(artefact.file("log.csv")).iloc[-1]
     if pipeline.is_main_process():
         print(

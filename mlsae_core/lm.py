@@ -15,6 +15,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -86,6 +87,7 @@ class LanguageModel:
         # The model's own code from the final norm on: a copy that shares all parameters, in which
         # the module that owns the blocks returns the residual stream it is given, normalised.
         self._head = _with_submodule(model, owner, _Given(final_norm))
+        self._is_compiled = False
         self._verify()
 
     @classmethod
@@ -134,6 +136,32 @@ class LanguageModel:
                 f"{model.path!r} could not be loaded: {reason}"
             ) from error
         return cls(network.to(device), tokenizer, name)
+
+    def compiled(self, backend: str = "inductor") -> LanguageModel:
+        """The same weights in compiled blocks, for :meth:`capture` of the residual stream alone.
+
+        Every shape of a batch is compiled when it is first seen. On a CUDA device each block is
+        replayed as a CUDA graph. Activations differ by rounding in the model's precision.
+        ``mlp_input`` and ``mlp_output`` are refused: they lie inside of what is compiled. This
+        model stays as it is, for everything else.
+        """
+        twin = copy.copy(self)
+        twin._is_compiled = True
+        graphs = self.device.type == "cuda" and backend == "inductor"
+        mode = "reduce-overhead" if graphs else None
+        # One limit of recompilation for each model, and what is compiled is shared by its blocks.
+        options = {"dynamic": False, "isolate_recompiles": True, "mode": mode}
+        forward = torch.compile(_forward, backend=backend, **options)
+        # The forward alone and not the call, so that hooks stay outside of what is compiled: they
+        # come and go with every pass, and the last one raises.
+        blocks = [copy.copy(block) for block in self.blocks]
+        for block, original in zip(blocks, self.blocks, strict=True):
+            block.forward = partial(forward, original)
+        twin.blocks = nn.ModuleList(blocks)
+        [name] = (name for name, module in self.model.named_modules() if module is self.blocks)
+        twin.model = _with_submodule(self.model, name, twin.blocks)
+        twin.base = twin.model.base_model
+        return twin
 
     def keep_mask(self, tokens: Tensor) -> Tensor:
         """(batch, position) bool: True where the token is not BOS, EOS or PAD."""
@@ -275,6 +303,10 @@ class LanguageModel:
                     hooks.callback(handle.remove)
             last = self.blocks[max(layers)].register_forward_hook(_stop)
             hooks.callback(last.remove)
+            if self._is_compiled and self.device.type == "cuda":
+                # A block's graph would else free what the one before it has returned. All of it
+                # is copied below, before the next pass overwrites it.
+                torch.compiler.cudagraph_mark_step_begin()
             with suppress(_Stop), fast_products(self.device):
                 self.base(input_ids=tokens, use_cache=False)
         return {
@@ -322,6 +354,11 @@ class LanguageModel:
         block = self.blocks[layer]
         if point == "residual":
             return block
+        if self._is_compiled:
+            raise SpecError(
+                f"--compile: expected source and target to be residual, got {point}, which lies "
+                "inside of a compiled block"
+            )
         names = (*_MLP_POST_NORM_NAMES, *_MLP_NAMES) if point == "mlp_output" else _MLP_NAMES
         for name in names:
             if isinstance(module := getattr(block, name, None), nn.Module):
@@ -398,6 +435,10 @@ class _Stop(Exception):
 
 def _stop(*_):
     raise _Stop
+
+
+def _forward(block: nn.Module, *args, **kwargs):
+    return type(block).forward(block, *args, **kwargs)
 
 
 class _Given(nn.Module):

@@ -113,7 +113,8 @@ class Session:
 
     mode: ``cached`` computes what is missing, ``force`` everything anew, ``read-only`` nothing.
     trackers: names of accelerate trackers to log training to. kernel: how training computes, see
-    `mlsae_core.kernels`; no part of a result's identity, since the numbers are the same.
+    `mlsae_core.kernels`. compile: whether training runs the language model compiled. Neither is a
+    part of a result's identity, since the numbers are the same up to rounding.
 
     Under `accelerate launch` all processes train; the main one measures and writes, the others
     wait. Whatever can be refused is refused (SpecError) before text is tokenised or anything is
@@ -123,6 +124,7 @@ class Session:
     mode: Mode = "cached"
     trackers: tuple[str, ...] = ()
     kernel: Kernel = "sparse"
+    compile: bool = False
 
     def __post_init__(self):
         store.provenance()  # of the code that computes, not of what is there when it ends
@@ -168,6 +170,8 @@ class Session:
 
         accelerator = train.make_accelerator(run, self.trackers, project_dir=store.STORE)
         lm, lens = self._inputs(run)
+        if self.compile:
+            lm = _compiled(lm, run)
         blocks = self.blocks(run, "train")
         if self.trackers:
             accelerator.init_trackers("mlsae", config={"spec": canonical(spec)})
@@ -527,6 +531,19 @@ def check(run: RunSpec):
             f"expansion_factor: expected a dictionary that can be trained in {memory / 1e9:.0f} GB "
             f"of memory, got {n_latents} latents, which need {needed / 1e9:.0f} GB"
         )
+
+
+def _compiled(lm: LanguageModel, run: RunSpec) -> LanguageModel:
+    """The model compiled for the micro-batches of a run."""
+    from mlsae_core import activations
+
+    context = run.data.context_length
+    tokens = lm.special_ids.new_zeros(run.train.micro_batch_tokens // context, context)
+    layers, points = run.site.indices(lm.n_layers), activations.hook_points(run.site)
+    with _reading(f"--compile: {run.model.path} could not be compiled"):
+        lm = lm.compiled()
+        lm.capture(tokens, layers, points)
+    return lm
 
 
 def _load_lens(run: RunSpec, lm: LanguageModel) -> Lens:

@@ -217,6 +217,27 @@ def test_a_missing_result_is_exit_code_2_when_only_reading(call):
     assert_refused(call("train", "SPEC", "--read-only"), "nothing of this stage exists")
 
 
+@pytest.fixture
+def backend(monkeypatch):
+    """Choose what compiles; the default needs a C++ compiler and half a minute."""
+    return lambda name: monkeypatch.setattr(lm.LanguageModel.compiled, "__defaults__", (name,))
+
+
+def test_a_compiled_run_is_the_run_that_is_found_later(call, backend):
+    backend("aot_eager")
+    code, out, _ = call("train", "SPEC", "--compile")
+    assert code == 0
+    assert call("train", "SPEC")[1] == out
+
+
+def test_what_cannot_be_compiled_is_named_before_text_is_read(call, backend):
+    backend("aot_eager")
+    message = "--compile: expected source and target to be residual, got mlp_output"
+    assert_refused(call("train", "SPEC", "--compile", target="mlp_output"), message)
+    backend("nothing")
+    assert_refused(call("train", "SPEC", "--compile"), "could not be compiled: Invalid backend")
+
+
 def test_unknown_and_missing_trackers_are_named(call):
     assert_refused(call("train", "SPEC", "--track", "sheet"), "--track: expected one of")
     from accelerate.tracking import get_available_trackers

@@ -78,6 +78,12 @@ def test_a_kernel_changes_nothing_but_the_rounding(lm, blocks, uninterrupted, ke
         train.train(run_of(), lm, blocks, kernel="magic")
 
 
+def test_a_compiled_language_model_changes_nothing_but_the_rounding(lm, blocks, uninterrupted):
+    other = train.train(run_of(), lm.compiled("aot_eager"), blocks).log
+    kept = [log.drop(columns="tokens_per_second") for log in (other, uninterrupted.log)]
+    pd.testing.assert_frame_equal(*kept, rtol=1e-5)
+
+
 def test_training_learns_and_says_so_in_documented_columns(uninterrupted):
     log = uninterrupted.log
     assert log.fvu.iloc[-1] < 0.8 * log.fvu.iloc[0]
