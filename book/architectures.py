@@ -32,7 +32,6 @@ from mlsae_core.spec import load_experiment
 charts.use_book_theme()
 results = experiments.materialise(load_experiment("experiments/architectures.yml"))
 read = experiments.all_distributions(results)
-session = pipeline.Session()
 
 # %% [markdown]
 # The models, with what they lose on validation text, in nats per token. Their parameters differ by 8 % at most. GPT-NeoX
@@ -75,10 +74,11 @@ spread.at_the_ends(read).set_index("model").round(3)
 #
 # The counterparts of Figures 14, 16 and 18, with the paper's prompt.
 
-# %% tags=["hide-input", "nbval-ignore-output"]
-prompt = "When John and Mary went to the store, John gave"
+# %% tags=["hide-input"]
+prompt = pipeline.PROMPTS[0]
+single = experiments.tables(results.artefacts["prompts"], "prompts.csv")
 layer_charts.prompts(
-    layers.prompts_of_runs(session, results.runs, [prompt]),
+    layers.name_prompts(single, [prompt]),
     title="In single prompts many latents are active at one layer only, in every architecture",
     subtitle="A column is a latent, sorted by its mean layer in this prompt. Choose the model.",
 )
@@ -87,13 +87,14 @@ layer_charts.prompts(
 # In JupyterLab, type one of your own for one of the models:
 
 # %% tags=["nbval-ignore-output", "remove-output"]
-widgets.prompt_layers(session, results.runs[1][1], prompt)
+widgets.prompt_layers(pipeline.Session(), results.runs[1][1], prompt)
 
 # %% [markdown]
 # And how much of that is the size of the sample:
 
-# %% tags=["hide-input", "nbval-ignore-output"]
-layers.spread_of_runs(session, results.runs, [prompt]).set_index(["run", "of"]).round(3)
+# %% tags=["hide-input"]
+spreads = experiments.tables(results.artefacts["prompts"], "spread.csv")
+spreads[spreads.prompt == prompt].drop(columns="prompt").set_index(["model", "of"]).round(3)
 
 # %% [markdown]
 # **What to see.** Of the prompt's latents 38 % (GPT-2) to 44 % (GPT-NeoX) are active at one layer only. As in

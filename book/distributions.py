@@ -33,13 +33,13 @@
 from mlsae_core import charts, experiments, pipeline, widgets
 from mlsae_core.analysis import layers
 from mlsae_core.charts import layers as layer_charts
-from mlsae_core.lens import Lens
 from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
 experiment = load_experiment("experiments/default.yml")
 trained = experiments.measure(experiment, "train")
 measured = experiments.measure(experiment, "distributions")
+single = experiments.measure(experiment, "prompts")
 arrays, numbers = experiments.read_distributions(measured[0][1])
 
 # %% [markdown]
@@ -99,21 +99,9 @@ layer_charts.totals(
 # activations are all below $10^{-3}$ are left out, as in Figure 3. Empty cells are zero. The third choice,
 # totals that are not normalised, is Figure 26.
 
-# %% tags=["remove-cell"]
-_, run = experiment.runs[0]
-session = pipeline.Session()
-lm, sae = session.lm(run.model), session.sae(run)
-prompts = [
-    "When John and Mary went to the store, John gave",
-    "Return the number of elements along the given axis.",
-    "x : array_like, optional",
-    "Raises ValueError if the input is empty.",
-]
-inputs = (lm, sae, Lens.identity(), run.site, prompts)
-
-# %% tags=["hide-input", "nbval-ignore-output"]
+# %% tags=["hide-input"]
 layer_charts.prompts(
-    layers.prompt_distributions(*inputs),
+    experiments.tables(single, "prompts.csv"),
     title="In one prompt, far more latents are active at one layer only",
     subtitle="A column is a latent, sorted by its mean layer in this prompt. Choose the prompt and what is shown.",
 )
@@ -122,15 +110,15 @@ layer_charts.prompts(
 # In JupyterLab, type one of your own:
 
 # %% tags=["nbval-ignore-output", "remove-output"]
-widgets.prompt_layers(session, run, prompts[0])
+widgets.prompt_layers(pipeline.Session(), experiment.runs[0][1], pipeline.PROMPTS[0])
 
 # %% [markdown]
 # But a prompt of ten tokens gives most latents one or two tokens to be active at, so its picture would be
 # sharper than the aggregate whatever the latents are like. The null model with layers permuted, drawn twenty times
 # for each prompt, says how sharp:
 
-# %% tags=["hide-input", "nbval-ignore-output"]
-layers.prompt_spread(*inputs).set_index(["prompt", "of"]).round(3)
+# %% tags=["hide-input"]
+experiments.tables(single, "spread.csv").set_index(["prompt", "of"]).round(3)
 
 # %% [markdown]
 # **What to see.** About half of a prompt's latents are active at one layer only (44 % to 53 %), as against three of 2048 over many
@@ -155,7 +143,7 @@ layers.prompt_spread(*inputs).set_index(["prompt", "of"]).round(3)
 # the mean.
 
 # %% tags=["hide-input"]
-experiments.notes(trained + measured).set_index("stage")
+experiments.notes(trained + measured + single).set_index("stage")
 
 # %% [markdown]
 # ```{bibliography}

@@ -12,26 +12,35 @@
 # **How does the picture change with the dictionary's size, its sparsity, the model and the lens?**
 #
 # Appendix D of {cite:t}`lawson2025` prints the heatmap of {doc}`distributions` again for every
-# combination of model, $R$ and $k$ (Figures 30 to 41; Figures 13, 15 and 17 are those of other
-# architectures). Here the reader turns the pages. A column is a latent, its colours are
-# $P(L = \ell \mid j)$ of {eq}`eq-layer-distribution`, and columns are sorted by the mean layer.
+# combination of model, $R$ and $k$, and that of a single prompt beside each (Figures 30 to 41; Figures 13 to 18 are those of
+# other architectures). Here the reader turns the pages. A column is a latent, its colours are
+# $P(L = \ell \mid j)$ of {eq}`eq-layer-distribution`, and columns are sorted by the mean layer. Every picture has a
+# second choice: *many tokens*, or *one prompt*, the paper's "When John and Mary went to the store, John gave". In the
+# latter an empty cell is a layer at which the latent is never active.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, experiments, widgets
+from mlsae_core import charts, experiments, pipeline, widgets
 from mlsae_core.analysis import spread, sweeps
 from mlsae_core.charts import sweeps as sweep_charts
 
 charts.use_book_theme()
-read = experiments.swept_distributions()
+every = experiments.SWEEPS | experiments.LENS_SWEEPS
+read = experiments.swept_distributions(every)
+single = experiments.swept("prompts", every)
+prompts = sweeps.across(experiments.tables, single, "prompts.csv")
+cells = spread.galleries(read, prompts, pipeline.PROMPTS[0])
+sample = "At most 100 latents of each dictionary, evenly spaced in the order of their mean layer"
 
 # %% [markdown]
 # ## Sparsity
+#
+# Figures 32 and 36; of one prompt, 33 and 37.
 
 # %% tags=["hide-input"]
 sweep_charts.gallery(
-    sweeps.stack({"k": spread.sampled(read["Sparsity k"])}),
+    cells[cells.sweep == "Sparsity k"],
     title="From k = 4 to 32 fewer latents belong to one layer",
-    subtitle="100 latents of each dictionary, evenly spaced in the order of their mean layer; R = 16. Choose k.",
+    subtitle=f"{sample}; R = 16. Choose k.",
 )
 
 # %% [markdown]
@@ -39,24 +48,28 @@ sweep_charts.gallery(
 # mean entropy ({doc}`entropy`) says the same: 0.68 and 0.82 of what it could be, but 0.78 at $k = 64$.
 #
 # ## Expansion factor
+#
+# Figures 30 and 34; of one prompt, 31 and 35.
 
 # %% tags=["hide-input"]
 sweep_charts.gallery(
-    sweeps.stack({"R": spread.sampled(read["Expansion factor R"])}),
+    cells[cells.sweep == "Expansion factor R"],
     title="With more latents, more of them belong to few layers",
-    subtitle="100 latents of each dictionary, evenly spaced in the order of their mean layer; k = 16. Choose R.",
+    subtitle=f"{sample}; k = 16. Choose R.",
 )
 
 # %% [markdown]
 # **What to see.** The larger the dictionary, the more strong cells: mean entropy falls from 0.86 at $R = 1$ to 0.69 at 64.
 #
 # ## Model
+#
+# Figures 13 to 18 and more about them are in {doc}`architectures`.
 
 # %% tags=["hide-input"]
 sweep_charts.gallery(
-    sweeps.stack({"model": spread.sampled(read["Model"])}),
-    title="Four layers or six, four architectures: the picture is of one kind",
-    subtitle="100 latents of each dictionary, evenly spaced in the order of their mean layer; R = 16, k = 16. Choose a model.",
+    cells[cells.sweep == "Model"],
+    title="Four layers to eight, four architectures: the picture is of one kind",
+    subtitle=f"{sample}; R = 16, k = 16. Choose a model.",
 )
 
 # %% [markdown]
@@ -64,21 +77,76 @@ sweep_charts.gallery(
 #
 # ## Tuned lens
 #
-# The counterpart of Figures 6, 38 and 40; what the lens does is the subject of {doc}`tuned_lens`.
+# Figures 6 and 7; what the lens does is the subject of {doc}`tuned_lens`.
 
 # %% tags=["hide-input"]
 sweep_charts.gallery(
-    sweeps.stack({"basis": spread.sampled(read["Tuned lens"])}),
+    cells[cells.sweep == "Tuned lens"],
     title="Through a lens at its own layers, latents are spread over more of them",
-    subtitle="100 latents of each dictionary, evenly spaced in the order of their mean layer; R = 16, k = 16. Choose a basis.",
+    subtitle=f"{sample}; R = 16, k = 16. Choose a basis.",
 )
 
 # %% [markdown]
 # **What to see.** Aligned, the lens makes columns paler (mean entropy 0.87 instead of 0.77); with the alignment of
 # the released code there are more columns of one strong cell (0.71).
 #
+# ## Sparsity, with the tuned lens
+#
+# Figures 40 and 41, with the aligned lens.
+
+# %% tags=["hide-input"]
+sweep_charts.gallery(
+    cells[cells.sweep == "Sparsity k, tuned lens"],
+    title="TODO",
+    subtitle=f"{sample}; R = 16. Choose k.",
+)
+
+# %% [markdown]
+# **What to see.** TODO
+#
+# ## Expansion factor, with the tuned lens
+#
+# Figures 38 and 39, with the aligned lens.
+
+# %% tags=["hide-input"]
+sweep_charts.gallery(
+    cells[cells.sweep == "Expansion factor R, tuned lens"],
+    title="TODO",
+    subtitle=f"{sample}; k = 16. Choose R.",
+)
+
+# %% [markdown]
+# **What to see.** TODO
+#
+# ## Random weights
+#
+# A null model for all of these: the same architecture with weights that were never trained.
+
+# %% tags=["hide-input"]
+sweep_charts.gallery(
+    cells[cells.sweep == "Random weights"],
+    title="TODO",
+    subtitle=f"{sample}; R = 16, k = 16. Choose the weights.",
+)
+
+# %% [markdown]
+# **What to see.** TODO
+#
+# ## How much of a single prompt is the size of the sample
+#
+# A prompt of ten tokens gives most latents one or two tokens to be active at. Fractions of its latents that are active at one
+# layer only, and what they would be with layers permuted at each token ({doc}`distributions`):
+
+# %% tags=["hide-input"]
+spreads = sweeps.across(experiments.tables, single, "spread.csv")
+spreads = spreads[spreads.prompt == pipeline.PROMPTS[0]]
+spreads.pivot_table("one_layer", ["sweep", "run"], "of", sort=False).round(3)
+
+# %% [markdown]
+# **What to see.** TODO
+#
 # **What would contradict it.** A run whose columns are all alike, or all of one strong cell: layers that do not
-# matter, or one dictionary per layer under a common name.
+# matter, or one dictionary per layer under a common name. Of the prompts, a share no larger than with layers permuted.
 #
 # ## At full resolution
 #
@@ -90,11 +158,11 @@ widgets.heatmaps([*read["Sparsity k"], *read["Expansion factor R"], *read["Model
 # %% [markdown]
 # ## How this page was made
 #
-# Every token at which a latent is active counts the same. The paper's single-prompt heatmaps (Figures
-# 31, 33, 35, 37, 39 and 41) have their place in {doc}`distributions`, where the prompt can be chosen.
+# Every token at which a latent is active counts the same. Other prompts are in {doc}`distributions`; any prompt can be
+# typed there, in JupyterLab.
 
 # %% tags=["hide-input"]
-notes = sweeps.across(experiments.notes, experiments.swept("distributions"))
+notes = sweeps.across(experiments.notes, experiments.swept("distributions", every))
 notes.drop(columns="position").set_index(["sweep", "run"])
 
 # %% [markdown]

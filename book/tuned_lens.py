@@ -162,10 +162,10 @@ lenses.spread(read).set_index("case").round(3)
 #
 # And of Figure 7, the paper's prompt and one of the kind that our model knows:
 
-# %% tags=["hide-input", "nbval-ignore-output"]
-prompts = ["When John and Mary went to the store, John gave", "x : array_like, optional"]
+# %% tags=["hide-input"]
+single = experiments.tables(results.artefacts["prompts"], "prompts.csv")
 layer_charts.prompts(
-    layers.prompts_of_runs(session, results.runs, prompts),
+    layers.name_prompts(single, [pipeline.PROMPTS[0], pipeline.PROMPTS[2]]),
     title="In single prompts, too, the aligned lens spreads latents",
     subtitle="A column is a latent, sorted by its mean layer in this prompt. Choose lens and prompt.",
 )
@@ -206,6 +206,20 @@ ratios.pivot(index="run", columns="ratio", values=["low", "value", "high"]).roun
 #
 # **What would contradict it.** Intervals of *identity* and *aligned* that overlap: then the lens would change
 # nothing that a sample of this size can see. The intervals cover the choice of text, not the seed of training.
+#
+# Is it so at other sizes and sparsities, too? The aligned lens again, with dictionaries of every $R$ and $k$ (their
+# heatmaps are in the {doc}`gallery`), beside those of {doc}`variance` without it:
+
+# %% tags=["hide-input"]
+swept = experiments.swept("distributions", experiments.SWEEPS | experiments.LENS_SWEEPS)
+every = layers.variance_sweeps(swept)
+every = every[every.sweep.str.contains("Sparsity|Expansion")]
+lens = every.sweep.str.contains("lens").map({False: "identity", True: "aligned"})
+every = every.assign(lens=lens, sweep=every.sweep.str.removesuffix(", tuned lens"))
+every.pivot_table("value", ["sweep", "run"], ["ratio", "lens"], sort=False).round(3)
+
+# %% [markdown]
+# **What to see.** TODO
 #
 # ## How this page was made
 #

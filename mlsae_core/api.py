@@ -20,6 +20,34 @@ PACKAGE = Path(__file__).parent
 HEAD = re.compile(r"(Args|Returns|Raises):|(\w+)\n-+$", re.MULTILINE)
 #: In running text: ``code``, `code`, *stress*.
 MARKS = re.compile(r"``(.+?)``|`(.+?)`|(?<![\w*])\*(\w[^*]*)\*(?!\w)")
+#: The modules in the order in which to read them: one imports only what stands before it.
+ORDER = (
+    "spec",
+    "store",
+    "metrics",
+    "questions",
+    "text",
+    "products",
+    "lm",
+    "lens",
+    "activations",
+    "kernels",
+    "sae",
+    "objective",
+    "train",
+    "planted",
+    "released",
+    "tune",
+    "analysis",
+    "pipeline",
+    "experiments",
+    "charts",
+    "widgets",
+    "pretrain",
+    "reproduce",
+    "api",
+    "book",
+)
 #: Modules that only build the book.
 BUILD = ("api", "book")
 
@@ -130,7 +158,7 @@ class Api(SphinxDirective):
         self.env.note_dependency(str(path))
         tree = ast.parse(path.read_text(encoding="utf-8"))
         section = nodes.section(ids=[nodes.make_id(f"mlsae_core.{name}")])
-        section += nodes.title("", "", nodes.literal(text=f"mlsae_core.{name}"))
+        section += nodes.title("", "", nodes.literal(text=name))
         section += described(ast.get_docstring(tree) or "")
         for _, signature, docstring in public(tree):
             section += nodes.literal_block(signature, signature, language="python")
@@ -147,10 +175,11 @@ def module_file(name: str) -> Path:
 
 
 def modules() -> list[str]:
-    """Names of the package's modules, in the order of the alphabet."""
+    """Names of the package's modules, in the order in which to read them."""
     found = {p.relative_to(PACKAGE).with_suffix("") for p in PACKAGE.rglob("*.py")}
     names = {".".join(p.parts).removesuffix(".__init__") for p in found}
-    return sorted(name for name in names if not name.startswith("__"))
+    names = (name for name in names if not name.startswith("__"))
+    return sorted(names, key=lambda name: (ORDER.index(name.split(".")[0]), name))
 
 
 def setup(app) -> dict:

@@ -84,6 +84,11 @@ SWEEPS = {
     "Tuned lens": "experiments/lens.yml",
     "Random weights": "experiments/random.yml",
 }
+#: Two of them again, through the tuned lens.
+LENS_SWEEPS = {
+    "Sparsity k, tuned lens": "experiments/lens_sparsity.yml",
+    "Expansion factor R, tuned lens": "experiments/lens_factors.yml",
+}
 
 
 def swept(

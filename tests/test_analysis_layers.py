@@ -7,7 +7,7 @@ from tiny_lm import D_MODEL, N_LAYERS, tiny_lm, tiny_tokens
 
 from mlsae_core import analysis, released
 from mlsae_core.activations import stream
-from mlsae_core.analysis import layers
+from mlsae_core.analysis import layers, sweeps
 from mlsae_core.lens import Lens
 from mlsae_core.metrics import LayerDistribution, gaussian_like, permute_layers
 from mlsae_core.sae import MLSAE
@@ -195,10 +195,10 @@ def test_prompts_of_several_runs_are_told_apart_by_their_name():
 def test_a_sample_of_a_prompt_keeps_every_layer_of_its_latents(most):
     one = layers.prompt_distributions(tiny_lm(), tiny_sae(), LENS, SITE, PROMPTS)
     table = pd.concat([one.assign(k=k)[["k", *one]] for k in (4, 8)], ignore_index=True)
-    sample = layers.sample_prompt(table, PROMPTS[0], most)
+    sample = layers.sample_prompt(sweeps.stack({"k": table}), PROMPTS[0], most)
     here = one[one.prompt == PROMPTS[0]]
-    for k in (4, 8):
-        mine = sample[sample.k == k]
+    for k in ("4", "8"):
+        mine = sample[sample.run == k]
         assert sorted(mine.order.unique()) == list(range(min(most, here.latent.nunique())))
         sums = mine.groupby("latent").probability.sum()
         assert sums.to_numpy() == pytest.approx(1)

@@ -15,7 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 from sphinx_external_toc.parsing import parse_toc_yaml
 
-from mlsae_core import book
+from mlsae_core import api, book
 
 ROOT = Path(__file__).parents[1]
 BOOK = ROOT / "book"
@@ -246,34 +246,7 @@ def test_a_failing_cell_fails_the_build(tmp_path):
 # The house --------------------------------------------------------------------------------------
 
 #: A module imports only what stands above it.
-MODULES = (
-    "spec",
-    "store",
-    "metrics",
-    "questions",
-    "text",
-    "products",
-    "lm",
-    "lens",
-    "activations",
-    "kernels",
-    "sae",
-    "objective",
-    "train",
-    "planted",
-    "released",
-    "tune",
-    "analysis",
-    "pipeline",
-    "experiments",
-    "charts",
-    "widgets",
-    "pretrain",
-    "reproduce",
-    "api",
-    "book",
-    "__main__",
-)
+MODULES = (*api.ORDER, "__main__")
 ALONE = {"spec", "metrics", "charts"}
 PACKAGE = ROOT / "mlsae_core"
 

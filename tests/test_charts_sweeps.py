@@ -69,6 +69,7 @@ def made():
         "histogram": sweeps.histogram(BINS[BINS["rows"] == "a"], **bins),
         "two panels": sweeps.histogram(BINS, series="rows", logarithmic=True, **bins),
         "gallery": sweeps.gallery(CELLS, "T"),
+        "two texts": sweeps.gallery(pd.concat([CELLS.assign(of=of) for of in "ab"]), "T"),
         "active layers": sweeps.active_layers(THRESHOLDS, "T"),
         "variance by rank": sweeps.variance_by_rank(PARTS, "T"),
     }
@@ -87,6 +88,7 @@ def test_controls_offer_what_the_table_has():
     charts = {name: controls(chart.to_dict()) for name, chart in made().items()}
     assert charts["points"]["sweep"]["options"] == ["R", "k"]
     assert charts["gallery"]["run"]["options"] == ["1", "2"]
+    assert charts["two texts"]["of"]["options"] == ["a", "b"]
     slider = charts["active layers"]["step"]
     assert (slider["min"], slider["max"]) == (0, 2)
     assert charts["variance by rank"]["rank"]["max"] == 1

@@ -191,24 +191,23 @@ def name_prompts(table: pd.DataFrame, prompts: Sequence[str]) -> pd.DataFrame:
 
 
 def sample_prompt(table: pd.DataFrame, prompt: str, most: int = 100) -> pd.DataFrame:
-    """One prompt of `prompts.csv` of several runs, as `spread.sampled` has many tokens.
+    """One prompt of `prompts.csv` of many runs, as `spread.sampled` has many tokens.
 
     Args:
-        table: as for `name_prompts`. most: latents of a run, evenly spaced by mean layer.
+        table: as `sweeps.across` stacks it. most: latents of a run, evenly spaced by mean layer.
 
     Returns:
-        One row per run, latent and layer at which it is active: the name, ``latent``, ``layer``,
-        ``probability`` and ``order``.
+        One row per run, latent and layer at which it is active: ``sweep``, ``run``, ``position``,
+        ``latent``, ``layer``, ``probability``, ``order``.
     """
-    name, parts = table.columns[0], []
-    for _, run in table[table["prompt"] == prompt].groupby(name, sort=False):
+    names, parts = ["sweep", "run", "position"], []
+    for _, run in table[table["prompt"] == prompt].groupby(names, sort=False):
         latents = run["order"].max() + 1
         kept = np.linspace(0, latents - 1, min(most, latents)).round().astype(int)
         run = run[run["order"].isin(kept)]
         parts.append(run.assign(order=np.searchsorted(kept, run["order"])))
-    columns = {"probs": "probability"}
-    found = pd.concat(parts, ignore_index=True).rename(columns=columns)
-    return found[[name, "latent", "layer", "probability", "order"]]
+    found = pd.concat(parts, ignore_index=True).rename(columns={"probs": "probability"})
+    return found[[*names, "latent", "layer", "probability", "order"]]
 
 
 def _prompt(lm, sae, lens, site, prompt: str):

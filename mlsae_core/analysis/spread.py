@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from mlsae_core.analysis import latent_table
+from mlsae_core.analysis.layers import sample_prompt
+from mlsae_core.analysis.sweeps import across
 
 Read = Iterable[tuple[dict, dict[str, Tensor], dict]]
 
@@ -118,4 +120,21 @@ def sampled(read: Read, most: int = 100, weighting: str = "probs") -> pd.DataFra
         ]
         for labels, arrays, _ in read
     ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def galleries(read: dict[str, Read], prompts: pd.DataFrame, prompt: str, most: int = 100):
+    """Heatmaps of every run of several sweeps, of many tokens and of one prompt.
+
+    Args:
+        read: name of the sweep → its runs. prompts: `prompts.csv` of the same runs, stacked by
+            `sweeps.across`. most: latents of a run.
+
+    Returns:
+        One row per run, text, latent and layer, for `charts.sweeps.gallery`: ``sweep``, ``run``,
+        ``position``, ``latent``, ``layer``, ``probability``, ``order`` and ``of`` (``many tokens``
+        or ``one prompt``).
+    """
+    many, one = across(sampled, read, most), sample_prompt(prompts, prompt, most)
+    parts = [many.assign(of="many tokens"), one.assign(of="one prompt")]
     return pd.concat(parts, ignore_index=True)

@@ -168,12 +168,17 @@ def gallery(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt
     """P(layer | latent) of some latents of one run; the reader chooses the run.
 
     ``table`` has one row per (run, latent, layer): ``run``, ``layer``, ``probability`` (sums to
-    one over the layers of a latent), ``order`` (0, 1, … from left to right) and ``latent``.
+    one over the layers of a latent; rows of zero may be missing), ``order`` (0, 1, … from left to
+    right), ``latent`` and, where the reader is to choose a text as well, ``of``.
     """
-    table = _table(table, "gallery", "run", "latent", "layer", "probability", "order")
-    run = _choice("run", table, "run", "Run")
+    of = ["of"] if "of" in table else []
+    table = _table(table, "gallery", "run", "latent", "layer", "probability", "order", *of)
     width = int(table["order"].max()) + 1
-    base = alt.Chart(table, name="gallery").transform_filter(alt.datum.run == run)
+    base, chosen = alt.Chart(table, name="gallery"), []
+    for column, label in (("run", "Run"), ("of", "Of")):
+        if column in table:
+            chosen.append(_choice(column, table, column, label))
+            base = base.transform_filter(alt.datum[column] == chosen[-1])
     chart = (
         _latent_cells(base, f"At most {width} latents, by mean layer", width)
         .encode(
@@ -185,7 +190,7 @@ def gallery(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt
                 alt.Tooltip("probability:Q", title="P(layer | latent)"),
             ],
         )
-        .add_params(run)
+        .add_params(*chosen)
     )
     return _titled(chart.properties(height=220), title, subtitle)
 
