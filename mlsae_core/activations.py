@@ -81,7 +81,8 @@ def gather(
     def read(point: str) -> Tensor:
         x = captured[point].flatten(1, 2)
         if len(sequence) < x.shape[1]:
-            x = x[:, keep.flatten()]
+            # Not by the mask: a device would be waited for again, to count what it keeps.
+            x = x.index_select(1, sequence * keep.shape[1] + position)
         x = x.float()
         # A sum is not finite if any term is not: one pass, without a mask of the same size.
         if not x.sum().isfinite():
@@ -96,7 +97,7 @@ def gather(
 
     source = read(site.source)
     target = source if site.target in ("same", site.source) else read(site.target)
-    return Batch(source, target, tokens[keep], sequence, position)
+    return Batch(source, target, tokens[sequence, position], sequence, position)
 
 
 def stream(
@@ -122,7 +123,8 @@ def stream(
     layers = site_layers(site, lm.n_layers)
     lens = Lens.load(site, lm.device) if lens is None else lens
     for index, tokens in enumerate(batches):
+        if lm.device.type == "cuda":
+            tokens = tokens.pin_memory()  # else the copy waits for all that is queued
+        tokens = tokens.to(lm.device, non_blocking=True)
         captured = lm.capture(tokens, layers, hook_points(site))
-        yield gather(
-            captured, tokens, lm.keep_mask(tokens.to(lm.device)), site, layers, lens, index
-        )
+        yield gather(captured, tokens, lm.keep_mask(tokens), site, layers, lens, index)

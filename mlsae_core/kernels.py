@@ -43,6 +43,9 @@ CANDIDATES = 3
 PIECE = 2**19
 """Elements of a weight's gradient that are made at a time on a CPU."""
 
+RUN = 256
+"""Pairs of a latent that are summed one after another on devices other than a CPU."""
+
 
 class Code(NamedTuple):
     """What the encoder selects for each of n vectors.
@@ -339,8 +342,9 @@ class Pairs:
         row of its vector, in one table of n vectors and in a stack of one such table per part."""
         latents = torch.cat([part.view(-1) for part in self.parts])
         latents, order = latents.int().sort(stable=True)
-        counts = torch.bincount(latents, minlength=self.n_latents)
         n, device = len(self.parts[0]), latents.device
+        # Not by torch.bincount, which makes the host wait for the device.
+        counts = latents.new_zeros(self.n_latents).index_add_(0, latents, torch.ones_like(latents))
         stacked = torch.cat(
             [
                 torch.arange(
@@ -350,7 +354,7 @@ class Pairs:
             ]
         ).index_select(0, order)
         rows = stacked % n if len(self.parts) > 1 else stacked
-        offsets = (counts.cumsum(0) - counts).int()
+        offsets = counts.cumsum(0, dtype=torch.int32) - counts
         return order, offsets, rows, stacked
 
     def sum_by_latent(
@@ -365,6 +369,8 @@ class Pairs:
         weights = torch.cat([weight.reshape(-1) for weight in weights]).index_select(0, order)
         if len(table) > len(self.parts[0]):
             rows = stacked
+        if not _is_cpu(table.device):
+            return _sums_of_runs(rows, table, offsets, weights)
         if out is None:
             return F.embedding_bag(rows, table, offsets, mode="sum", per_sample_weights=weights)
         size = max(1, PIECE // table.shape[1])
@@ -447,6 +453,24 @@ class _Decode(torch.autograd.Function):
 def _weighted_sums(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """sum_j weight_ij table_j: table (m, d), indices and weights (n, k) to (n, d)."""
     return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights.contiguous())
+
+
+def _sums_of_runs(rows: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of the table's rows by bag: rows and weights (p,), table (m, d), bags begin at
+    offsets (b,), to (b, d).
+
+    A GPU sums one bag's rows in sequence, however many they are, and some latents are active for
+    most vectors. So each bag is cut at the multiples of RUN, and the pieces are summed after that.
+    How many pieces there are does not depend on the data, which would have to be waited for.
+    """
+    cuts = torch.arange(0, len(rows), RUN, dtype=torch.int32, device=rows.device)
+    begins = torch.cat([offsets, cuts]).sort().values
+    pieces = F.embedding_bag(rows, table, begins, mode="sum", per_sample_weights=weights)
+    # Before the first piece of bag i lie those of the bags before it and the cuts before it.
+    first = torch.arange(len(offsets), dtype=torch.int32, device=rows.device)
+    first += offsets.add(RUN - 1).div_(RUN, rounding_mode="floor")
+    every = torch.arange(len(pieces), dtype=torch.int32, device=rows.device)
+    return F.embedding_bag(every, pieces, first, mode="sum")
 
 
 def _row_products(table: Tensor, indices: Tensor, a: Tensor) -> Tensor:

@@ -218,6 +218,34 @@ def test_gradients_do_not_depend_on_the_pieces_they_are_made_in(monkeypatch, ele
     assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
 
 
+@pytest.mark.parametrize("run", [1, 2, 7, 1000])
+def test_sums_by_latent_do_not_depend_on_the_runs_they_are_made_in(monkeypatch, run):
+    """One latent has most pairs, others none; cuts fall on the beginnings of latents and beside."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randint(5, (40, 3), generator=generator).sub(2).clamp(min=0) * 2
+    weights, table = (
+        torch.randn(size, generator=generator, dtype=torch.float64) for size in ((40, 3), (40, D))
+    )
+    expected = torch.zeros(N, D, dtype=torch.float64)
+    expected.index_add_(0, latents.view(-1), (weights[..., None] * table[:, None]).flatten(0, 1))
+    monkeypatch.setattr(kernels, "RUN", run)
+    monkeypatch.setattr(kernels, "_is_cpu", lambda _: False)
+    pairs = kernels.Pairs([latents], expected)
+    torch.testing.assert_close(pairs.sum_by_latent([weights], table), expected)
+
+
+def test_the_host_waits_for_no_other_device(monkeypatch):
+    """Tensors without data, as on a device that is still at work: to ask for a value would fail."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # refuses the device
+    with torch.device("meta"):
+        weights = [torch.empty(N, D, requires_grad=True) for _ in range(2)]
+        bias, dead = torch.empty(D, requires_grad=True), torch.arange(40)
+        y, y_dead, _ = kernels.autoencode(torch.empty(50, D), *weights, bias, K, dead, 8)
+        (y.sum() + y_dead.sum()).backward()
+        optimiser(*weights).step()
+    assert {t.grad.device.type for t in (*weights, bias)} == {"meta"}
+
+
 def test_reduced_precision_touches_only_the_scores():
     """Under autocast a selected value is off by rounding; the rest stays in single precision."""
     x, encoder, decoder, bias, which = problem(n=50, dead=40, dtype=torch.float32)

@@ -84,6 +84,24 @@ def test_a_compiled_language_model_changes_nothing_but_the_rounding(lm, blocks, 
     pd.testing.assert_frame_equal(*kept, rtol=1e-5)
 
 
+def test_tokens_are_moved_to_the_models_device_once(monkeypatch):
+    """Special tokens are picked from what the model reads, wherever that is."""
+    seen = []
+
+    class Elsewhere:
+        n_layers, device = 1, torch.device("meta")
+
+        def capture(self, tokens, *_):
+            seen.append(tokens)
+
+        keep_mask = capture
+
+    monkeypatch.setattr(activations, "gather", lambda _, tokens, *__: seen.append(tokens))
+    list(activations.stream(Elsewhere(), [torch.zeros(2, 3).long()], run_of().site))
+    assert seen[0].device.type == "meta"
+    assert seen[0] is seen[1] is seen[2]
+
+
 def test_training_learns_and_says_so_in_documented_columns(uninterrupted):
     log = uninterrupted.log
     assert log.fvu.iloc[-1] < 0.8 * log.fvu.iloc[0]
