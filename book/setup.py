@@ -38,7 +38,7 @@ session = pipeline.Session()
 # ## The language models
 #
 # The models are small enough to study on a laptop, and they are not toys: GPT-NeoX, the architecture of
-# the Pythia suite, in two sizes, and GPT-2, Llama and Gemma 2 in the larger one. Each learned to write docstrings from
+# the Pythia suite, in three sizes, and GPT-2, Llama and Gemma 2 in the middle one. Each learned to write docstrings from
 # the text below; one, `-qa`, was then fine-tuned to answer questions about them. The book studies
 # `neox-6l-128d` unless it says otherwise. The script that trained them is part of the project:
 # `python -m mlsae_core pretrain NAME`.

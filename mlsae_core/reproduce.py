@@ -17,7 +17,7 @@ from mlsae_core.spec import Experiment
 # is one or none, and another rounding lets it die some steps earlier or later.
 NOT_COMPARED = ("seconds", "tokens_per_second", "auxk")
 # Fractions of latents are compared as they are: one latent more or less is much of a small number.
-OF_LATENTS = ("dead", "dead_fraction", "inactive", "live")
+OF_LATENTS = ("dead", "dead_fraction", "inactive")
 
 
 def estimate(declared: list[Experiment]) -> float:
