@@ -28,10 +28,15 @@ def main() -> None:
         return
     if unknown := [suite for suite in options.suites if suite not in common.SUITES]:
         parser.error(f"expected suites of {', '.join(common.SUITES)}, got {', '.join(unknown)}")
-    content = {"quick": options.quick, "machine": common.machine(options.threads)}
-    content |= {"cases": [], "results": []}
-    print(json.dumps(content["machine"], indent=1))
-    for case in common.cases(options.suites or common.SUITES, options.quick):
+    suites = options.suites or [s for s in common.SUITES if s not in common.ASKED_FOR]
+    has_gpu = torch.cuda.is_available()
+    if "gpu" in suites and not (has_gpu or options.quick):
+        parser.error("gpu: expected a CUDA device; --quick runs tiny shapes without one")
+    measured = torch.cuda.get_device_name() if "gpu" in suites and has_gpu else "none measured"
+    machine = common.machine(options.threads, measured)
+    content = {"quick": options.quick, "machine": machine, "cases": [], "results": []}
+    print(json.dumps(machine, indent=1))
+    for case in common.cases(suites, options.quick):
         print(common.head(case), flush=True)
         rows = common.run(case, options.quick, options.threads)
         print("\n".join(map(common.line, rows)), flush=True)
@@ -41,6 +46,7 @@ def main() -> None:
         content["results"] += rows
         facts = {"suite": case.suite, "case": case.name, "agreement": case.agreement}
         content["cases"].append(facts | {"settings": case.settings, "shares": shares})
+    content = common.beside_others(content, options.json)
     options.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 

@@ -7,9 +7,10 @@ model and packs its text as it goes.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -105,20 +106,17 @@ def _loop_case(steps: int) -> Case:
 
 
 class _PackedAnew:
-    """Sequences packed from text as they are asked for; the seconds that takes are added up."""
+    """Sequences packed from text as they are asked for."""
 
-    def __init__(self, run: RunSpec, tokenizer, seconds: dict[str, float]):
-        self.context, self.tokenizer, self.seconds = run.data.context_length, tokenizer, seconds
+    def __init__(self, run: RunSpec, tokenizer):
+        self.context, self.tokenizer = run.data.context_length, tokenizer
         self.documents = list(itertools.islice(text.documents(run.data), 6000))
 
     def batches(self, size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
         """As `mlsae_core.text.TokenBlocks` has it, in the order of the documents."""
         sequences = self._sequences()
         while True:
-            began = time.perf_counter()
-            batch = torch.stack([next(sequences) for _ in range(size)])
-            _add(self.seconds, "packing", began)
-            yield batch
+            yield torch.stack([next(sequences) for _ in range(size)])
 
     def _sequences(self) -> Iterator[Tensor]:
         documents = itertools.cycle(self.documents)
@@ -128,29 +126,49 @@ class _PackedAnew:
                 yield from torch.as_tensor(piece).long()
 
 
-def _add(seconds: dict[str, float], part: str, began: float) -> None:
-    seconds[part] = seconds.get(part, 0) + time.perf_counter() - began
-
-
 def _our_loop(run: RunSpec, seconds: dict[str, float]) -> Step:
+    lm = LanguageModel.load(run.model)
+    return timed_loop(run, lm, _PackedAnew(run, lm.tokenizer), seconds)
+
+
+def timed_loop(
+    run: RunSpec,
+    lm: LanguageModel,
+    blocks,
+    seconds: dict[str, float],
+    wait: Callable[[], None] = lambda: None,
+) -> Step:
+    """Train and give the losses; the seconds of each part are left in `seconds`.
+
+    wait: for a device, before the clock is read; without it, a part's work ends in a later one.
+    """
     from mlsae_core.train import train
 
-    lm = LanguageModel.load(run.model)
-    blocks, capture = _PackedAnew(run, lm.tokenizer, seconds), lm.capture
+    def timed(part: str, function: Callable) -> Callable:
+        def call(*args):
+            wait()
+            began = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                wait()
+                seconds[part] = seconds.get(part, 0) + time.perf_counter() - began
 
-    def timed_capture(*args):
-        began = time.perf_counter()
-        try:
-            return capture(*args)
-        finally:
-            _add(seconds, "language model", began)
+        return call
 
-    lm.capture = timed_capture
+    class Timed:
+        def batches(self, *args) -> Iterator[Tensor]:
+            draw = timed("packing", partial(next, blocks.batches(*args)))
+            while True:
+                yield draw()
+
+    lm = copy.copy(lm)
+    lm.capture = timed("language model", lm.capture)
 
     def step():
         seconds.clear()
         began = time.perf_counter()
-        log = train(run, lm, blocks, LENS).log
+        log = train(run, lm, Timed(), LENS).log
         seconds["autoencoder"] = time.perf_counter() - began - sum(seconds.values())
         return torch.tensor(log.loss.to_numpy())
 
@@ -162,7 +180,7 @@ def _plain_loop(run: RunSpec) -> Step:
     from mlsae_core.train import build_sae
 
     lm = LanguageModel.load(run.model)
-    blocks = _PackedAnew(run, lm.tokenizer, {})
+    blocks = _PackedAnew(run, lm.tokenizer)
     sequences = run.train.micro_batch_tokens // run.data.context_length
 
     @torch.no_grad()
@@ -187,7 +205,9 @@ def _plain_loop(run: RunSpec) -> Step:
 # --- evaluation -----------------------------------------------------------------------------------
 
 
-def _lm(shape: Shape) -> LanguageModel:
+def random_lm(
+    shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> LanguageModel:
     """A model of random weights; token 0 ends sequences."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -204,7 +224,7 @@ def _lm(shape: Shape) -> LanguageModel:
         torch.manual_seed(0)
         network = GPTNeoXForCausalLM(config)
     ids = SimpleNamespace(bos_token_id=0, eos_token_id=0, pad_token_id=None)
-    return LanguageModel(network, ids, "random")
+    return LanguageModel(network.to(device, dtype), ids, "random")
 
 
 def _tokens(shape: Shape) -> Tensor:
@@ -243,7 +263,7 @@ def _evaluation_case(name: str) -> Case:
 
 
 def _our_evaluation(shape: Shape) -> Step:
-    lm, sae, batches = _lm(shape), _sae(shape), [_tokens(shape)]
+    lm, sae, batches = random_lm(shape), _sae(shape), [_tokens(shape)]
 
     def step():
         options = {"ablations": False, "progress": False}
@@ -254,7 +274,7 @@ def _our_evaluation(shape: Shape) -> Step:
 
 
 def _plain_evaluation(shape: Shape) -> Step:
-    lm, sae, batches = _lm(shape), _sae(shape, "dense"), [_tokens(shape)]
+    lm, sae, batches = random_lm(shape), _sae(shape, "dense"), [_tokens(shape)]
 
     def step():
         return torch.stack(list(reference.evaluate(lm, sae, batches).values()))

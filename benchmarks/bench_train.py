@@ -5,11 +5,15 @@ activations; the language model is no part of it. Every implementation has the s
 latents, k, Adam, and, where latents are dead, AuxK with half of d_model of them. In the same rounds
 one product of all vectors with the encoder is timed, in float32 and without selection, decoder,
 gradients or optimiser: the limit of methods that score in float32 alone.
+
+Of larger shapes the peak memory alone is measured.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -42,6 +46,8 @@ SHAPES = {
     "tiny": Shape(2, 64, 32, 256, 4),
     "mini": Shape(6, 2048, 128, 4096, 16),
     "pythia": Shape(6, 512, 512, 32768, 32),
+    "Pythia-1b": Shape(16, 64, 2048, 131072, 32),
+    "Gemma 2 2B": Shape(26, 40, 2304, 147456, 32),
 }
 
 
@@ -63,7 +69,9 @@ class Work(NamedTuple):
 
 def cases(quick: bool) -> list[Case]:
     shapes = ["tiny"] if quick else ["mini", "pythia"]
-    return [case(name, share) for name in shapes for share in (0.0, 0.25)]
+    large = ["tiny"] if quick else ["Pythia-1b", "Gemma 2 2B"]
+    steps = [case(name, share) for name in shapes for share in (0.0, 0.25)]
+    return steps + [memory_case(name) for name in large]
 
 
 def case(name: str, dead: float) -> Case:
@@ -71,6 +79,7 @@ def case(name: str, dead: float) -> Case:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(shape.layers, shape.tokens, shape.d_model, generator=generator)
     work = Work(shape, int(dead * shape.n_latents), x)
+    aux_k = 2 ** round(math.log2(shape.d_model / 2))  # that of `MLSAE`
     return Case(
         "training step",
         f"{name}, {dead:.0%} dead" if dead else f"{name}, no dead",
@@ -84,10 +93,18 @@ def case(name: str, dead: float) -> Case:
             "d": shape.d_model,
             "latents": shape.n_latents,
             "k": shape.k,
-            "AuxK": f"{shape.d_model // 2} of {work.n_dead} dead" if work.n_dead else "off",
+            "AuxK": f"{aux_k} of {work.n_dead} dead" if work.n_dead else "off",
         },
         per_token=shape.layers,
     )
+
+
+def memory_case(name: str) -> Case:
+    """Two steps at a larger shape, of few vectors, with AuxK on."""
+    timed = case(name, 0.25)
+    ours_alone = {OURS: timed.implementations[OURS]}
+    changes = {"implementations": ours_alone, "rounds": 0, "check": None, "agreement": ""}
+    return replace(timed, suite="memory", name=name, **changes)
 
 
 def _implementation(make: Callable[[Work], Step], work: Work) -> Implementation:

@@ -6,6 +6,7 @@ do; they take turns, round by round, so that what else the machine does meets al
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import math
@@ -35,7 +36,12 @@ SUITES = {
     "evaluation": "benchmarks.bench_loop",
     "distributions": "benchmarks.bench_loop",
     "memory of distributions": "benchmarks.bench_loop",
+    "memory": "benchmarks.bench_train",
+    "gpu": "benchmarks.bench_gpu",
 }
+ASKED_FOR = ("memory", "gpu")
+"""Suites that run only where they are named: they need much memory, or a GPU."""
+
 PACKAGES = {
     "torch": "torch",
     "transformers": "transformers",
@@ -71,10 +77,11 @@ class Case:
         measured.
     check: given the results of these steps by implementation, raises AssertionError where they
         differ; `agreement` says by how much they may, in words.
-    rounds: timed; 0 where memory alone is of interest.
+    rounds: timed; 0 where memory alone is of interest, which a process of its own measures.
     shares: parts of the time of our rounds, by name, asked for after them.
     settings: what is the same for all implementations, for the table's heading.
     per_token: units of work that a token makes, such as activation vectors of its layers.
+    device: whose memory is measured.
     """
 
     suite: str
@@ -89,6 +96,7 @@ class Case:
     shares: Callable[[], dict[str, float]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     per_token: int = 1
+    device: str = "cpu"
 
 
 def cases(suites: Iterable[str], quick: bool) -> list[Case]:
@@ -100,8 +108,8 @@ def cases(suites: Iterable[str], quick: bool) -> list[Case]:
 
 def run(case: Case, quick: bool, threads: int) -> list[dict[str, Any]]:
     """One row per implementation; what is not installed or fails is named in `note`."""
-    steps, notes = {}, {}
-    for name, implementation in case.implementations.items():
+    steps, notes = {}, dict.fromkeys(case.implementations, "")
+    for name, implementation in case.implementations.items() if case.rounds else ():
         steps[name], notes[name] = _made(implementation)
     results = {name: _first(case, name, step, notes) for name, step in steps.items() if step}
     if case.check:
@@ -113,6 +121,8 @@ def run(case: Case, quick: bool, threads: int) -> list[dict[str, Any]]:
             steps[name]()
             times.append(time.perf_counter() - start)
     steps.clear()  # the processes below need the memory
+    gc.collect()
+    torch.cuda.empty_cache()
     rows = []
     for name in case.implementations:
         row = {"suite": case.suite, "case": case.name, "implementation": name, "note": notes[name]}
@@ -201,7 +211,10 @@ def print_peak(suite: str, case_name: str, name: str, quick: bool) -> None:
     step = case.implementations[name].make()
     for _ in range(case.steps):
         step()
-    print(json.dumps({"peak_megabytes": _memory("VmHWM"), "import_megabytes": before}))
+    found = {"peak_megabytes": _memory("VmHWM"), "import_megabytes": before}
+    if case.device == "cuda":
+        found["peak_megabytes"] = torch.cuda.max_memory_allocated() / 1e6
+    print(json.dumps(found))
 
 
 def _memory(field: str) -> float:
@@ -216,7 +229,7 @@ def _memory(field: str) -> float:
 # --- what is written ------------------------------------------------------------------------------
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, accelerator: str = "none measured") -> dict[str, Any]:
     """Processor, versions and date that a result belongs to; nothing that names the computer."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
@@ -229,7 +242,7 @@ def machine(threads: int) -> dict[str, Any]:
         else os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
-        "accelerator": "none measured",
+        "accelerator": accelerator,
         "python": platform.python_version(),
         **{n: metadata.version(n) for n in PACKAGES.values() if n in installed},
         "commit": _git("rev-parse", "--short", "HEAD"),
@@ -244,6 +257,29 @@ def _git(*arguments: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def beside_others(content: dict, file: Path) -> dict:
+    """The results, and those that the file has of suites that were not measured now.
+
+    Suites that run only where they are named may be of another machine, so their cases say which.
+    The others are of one run, all of them.
+    """
+    measured = {case["suite"] for case in content["cases"]}
+    for case in content["cases"]:
+        if case["suite"] in ASKED_FOR:
+            case["machine"] = content["machine"]
+    if not file.exists():
+        return content
+    old, named = json.loads(file.read_text("utf-8")), measured <= {*ASKED_FOR}
+    if old["quick"] != content["quick"]:
+        return content
+
+    def stays(row: dict) -> bool:
+        return row["suite"] not in measured and (named or row["suite"] in ASKED_FOR)
+
+    both = {n: [*filter(stays, old[n]), *content[n]] for n in ("cases", "results")}
+    return content | both | {"machine": (old if named else content)["machine"]}
 
 
 def head(case: Case) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import vl_convert
 
-from benchmarks import bench_loop, bench_train, common, reference
+from benchmarks import bench_gpu, bench_loop, bench_train, common, reference
 from benchmarks.common import LIMIT, OURS, Case, Implementation
 from mlsae_core.charts import benchmarks as charts
 
@@ -133,3 +133,59 @@ def test_an_unknown_suite_is_refused():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "expected suites of training step" in done.stderr
+
+
+def test_the_loop_for_a_gpu_gives_the_same_losses_with_a_compiled_model():
+    [timed] = bench_gpu.cases(quick=True)
+    ours, compiled = (timed.implementations[name].make()() for name in (OURS, bench_gpu.COMPILED))
+    assert len(ours) == timed.settings["steps"]
+    torch.testing.assert_close(ours, compiled, rtol=bench_loop.TOLERANCE, atol=0)
+    timed.implementations[LIMIT].make()()
+    shares = timed.shares()
+    assert set(shares) == {"packing", "language model", "autoencoder"}
+    assert min(shares.values()) > 0
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("module", [bench_train, bench_gpu])
+def test_larger_shapes_have_the_latents_that_they_name(module):
+    for name, latents in (("Pythia-1b", 131072), ("Gemma 2 2B", 147456)):
+        shape = module.SHAPES[name]
+        assert shape.n_latents == 64 * shape.d_model == latents
+
+
+def test_memory_at_a_larger_shape_is_measured_in_a_process_of_its_own():
+    [measured] = common.cases(["memory"], quick=True)
+    [row] = common.run(measured, True, 1)
+    assert row["peak_megabytes"] > row["import_megabytes"] > 0
+    assert row["per_second"] is None
+    assert not row["note"]
+
+
+def test_suites_that_must_be_named_are_written_beside_the_others(tmp_path):
+    def results(machine, *suites):
+        rows = [{"suite": suite, "of": machine} for suite in suites]
+        content = {"quick": False, "machine": machine, "cases": rows, "results": rows}
+        joined = common.beside_others(content, file)
+        file.write_text(json.dumps(joined))
+        assert joined["results"] == joined["cases"]
+        return joined["machine"], {
+            row["suite"]: (row["of"], row.get("machine")) for row in joined["cases"]
+        }
+
+    file = tmp_path / "r.json"
+    results("a", "evaluation", "distributions")
+    machine, found = results("b", "gpu")
+    assert machine == "a"
+    assert found == {"evaluation": ("a", None), "distributions": ("a", None), "gpu": ("b", "b")}
+    machine, found = results("c", "evaluation")
+    assert machine == "c"
+    assert found == {"evaluation": ("c", None), "gpu": ("b", "b")}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_the_suite_for_a_gpu_is_refused_without_one():
+    command = [sys.executable, "-m", "benchmarks", "gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "gpu: expected a CUDA device; --quick runs tiny shapes without one" in done.stderr
