@@ -75,6 +75,22 @@ def test_sparse_equals_dense(monkeypatch, chunk_rows, k, dead, aux_k, dtype, tun
         torch.testing.assert_close(sparse, dense, rtol=0, atol=atol)
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_numbers_of_the_definition():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    results = []
+    for device, kernel in (("cpu", "dense"), ("cuda", "sparse")):
+        x, *weights, which = (t.detach().to(device) for t in problem(n=500, dead=40))
+        for weight in weights:
+            weight.requires_grad_()
+        y, y_dead, _ = kernels.autoencode(x, *weights, K, which, 7, kernel)
+        (y.sin().sum() + y_dead.square().sum()).backward()
+        results.append([t.detach().cpu() for t in (y, y_dead, *(w.grad for w in weights))])
+    for dense, sparse in zip(*results, strict=True):
+        torch.testing.assert_close(sparse, dense)
+
+
 def test_sparse_gradients_pass_gradcheck():
     x, encoder, decoder, bias, which = problem(n=3, dead=30)
     x.requires_grad_()

@@ -171,6 +171,19 @@ def test_compiled_blocks_capture_the_same_and_leave_the_model_as_it_was(architec
         compiled.capture(tokens, [0], ["mlp_input"])
 
 
+@pytest.mark.gpu
+def test_graphs_of_blocks_do_not_overwrite_what_was_captured():
+    """The first passes warm up and record, later ones replay into the same memory."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    lm = LanguageModel(tiny_network().to("cuda"), tiny_tokenizer())
+    compiled, batches = lm.compiled(), [tiny_tokens(seed=seed) for seed in range(5)]
+    captured = [compiled.capture(batch, range(N_LAYERS))["residual"] for batch in batches]
+    for batch, found in zip(batches, captured, strict=True):
+        expected = lm.capture(batch, range(N_LAYERS))["residual"]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_keep_mask_is_false_at_special_tokens():
     lm = tiny_lm()
     assert lm.special_ids.tolist() == [EOS, PAD]
