@@ -73,7 +73,8 @@ layers.spread_table(arrays).set_index("of").round(3)
 # more to the totals than one at which it is active at one.
 #
 # **What would contradict it.** A picture that looks like the null model's: with layers permuted, every latent
-# has the same share of every layer, up to chance.
+# has the same share of every layer, up to chance. But a picture unlike the null models' is not yet a fact about what the
+# language model has learnt: one with random weights has such a diagonal, too ({doc}`gallery`, {doc}`variance`).
 #
 # ## How much, not only where
 #

@@ -48,7 +48,8 @@ sweep_charts.points(
 # it falls from 0.86 to 0.69, and it is lower in the smaller model, 0.75, both as in the paper; other
 # architectures have 0.71 (GPT-2) to 0.79 (Llama). With layers permuted within
 # each token, when a latent has no layer of its own, it is near 1 (0.96 at $R = 64$, 0.97 at $k = 4$, 0.99 or more elsewhere): what keeps the
-# numbers below that is the dictionary. The lines are long: in one dictionary there are latents of nearly one
+# numbers below that is the dictionary. It is *not* what the model has learnt: with random weights the mean entropy is 0.68,
+# lower than with trained ones ({doc}`variance` says more). The lines are long: in one dictionary there are latents of nearly one
 # layer and latents of all.
 #
 # **What would contradict it.** An entropy as high as the permuted one: latents without a layer; or one

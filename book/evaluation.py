@@ -137,8 +137,8 @@ fidelity_charts.over_sweep(
 
 # %% [markdown]
 # **What to see.** As in the paper, FVU, MSE, delta CE and KL fall at every layer with each doubling of either. Doubling
-# $R$ lowers the mean FVU by 15 % at first and by 6 % at last, from 32 to 64; doubling $k$ lowers it by 21 or 22 % three times and by 35 %
-# the fourth. L1 falls with $R$ and rises with $k$, as in the paper. And MSE, which no variance divides, rises with the layer
+# $R$ lowers the mean FVU by 15 % at first and by 6 % at last, from 32 to 64; doubling $k$ lowers it by 21 or 22 % three times and by more than a
+# third the fourth. L1 falls with $R$ and rises with $k$, as in the paper. And MSE, which no variance divides, rises with the layer
 # throughout. The paper's exception, a last layer that gets worse at large $R$, is not found up to $R = 64$;
 # theirs go to 256.
 #

@@ -45,7 +45,8 @@ sweep_charts.gallery(
 
 # %% [markdown]
 # **What to see.** At $k = 4$ many columns are strong in one cell; by $k = 32$ most are pale over several layers. The
-# mean entropy ({doc}`entropy`) says the same: 0.68 and 0.82 of what it could be, but 0.78 at $k = 64$.
+# mean entropy ({doc}`entropy`) says the same: 0.68 and 0.82 of what it could be, but 0.78 at $k = 64$. In the prompt 44 % to 51 % of the latents are active
+# at one layer only up to $k = 16$, and 27 % at 64.
 #
 # ## Expansion factor
 #
@@ -59,7 +60,8 @@ sweep_charts.gallery(
 )
 
 # %% [markdown]
-# **What to see.** The larger the dictionary, the more strong cells: mean entropy falls from 0.86 at $R = 1$ to 0.69 at 64.
+# **What to see.** The larger the dictionary, the more strong cells: mean entropy falls from 0.86 at $R = 1$ to 0.69 at 64. In
+# the prompt this is far plainer: 8 % of the latents are active at one layer only at $R = 1$, 55 % at 64.
 #
 # ## Model
 #
@@ -97,12 +99,14 @@ sweep_charts.gallery(
 # %% tags=["hide-input"]
 sweep_charts.gallery(
     cells[cells.sweep == "Sparsity k, tuned lens"],
-    title="TODO",
+    title="Through the aligned lens, too, the more latents are active, the paler they are",
     subtitle=f"{sample}; R = 16. Choose k.",
 )
 
 # %% [markdown]
-# **What to see.** TODO
+# **What to see.** Paler at each $k$ than without the lens: mean entropy is 0.81, 0.87 and 0.90, where it was 0.68, 0.77 and 0.78, and
+# it does not fall back at 64. In the prompt 47 %, 37 % and 25 % of the latents are active at one layer only: fewer than
+# without the lens at 16 and 64 (44 % and 27 %), not at 4 (44 %).
 #
 # ## Expansion factor, with the tuned lens
 #
@@ -111,12 +115,13 @@ sweep_charts.gallery(
 # %% tags=["hide-input"]
 sweep_charts.gallery(
     cells[cells.sweep == "Expansion factor R, tuned lens"],
-    title="TODO",
+    title="Larger dictionaries have more latents of few layers with the lens, too",
     subtitle=f"{sample}; k = 16. Choose R.",
 )
 
 # %% [markdown]
-# **What to see.** TODO
+# **What to see.** The trend is that of the dictionaries without a lens, each a step paler: mean entropy falls from 0.95 at $R = 1$ to 0.80 at
+# 64, where it fell from 0.86 to 0.69. In the prompt 8 % to 48 % of the latents are active at one layer only, where it was 8 % to 55 %.
 #
 # ## Random weights
 #
@@ -125,12 +130,13 @@ sweep_charts.gallery(
 # %% tags=["hide-input"]
 sweep_charts.gallery(
     cells[cells.sweep == "Random weights"],
-    title="TODO",
+    title="With random weights the diagonal is there, too, and sharper",
     subtitle=f"{sample}; R = 16, k = 16. Choose the weights.",
 )
 
 # %% [markdown]
-# **What to see.** TODO
+# **What to see.** Without training there is a diagonal all the same, and it has *more* strong cells (mean entropy 0.68
+# instead of 0.77). So these pictures show that layers differ; that something was learnt they do not show ({doc}`variance`).
 #
 # ## How much of a single prompt is the size of the sample
 #
@@ -140,7 +146,7 @@ sweep_charts.gallery(
 # %% tags=["hide-input"]
 spreads = sweeps.across(experiments.tables, single, "spread.csv")
 spreads = spreads[spreads.prompt == pipeline.PROMPTS[0]]
-spreads.pivot_table("one_layer", ["sweep", "run"], "of", sort=False).round(3)
+spreads.pivot_table("one_layer", ["sweep", "position", "run"], "of").droplevel("position").round(3)
 
 # %% [markdown]
 # **What to see.** TODO

@@ -41,7 +41,8 @@ mmcs = sweeps.across(experiments.tables, made, "mmcs.csv")
 # %% [markdown]
 # ## By sparsity, size, model and basis
 #
-# Choose what varies: $k$, $R$, the model, or the basis that the dictionary was trained in ({doc}`tuned_lens`).
+# Choose what varies: $k$, $R$, the model, the basis that the dictionary was trained in ({doc}`tuned_lens`), or whether
+# the language model was trained at all.
 # $R = 16$ and $k = 16$ where they do not vary.
 
 # %% tags=["hide-input"]
@@ -66,7 +67,8 @@ sweep_charts.points(
 # With $R$ from 1 to 64 the MMCS rises, as in the paper, from 0.15 to 0.39, but so does the control's, from 0.24 to 0.33. At $R = 1$ and 2
 # rows keep further apart than chance would place them, at $R = 4$ they are even with it, from 8 on nearer.
 # In neox-4l-64d the MMCS is 0.37, more than in neox-6l-128d, but its control has 0.40. Among the models of equal width,
-# which share their control of 0.30, GPT-2 has the largest MMCS, 0.37, and Gemma 2 the smallest, 0.34.
+# which share their control of 0.30, GPT-2 has the largest MMCS, 0.37, and Gemma 2 the smallest, 0.34. With random weights it is
+# 0.35, as with trained ones.
 #
 # **What would contradict it.** An MMCS that rises with $k$, or does not leave the control at any $k$.
 #

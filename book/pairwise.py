@@ -60,8 +60,8 @@ share.unstack("rows").reindex(by_sparsity["run"].unique()).mul(1e4).round(2)
 
 # %% [markdown]
 # **What to see.** On the logarithmic axis the copies have a second hump around 1/2; no dictionary has one,
-# its tail falls all the way. But at $k = 4$ more pairs lie above 0.4 than in the control of copies (42 against
-# 22 in 10,000); at $k = 8$ there are 9.5, at 16 there are 0.8, and from 32 on hardly any. So the paper's finding,
+# its tail falls all the way. But at $k = 4$ more pairs lie above 0.4 than in the control of copies (41 against
+# 22 in 10,000); at $k = 8$ there are 9.6, at 16 there are 0.8, and from 32 on hardly any. So the paper's finding,
 # that there are few similar pairs beside the positive control, holds for our larger $k$ and fails for the
 # smallest. Similar rows need not be the same feature at two layers: this histogram knows nothing of layers. At $k = 32$
 # and 64 there is a tail on the left too, down to rows that are nearly opposite.

