@@ -20,7 +20,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -400,6 +400,20 @@ def pack(documents: Iterable[str], tokenizer, context_length: int) -> Iterator[n
         yield np.array(joined[: whole * context_length], np.int32).reshape(whole, context_length)
 
 
+def ahead(items: Iterator, depth: int = 2) -> Iterator:
+    """The same items in the same order, of which a thread makes up to `depth` before they are used.
+
+    So reading and tokenising (which leave Python's lock) go on while a language model is busy. An
+    error of `items` is raised where its item would have come.
+    """
+    end = object()
+    with ThreadPoolExecutor(1) as maker:
+        made = collections.deque(maker.submit(next, items, end) for _ in range(depth))
+        while (item := made.popleft().result()) is not end:
+            made.append(maker.submit(next, items, end))
+            yield item
+
+
 def _tensor(rows: np.ndarray) -> torch.Tensor:
     import torch
 
@@ -449,7 +463,10 @@ class TokenBlocks:
 
 
 class StreamedBlocks:
-    """Packed sequences of one split of a hub data set, tokenised as they come, in their order."""
+    """Packed sequences of one split of a hub data set, tokenised as they come, in their order.
+
+    Two chunks of documents are read and tokenised ahead, beside whatever uses the first.
+    """
 
     def __init__(self, data: DataSpec, tokenizer, split: str):
         self.data, self.tokenizer, self.split = data, tokenizer, split
@@ -470,7 +487,7 @@ class StreamedBlocks:
         while True:
             chosen = (text for text in documents(self.data) if split_of(text) == self.split)
             found = False
-            for chunk in pack(chosen, self.tokenizer, self.data.context_length):
+            for chunk in ahead(pack(chosen, self.tokenizer, self.data.context_length)):
                 found = found or len(chunk) > 0
                 yield from chunk
             if not found:

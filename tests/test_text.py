@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import math
+import threading
 
 import datasets
 import numpy as np
@@ -288,6 +289,31 @@ def hub(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return asked
+
+
+def test_items_are_made_ahead_in_order_and_errors_come_in_their_place():
+    """While one item is held the next two are made; the error of the fourth is raised after it."""
+    made, two_more = [], threading.Event()
+
+    def items():
+        for i in range(4):
+            if i == 3:
+                raise ValueError("the fourth")
+            made.append(i)
+            if len(made) == 3:
+                two_more.set()
+            yield i
+
+    found = text.ahead(items())
+    assert next(found) == 0
+    assert two_more.wait(5)  # although nobody has asked for them
+    assert [next(found), next(found)] == [1, 2]
+    with pytest.raises(ValueError, match="the fourth"):
+        next(found)
+    assert list(text.ahead(iter([]))) == []
+    unbounded = text.ahead(itertools.count())
+    assert [next(unbounded) for _ in range(5)] == [0, 1, 2, 3, 4]
+    unbounded.close()
 
 
 def test_a_hub_data_set_is_streamed_and_fast_forwarded(hub, tokenizer):
