@@ -51,8 +51,8 @@ drift_charts.norms(
 )
 
 # %% [markdown]
-# **What to see.** Norms grow from 8.9 to 13.6 over the four layers of neox-4l-64d and from 16.6 to 27.3 over the six of
-# neox-6l-128d, as the paper finds in its models. Gemma 2's and Llama's more than double, to 42.8 and 37.3. GPT-2's grow
+# **What to see.** Norms grow from 8.9 to 13.6 over the four layers of neox-4l-64d, from 16.6 to 27.3 over the six of
+# neox-6l-128d and from 23.7 to 42.1 over the eight of neox-8l-192d, as the paper finds in its models. Gemma 2's and Llama's more than double, to 42.8 and 37.3. GPT-2's grow
 # from 13.4 to 19.2, but after a step from 15.3 down to 14.1. Training on questions adds 2 or 3 % to those of neox-6l-128d.
 #
 # **What would contradict it.** A trained model whose vectors shrink from first to last layer.
@@ -69,8 +69,8 @@ drift_charts.cosines(
 )
 
 # %% [markdown]
-# **What to see.** In neox-6l-128d the similarities are 0.83 to 0.92, in neox-4l-64d, where a block has more to do, 0.75
-# to 0.87; both are highest in the middle. GPT-2, Llama and Gemma 2 lie between 0.81 and 0.92, lowest from the first layer to the
+# **What to see.** The more layers a GPT-NeoX has, the more alike are neighbours, since a block has less to do: 0.75 to 0.87 in
+# neox-4l-64d, 0.83 to 0.92 in neox-6l-128d, 0.83 to 0.95 in neox-8l-192d. All are highest in the middle. GPT-2, Llama and Gemma 2 lie between 0.81 and 0.92, lowest from the first layer to the
 # second. Centring changes these by 0.06 at most: an offset that all tokens share is
 # not what makes neighbours alike.
 #
@@ -90,7 +90,7 @@ drift_charts.matrix(
 
 # %% [markdown]
 # **What to see.** The first and the last layer of neox-6l-128d have 0.44, and not centred 0.33; those of neox-4l-64d 0.45
-# and 0.37. Among the other architectures GPT-2's ends are the least alike (0.34) and Llama's the most (0.48). In all of
+# and 0.37, of neox-8l-192d 0.42 and 0.33: with more layers the steps are smaller, the whole way is not. Among the other architectures GPT-2's ends are the least alike (0.34) and Llama's the most (0.48). In all of
 # them centring *raises* the similarity of the two ends, by 0.04 to 0.13: their offsets differ more than their tokens
 # do. A dictionary for all layers has to serve two ends that are alike by less than one half.
 #

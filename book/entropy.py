@@ -45,9 +45,9 @@ sweep_charts.points(
 # **What to see.** Entropy rises with $k$, as in the paper, from 0.68 at $k = 4$ to 0.82 at $k = 32$, and is lower
 # again, 0.78, at $k = 64$, where most latents are hardly used ({doc}`active_layers`). A lens at its own layers
 # raises it from 0.77 to 0.87; aligned as in the released code it lowers it to 0.71. With $R$ from 1 to 64
-# it falls from 0.86 to 0.69, and it is lower in the smaller model, 0.75, both as in the paper; other
+# it falls from 0.86 to 0.69, and it rises with the size of GPT-NeoX, 0.75, 0.77 and 0.78, both as in the paper; other
 # architectures have 0.71 (GPT-2) to 0.79 (Llama). With layers permuted within
-# each token, when a latent has no layer of its own, it is near 1 (0.96 at $R = 64$, 0.97 at $k = 4$, 0.99 or more elsewhere): what keeps the
+# each token, when a latent has no layer of its own, it is near 1 (0.96 at $R = 64$, 0.97 or more elsewhere): what keeps the
 # numbers below that is the dictionary. It is *not* what the model has learnt: with random weights the mean entropy is 0.68,
 # lower than with trained ones ({doc}`variance` says more). The lines are long: in one dictionary there are latents of nearly one
 # layer and latents of all.

@@ -28,8 +28,8 @@ every = experiments.SWEEPS | experiments.LENS_SWEEPS
 read = experiments.swept_distributions(every)
 single = experiments.swept("prompts", every)
 prompts = sweeps.across(experiments.tables, single, "prompts.csv")
-cells = spread.galleries(read, prompts, pipeline.PROMPTS[0])
-sample = "At most 100 latents of each dictionary, evenly spaced in the order of their mean layer"
+cells = spread.galleries(read, prompts, pipeline.PROMPTS[0], most=80)
+sample = "At most 80 latents of each dictionary, evenly spaced in the order of their mean layer"
 
 # %% [markdown]
 # ## Sparsity
@@ -75,7 +75,8 @@ sweep_charts.gallery(
 )
 
 # %% [markdown]
-# **What to see.** A diagonal in each; GPT-2's has the most strong cells, Llama's the fewest ({doc}`architectures`).
+# **What to see.** A diagonal in each; GPT-2's has the most strong cells, Llama's the fewest ({doc}`architectures`). In the prompt
+# 36 % (neox-8l-192d) to 58 % (neox-4l-64d) of the latents are active at one layer only.
 #
 # ## Tuned lens
 #
@@ -149,7 +150,10 @@ spreads = spreads[spreads.prompt == pipeline.PROMPTS[0]]
 spreads.pivot_table("one_layer", ["sweep", "position", "run"], "of").droplevel("position").round(3)
 
 # %% [markdown]
-# **What to see.** TODO
+# **What to see.** Everywhere the prompt's share is larger than with layers permuted, by 6 to 9 points in most runs. But by far the larger
+# part of it is there with layers permuted, too, and follows $R$, $k$ and the lens as the whole does: what the single prompts show
+# is first of all how few tokens they have. Furthest above stand random weights (14 points), the smallest model (13), and
+# the lens as released (15).
 #
 # **What would contradict it.** A run whose columns are all alike, or all of one strong cell: layers that do not
 # matter, or one dictionary per layer under a common name. Of the prompts, a share no larger than with layers permuted.

@@ -47,7 +47,7 @@ still.round(3)
 # %% [markdown]
 # **What to see.** The estimators are right: on the true codes Eq. 11, Eq. 12, the entropy and the active layers
 # agree with the truth to the second digit. The dictionary is good: every true direction has a row of cosine
-# at least 0.9, 0.97 on average. And still its Eq. 11 is 0.63 where the truth is 0.40, and its Eq. 12 is **0.09 where the truth is 0.50**.
+# at least 0.9, 0.97 on average. And still its Eq. 11 is 0.64 where the truth is 0.40, and its Eq. 12 is **0.09 where the truth is 0.50**.
 # The directions are right; the activations are not. TopK takes exactly $k$ latents at each vector, while
 # a vector's own features are sometimes fewer or more. So a latent is left out at some layers of its
 # feature, and fires a little at layers or tokens where the feature is absent. Both make it look as if it
@@ -79,7 +79,7 @@ draw.estimators(
 
 # %% [markdown]
 # **What to see.** Which layers a feature lives at has nothing to do with its direction, so the true ratios
-# are flat. The estimated Eq. 11 falls from 0.63 to 0.39, though not at every step, and at 60° meets the truth *by
+# are flat. The estimated Eq. 11 falls from 0.64 to 0.39, though not at every step, and at 60° meets the truth *by
 # accident*: false firings raise it, splitting a feature into latents of few layers lowers it. Eq. 12
 # falls from 0.09 to 0.03: what a feature does at one token is now shared out among several
 # latents. The cosine of adjacent layers is estimated well throughout (0.54 for 0.56 without drift, 0.27 for 0.28 at 60°).

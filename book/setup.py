@@ -56,7 +56,7 @@ charts.loss_curve(
 # %% [markdown]
 # **What to see.** A model that knows nothing has a loss of $\ln 4096 \approx 8.3$ nats, and one that knows
 # the frequencies of tokens 6.7. The table says how far a model gets that knows only the previous token
-# (*bigram*). One epoch, or a quarter of one for `-qa`, ends far below that, the larger GPT-NeoX lower than the smaller one, and GPT-2 above the others
+# (*bigram*). One epoch, or a quarter of one for `-qa`, ends far below that, the lower the larger the GPT-NeoX, and GPT-2 above the others
 # of its size. The
 # curves' validation points read 256 sequences, the table's loss all of the validation split; the
 # distance between the two says how much a sample of this size varies. (The fine-tuned model's numbers

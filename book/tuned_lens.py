@@ -89,9 +89,9 @@ lens_charts.conditions(
 )
 
 # %% [markdown]
-# **What to see.** Aligned, condition numbers stay below 18 for the six-layer model: an error grows by one digit at most, of the
-# seven that float32 has. As released, the translator of the embeddings, which stretches some directions 320 times more than
-# others, is used after the first block.
+# **What to see.** Aligned, condition numbers stay below 19: an error grows by one digit at most, of the seven that float32
+# has. As released, the translator of the embeddings, which stretches some directions 320 times more than others in the
+# six-layer model and 4900 times in the eight-layer one, is used after the first block.
 #
 # ## Reconstruction and downstream loss
 #
@@ -207,7 +207,7 @@ ratios.pivot(index="run", columns="ratio", values=["low", "value", "high"]).roun
 # **What would contradict it.** Intervals of *identity* and *aligned* that overlap: then the lens would change
 # nothing that a sample of this size can see. The intervals cover the choice of text, not the seed of training.
 #
-# Is it so at other sizes and sparsities, too? The aligned lens again, with dictionaries of every $R$ and $k$ (their
+# Is it so at other sizes and sparsities, too? The aligned lens again, with dictionaries of other $R$ and $k$ (their
 # heatmaps are in the {doc}`gallery`), beside those of {doc}`variance` without it:
 
 # %% tags=["hide-input"]
