@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging as stdlib_logging
 import shutil
 import sys
 import unicodedata
@@ -26,6 +27,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from docutils import nodes
+from jupyter_cache import get_cache
+from jupyter_cache.executors import load_executor
 from myst_nb.core.render import MimeRenderPlugin
 from sphinx.util import logging
 from sphinx.util.math import get_node_equation_number
@@ -251,6 +254,25 @@ def _prepare(app, config) -> None:
     config.html_static_path.append(str(assets))
 
 
+def _execute_ahead(app, env, chapters: list[str]) -> None:
+    """Execute what is not in the cache side by side; MyST-NB would do one notebook at a time.
+
+    A notebook that fails is not cached, so MyST-NB executes it again and says what is wrong.
+    """
+    if app.config.nb_execution_mode != "cache":
+        return
+    store = get_cache(app.config.nb_execution_cache_path)
+    paths = [str(env.doc2path(chapter)) for chapter in chapters]
+    notebooks = [path for path in paths if path.endswith(".ipynb")]
+    for path in notebooks:
+        store.add_nb_to_project(path)
+    if notebooks:
+        logger.info("executing the notebooks that are not in the cache: some minutes")
+        quiet = stdlib_logging.getLogger(__name__)
+        executor = load_executor("local-parallel", store, logger=quiet)
+        executor.run_and_cache(filter_uris=notebooks, timeout=app.config.nb_execution_timeout)
+
+
 def _drop_thebe(app, pagename, templatename, context, doctree) -> None:
     """Jupyter Book always adds sphinx-thebe, twice and with an outside address; it is not used."""
     for kind in ("script_files", "css_files"):
@@ -291,6 +313,7 @@ def setup(app) -> dict[str, Any]:
     app.add_js_file("print.js")
     app.add_html_math_renderer("mathml", (_visit_math, None), (_visit_math_block, None))
     app.connect("config-inited", _prepare, priority=10)
+    app.connect("env-before-read-docs", _execute_ahead)
     app.connect("html-page-context", _drop_thebe, priority=900)
     return {"version": __version__, "parallel_read_safe": True, "parallel_write_safe": False}
 
