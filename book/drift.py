@@ -65,7 +65,7 @@ drift_charts.norms(
 drift_charts.cosines(
     drift.adjacent(pairs),
     title="Adjacent layers are alike, about their means too",
-    subtitle="Mean over tokens at layers ℓ and ℓ + 1; ± 2 standard errors.",
+    subtitle="Mean over tokens at layers ℓ and ℓ + 1; ± 2 standard errors. The axis begins at 0.5.",
 )
 
 # %% [markdown]

@@ -99,7 +99,7 @@ charts.prompt_norms(
 
 # %% [markdown]
 # **What to see.** From the first to the last layer the mean norm grows by a factor of about 1.7, though
-# not at every token in every block. Commas, full stops and words such as *of* and *to* start with the shortest vectors and grows most. This growth is why the autoencoder standardises every vector before
+# not at every token in every block. Commas, full stops and words such as *of* and *to* start with the shortest vectors and grow most. This growth is why the autoencoder standardises every vector before
 # it reads it ({doc}`training`), and why errors are divided by a variance before they are compared
 # between layers ({doc}`evaluation`).
 #

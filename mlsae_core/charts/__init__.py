@@ -30,8 +30,8 @@ MUTED = {"light": "#59636e", "dark": "#a3adb8"}
 GRID = {"light": "#e4e7eb", "dark": "#333a44"}
 #: For models and other unordered things.
 CATEGORY = {
-    "light": ["#0072b2", "#c24e00", "#00805d", "#b0508a", "#8a6a00", "#5b5b5b"],
-    "dark": ["#56b4e9", "#f08a3c", "#2fc49b", "#d07fb0", "#e3c14a", "#b4b4b4"],
+    "light": ["#0072b2", "#c24e00", "#00805d", "#b0508a", "#8a6a00", "#5b5b5b", "#111111"],
+    "dark": ["#56b4e9", "#f08a3c", "#2fc49b", "#d07fb0", "#e3c14a", "#b4b4b4", "#fafafa"],
 }
 #: For what stands for no layer or model among them; it contrasts with both pages.
 NEUTRAL = "#808080"

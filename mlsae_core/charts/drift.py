@@ -9,6 +9,8 @@ from mlsae_core.charts import _select, _table, _titled
 
 #: Measures of `cosines` and `matrix`, as the reader chooses them.
 MEASURES = {"centred": "about each layer's mean", "raw": "not centred"}
+#: Models differ in colour and in the shape of their points.
+SHAPE = alt.Shape("model:N", sort=None, legend=None)
 
 
 def _highlight(table: pd.DataFrame, dashed: str | None) -> tuple[alt.Parameter, dict]:
@@ -62,6 +64,7 @@ def norms(
         return alt.Y(f"{column}:Q", title=title).scale(type="log", nice=False)
 
     lines = base.mark_line(point=True).encode(
+        shape=SHAPE,
         y=y("norm"),
         tooltip=["model:N", "layer:O", "norm:Q", alt.Tooltip("low:Q"), alt.Tooltip("high:Q")],
     )
@@ -95,14 +98,16 @@ def cosines(
         )
     )
     # One scale for both measures, so that switching shows the difference.
-    domain = [min(0.0, float(table["low"].min())), 1]
+    domain = [min(0.5, float(table["low"].min())), 1]
 
     def y(column: str) -> alt.Y:
         title = "Mean cosine similarity of adjacent layers"
         return alt.Y(f"{column}:Q", title=title).scale(domain=domain)
 
     lines = base.mark_line(point=True).encode(
-        y=y("value"), tooltip=["model:N", "layer:O", "other:O", "value:Q", "low:Q", "high:Q"]
+        shape=SHAPE,
+        y=y("value"),
+        tooltip=["model:N", "layer:O", "other:O", "value:Q", "low:Q", "high:Q"],
     )
     spans = base.mark_rule(strokeDash=[], strokeWidth=2).encode(y=y("low"), y2="high:Q")
     layers = (lines.properties(name="cosines").add_params(chosen), spans.properties(name="errors"))

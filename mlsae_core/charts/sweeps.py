@@ -175,7 +175,7 @@ def gallery(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt
     table = _table(table, "gallery", "run", "latent", "layer", "probability", "order", *of)
     width = int(table["order"].max()) + 1
     base, chosen = alt.Chart(table, name="gallery"), []
-    for column, label in (("run", "Run"), ("of", "Of")):
+    for column, label in (("run", "Run"), ("of", "Shown")):
         if column in table:
             chosen.append(_choice(column, table, column, label))
             base = base.transform_filter(alt.datum[column] == chosen[-1])
