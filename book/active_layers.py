@@ -73,8 +73,7 @@ sweep_charts.points(
 
 # %% [markdown]
 # **What to see.** From $k = 4$ to 16 the share now rises from 0.69 to 0.85, where it went from 0.39 to 0.82; it
-# then falls, to 0.78 at $k = 32$ and 0.28 at $k = 64$. So of the paper's trend in $k$ little more than the
-# arithmetic is left. More than half of the fall with $R$ is kept, from 0.97 to 0.59. Over models the share is 0.67 (neox-8l-192d) to 0.84 (Gemma 2) at the
+# then falls, to 0.78 at $k = 32$ and 0.28 at $k = 64$. So little of the paper's trend in $k$ is left beyond the arithmetic. More than half of the fall with $R$ is kept, from 0.97 to 0.59. Over models the share is 0.67 (neox-8l-192d) to 0.84 (Gemma 2) at the
 # paper's threshold, and falls with the size of GPT-NeoX, 0.84, 0.82 and 0.67, as in the paper; but that is the arithmetic again, since a
 # larger model has more latents at the same $k$: in units of the mean count it is 0.78, 0.85 and 0.79. The lens at its own layers keeps its lead (0.92 against 0.85 without), for all of them have
 # the same $k$ and $n$. With random weights the share is 0.84 at the paper's threshold and 0.87 at this one, where trained ones

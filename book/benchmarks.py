@@ -13,7 +13,8 @@
 #
 # {cite:t}`lawson2025` trained most of their MLSAEs, on 1 billion tokens each, in **12 to 24 hours on one
 # NVIDIA RTX 3090**. The numbers of this page are of a *processor*: **no GPU was measured**. They come from
-# one run of `python -m benchmarks` on the machine below, in which all implementations took turns.
+# one run of `python -m benchmarks` on the machine below, in which all implementations took turns (the memory at larger shapes is from a later
+# run, with one thread).
 
 # %% tags=["remove-cell"]
 import json
@@ -141,7 +142,7 @@ results.loc[["memory"], ["case", "peak_megabytes"]].set_index("case").round(0)
 
 # %% [markdown]
 # **What to see.** 9.1 and 11.3 GB, 0.5 GB more than the weights and the optimiser need: scores are held for one chunk of
-# vectors at a time, however many there are. On a GPU, where a chunk is larger, that share is about half a gigabyte more.
+# vectors at a time, however many there are. On a GPU, where a chunk is larger, it should be about half a gigabyte more (arithmetic, not measured).
 #
 # **What would contradict it.** A peak far above those of the weights and the optimiser.
 #

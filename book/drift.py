@@ -69,8 +69,8 @@ drift_charts.cosines(
 )
 
 # %% [markdown]
-# **What to see.** The more layers a GPT-NeoX has, the more alike are neighbours, since a block has less to do: 0.75 to 0.87 in
-# neox-4l-64d, 0.83 to 0.92 in neox-6l-128d, 0.83 to 0.95 in neox-8l-192d. All are highest in the middle. GPT-2, Llama and Gemma 2 lie between 0.81 and 0.92, lowest from the first layer to the
+# **What to see.** The more layers a GPT-NeoX has, the more alike are neighbours, perhaps since a block has less to do: 0.75 to 0.87 in
+# neox-4l-64d, 0.83 to 0.92 in neox-6l-128d, 0.83 to 0.95 in neox-8l-192d. The first two are highest in the middle, the third just after it. GPT-2, Llama and Gemma 2 lie between 0.81 and 0.92, lowest from the first layer to the
 # second. Centring changes these by 0.06 at most: an offset that all tokens share is
 # not what makes neighbours alike.
 #

@@ -106,7 +106,7 @@ widgets.metric_by_layer(table, list(charts.METRICS), "One metric by layer")
 # %% tags=["hide-input"]
 fidelity_charts.repeated(
     fidelity.repeated(seeds.evaluation, "seed"),
-    title="Seeds move a layer by far less than the layers differ",
+    title="Seeds move FVU and delta CE of a layer by far less than the layers differ",
     subtitle="Points are means over three seeds; lines reach from the smallest to the largest.",
 )
 
@@ -115,7 +115,7 @@ range_over_seeds = fidelity.repeated(seeds.evaluation, "seed", ["fvu_global", "l
 range_over_seeds.query("layer == 'mean'").set_index("metric").round(4)
 
 # %% [markdown]
-# **What to see.** Lines that hide behind their points. The mean FVU over layers moves by about 0.0014, delta CE by
+# **What to see.** Lines that hide behind their points, but for L1, where those of layers 0 and 1 overlap. The mean FVU over layers moves by about 0.0014, delta CE by
 # about 0.003 nats, and these are the yardsticks for differences between the runs further down. Layer 4 costs less than
 # layer 3 with all three seeds. Three seeds give a range, not a confidence interval.
 #
@@ -143,7 +143,8 @@ fidelity_charts.over_sweep(
 # theirs go to 256.
 #
 # **What would contradict it.** A line that rises with $R$ or $k$, other than L1's with $k$. Each point is one
-# run, but each step of the mean is at least six times the range over seeds, other than L1's beyond $R = 16$.
+# run, but each step of the mean is at least four times the range over seeds (six times in global FVU, MSE
+# and delta CE), other than L1's beyond $R = 8$, which are one to three times.
 
 # %% tags=["hide-input"]
 columns = ["fvu_global", "fvu_per_dimension", "mse", "l1", "delta_ce", "kl", "dead"]
@@ -196,9 +197,9 @@ charts.metric_by_layer(
 # while their means over layers lie between 0.130 and 0.161. What the architectures do to it is the subject of
 # {doc}`architectures`. Of the three GPT-NeoX, the larger one has at every common layer the smaller global FVU, by more than seeds
 # move it; yet its *mean* is the larger (0.130, 0.151 and 0.161), since it has more layers and the last ones are the hardest. Per
-# dimension there is no such order: at layers 1 and 2 the smallest model has the smallest FVU, at 4 and 5 the largest model has.
+# dimension there is no such order: at layers 0 to 2 the smallest model has the smallest FVU (at 0 by less than seeds move it), at 4 and 5 the largest model has.
 # Delta CE falls with the size at every common layer, but for layer 3 of the smallest model, which is its last; its mean is 0.341,
-# 0.331 and 0.320. In the paper FVU and delta CE remain consistent over the sizes of Pythia. MSE depends on the scale of
+# 0.331 and 0.319. In the paper FVU and delta CE remain consistent over the sizes of Pythia. MSE depends on the scale of
 # a model's activations, L1 on its width.
 #
 # **What would contradict it.** A size that is below the others at all layers in both kinds of FVU, as GPT-2 is below the

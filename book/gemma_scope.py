@@ -56,7 +56,7 @@ charts.metric_by_layer(
 
 # %% [markdown]
 # **What to see.** Whichever error is chosen, the transcoder is worse at every layer. Its FVU is about twice that of the
-# autoencoder, from layer 2 on between 0.4 and 0.5; its delta CE is the larger by a factor of 2.0 to 2.3. So Gemma
+# autoencoder, from layer 2 on between 0.39 and 0.52; its delta CE is the larger by a factor of 2.0 to 2.3. So Gemma
 # Scope's finding holds: replacing the MLP costs more than compressing its output. The costliest MLP is the
 # first one, 0.32 nats against 0.14, though its output is the easiest to reconstruct.
 #
@@ -154,7 +154,7 @@ charts.metric_by_layer(
 # dictionary borrowed from another layer, 0.26 against 0.29 at layer 4. The mean delta CE rises less, from 0.23 to
 # 0.28 nats, and KL hardly, from 0.28 to 0.29.
 #
-# A model's own text changes little of this: FVU on rollouts is within 0.015 of FVU on the given text, at all layers
+# A model's own text changes little of this: global FVU on rollouts is within 0.015 of that on the given text, at all layers
 # and in both models. Delta CE is positive throughout, so in no case do reconstructions lower the loss.
 #
 # **What would contradict it.** An FVU in the tuned model near that of a dictionary at the wrong layer: then

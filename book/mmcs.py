@@ -50,7 +50,7 @@ sweep_charts.points(
     mmcs,
     value="mmcs",
     axis="MMCS (cosine similarity)",
-    title="The fewer latents are active at once, the nearer they are to one another",
+    title="MMCS falls with k to that of random directions; with R it rises, and so does theirs",
     subtitle="Points are means over rows; lines reach from the first quartile to the third.",
     interval=("q25", "q75"),
     series="rows",

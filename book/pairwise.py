@@ -89,8 +89,8 @@ share.unstack("rows").reindex(by_size["run"].unique()).mul(1e4).round(2)
 # **What to see.** Of 10,000 pairs 0 lie above 0.4 at $R = 1$ and 2, 0.08 and 0.3 at 4 and 8, and 0.8 to 1.0 from 16 on. Each
 # row of the control of copies has five others like it, whatever the size, so that their share falls: 374 at $R = 1$
 # and 5.6 at 64. As a fraction of that the
-# dictionary's share grows all the way, from nothing to a seventh. Below 0.4, from 0.2 on, the dictionary has more pairs than copies
-# have: similar rows there are, but no humps of twins.
+# dictionary's share grows all the way, from nothing to a seventh. Between 0.2 and 0.4 the dictionary has fewer pairs than copies at $R = 1$ and 2, as
+# many at 4, and two to two and a half times as many from 8 on: similar rows there are, but no humps of twins.
 #
 # ## Through a lens
 #

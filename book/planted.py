@@ -60,7 +60,7 @@ still.round(3)
 # from token to token: this dictionary reports it of features half of whose variance is within tokens.
 # ({doc}`definitions` has a second reason, the averaging of the released code.)
 #
-# The intervals say how much the tokens matter, given the dictionary. They do not contain the truth, nor Eq. 11's own estimate:
+# The intervals say how much the tokens matter, given the dictionary. They contain neither the truth nor the estimate itself, in either ratio:
 # rare latents' variances come out too small when resampled, and the interval takes that bias off.
 #
 # **What would contradict it.** An oracle column that is off (then an estimator would be wrong), or an
@@ -103,7 +103,7 @@ draw.splits(
 # squared layers where its feature's is 2. Such latents are no duplicates of one
 # another: the directions they stand for are 60° and more apart, so MMCS does not show them. Features that live at one layer are not split, and for those with
 # neighbours only 40 % of the directions are recovered at 30° and 55 % at 60°: half of an activation is too little to earn a latent of its own.
-# A turn of 15° is small enough that one or two latents between the directions serve all five.
+# At 15° one or two latents between the directions serve most of the five layers (70 % at cosine 0.9 or more).
 #
 # **What would contradict it.** More than one latent for features of a single layer, or one latent for
 # features that turn by 60°.

@@ -49,7 +49,7 @@ small_cells = transfer.matrix(
 # %% [markdown]
 # ## Layer by layer
 #
-# The counterpart of Figures 19 to 21, on `neox-6l-128d` with $R = 16$, $k = 16$ and 1 M training
+# The counterpart of Figures 20 and 21 (Figure 19 is under *The smallest model*), on `neox-6l-128d` with $R = 16$, $k = 16$ and 1 M training
 # tokens. As in the paper the last layer is left out: what stands there is the next-token
 # prediction, and not an intermediate result. Tick the box to see it. Choose a metric.
 
@@ -92,11 +92,11 @@ inner = sparsity.evaluation.query("layer < 5")
 fidelity.means(inner, "k", ["fvu_global", "fvu_per_dimension", "delta_ce", "kl"]).round(4)
 
 # %% [markdown]
-# At $k = 32$ the mean FVU is 0.107 and delta CE 0.222 nats, both a little below `own`. All of these are single
+# At $k = 32$ the mean FVU is 0.107 and delta CE 0.221 nats, both a little below `own`. All of these are single
 # runs, but the differences between the MLSAE and the diagonal have one sign at all layers and in all metrics, and their
 # means are about twenty times what seeds alone do to the MLSAE's ({doc}`evaluation`).
 #
-# ## The smaller model
+# ## The smallest model
 #
 # The same on `neox-4l-64d`, with half the latents and four layers. Tick the box for the last one.
 
@@ -113,11 +113,11 @@ transfer.summary(small_cells).round(4)
 # %% [markdown]
 # **What to see.** The same order in every column: own layer, MLSAE, the rest. The MLSAE's FVU is 1.7 times the
 # diagonal's at layer 0 and 1.2 or 1.3 times from layer 1 on. In the mean over the layers but the last it is 0.111 instead of
-# 0.086, and delta CE 0.33 instead of 0.25 nats: 29 % and 34 % more, where the larger model has 24 % and 28 %.
+# 0.086, and delta CE 0.33 instead of 0.25 nats: 29 % and 34 % more, where neox-6l-128d has 24 % and 28 %.
 #
 # ## Through a tuned lens
 #
-# The counterpart of Figure 22, on the smaller model: every autoencoder is trained on vectors that the layer's
+# The counterpart of Figure 22, on the smallest model: every autoencoder is trained on vectors that the layer's
 # translator has moved towards the last layer's basis ({doc}`tuned_lens`), and measured at another layer through that
 # layer's translator. FVU is that of the lens space, delta CE and KL are taken after the way back.
 

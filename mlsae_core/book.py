@@ -269,6 +269,7 @@ def _execute_ahead(app, env, chapters: list[str]) -> None:
     if notebooks:
         logger.info("executing the notebooks that are not in the cache: some minutes")
         quiet = stdlib_logging.getLogger(__name__)
+        quiet.setLevel(stdlib_logging.WARNING)
         executor = load_executor("local-parallel", store, logger=quiet)
         executor.run_and_cache(filter_uris=notebooks, timeout=app.config.nb_execution_timeout)
 
