@@ -101,7 +101,7 @@ def autoencode(
     values = [code.values] if dead is None else [code.values, code.aux_values]
     values = _Encode.apply(x, pre_bias, encoder, centred.detach(), pairs, *values)
     y, *rest = _Decode.apply(decoder, pairs, *values)
-    return y + pre_bias, rest[0] if rest else None, code._replace(values=values[0])
+    return y.add_(pre_bias), rest[0] if rest else None, code._replace(values=values[0])
 
 
 def encode(x: Tensor, encoder: Tensor, pre_bias: Tensor, k: int, kernel: Kernel = "sparse") -> Code:
@@ -273,9 +273,9 @@ def group_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _largest(keys: Tensor, k: int) -> Tensor:
     """Indices (n, k) of the k largest of each row of keys (n, width); the maxima likewise."""
     (n, width), device = keys.shape, keys.device
-    if width < 8 * k:
+    if width <= 8 * k:
         return keys.topk(k, dim=1, sorted=False).indices
-    size = 4
+    size = 8 if k <= 16 else 4  # measured
     while 64 * size * size * k <= width:  # near the square root of width / k, where both are small
         size *= 2
     groups = width // size
@@ -304,11 +304,23 @@ def _kept_buffer(
         return torch.empty(size, dtype=dtype, device=device)
     buffers: dict[tuple[str, torch.dtype], Tensor] = _kept.__dict__
     if (use, dtype) not in buffers or buffers[use, dtype].numel() < size:
+        _let_malloc_keep_memory()
         buffers[use, dtype] = torch.empty(size, dtype=dtype)
     return buffers[use, dtype][:size]
 
 
 _kept = threading.local()
+
+
+@cache
+def _let_malloc_keep_memory() -> None:
+    """Free a block of nearly 32 MiB, once, after which glibc keeps 64 MiB of what is freed.
+
+    It keeps twice as much as the largest block that was ever freed, up to this size (mallopt(3),
+    M_MMAP_THRESHOLD). At first that is too little for one step's temporary tensors, so that every
+    step would get fresh pages. Other allocators are not moved by it.
+    """
+    torch.empty(2**25 - 2**12, dtype=torch.uint8)
 
 
 def _is_cpu(device: torch.device) -> bool:
@@ -340,7 +352,7 @@ class Pairs:
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The pairs by latent: their numbers, and where each latent's begin; and of each pair the
         row of its vector, in one table of n vectors and in a stack of one such table per part."""
-        latents = torch.cat([part.view(-1) for part in self.parts])
+        latents = _joined([part.view(-1) for part in self.parts])
         latents, order = latents.int().sort(stable=True)
         n, device = len(self.parts[0]), latents.device
         # Not by torch.bincount, which makes the host wait for the device.
@@ -366,7 +378,7 @@ class Pairs:
         out : memory for the result (n_latents, d), filled piece by piece.
         """
         order, offsets, rows, stacked = self.by_latent
-        weights = torch.cat([weight.reshape(-1) for weight in weights]).index_select(0, order)
+        weights = _joined([weight.reshape(-1) for weight in weights]).index_select(0, order)
         if len(table) > len(self.parts[0]):
             rows = stacked
         if not _is_cpu(table.device):
@@ -390,7 +402,7 @@ class Pairs:
             return list(map(partial(_row_products, weight), self.parts, tables))
         # By latent, each row of the large matrix is read once, and the small one stays in cache.
         order, offsets, _, stacked = self.by_latent
-        vectors, starts = torch.cat(list(tables)), F.pad(offsets, (0, 1), value=len(order))
+        vectors, starts = _joined(tables), F.pad(offsets, (0, 1), value=len(order))
         with warnings.catch_warnings(action="ignore"):  # "sparse CSR tensor support is in beta"
             pairs = torch.sparse_csr_tensor(
                 starts, stacked, vectors.new_zeros(len(order)), (len(weight), len(vectors))
@@ -444,10 +456,15 @@ class _Decode(torch.autograd.Function):
         grads = [grad.contiguous() for grad in grads]
         grad_decoder, grad_values = None, [None for _ in values]
         if ctx.needs_input_grad[0]:
-            grad_decoder = pairs.sum_by_latent(values, torch.cat(grads), _gradient_memory(decoder))
+            grad_decoder = pairs.sum_by_latent(values, _joined(grads), _gradient_memory(decoder))
         if any(ctx.needs_input_grad[2:]):
             grad_values = pairs.products(decoder, grads)
         return grad_decoder, None, *grad_values
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One after another; a single one is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _weighted_sums(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:

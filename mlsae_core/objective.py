@@ -102,6 +102,12 @@ def loss(sae: MLSAE, source: Tensor, target: Tensor | None = None, alpha: float 
 
 def _unexplained(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squared error and global FVU, each (layer,), of two (layer, token, d) tensors."""
-    mse = (x - recon).square().mean((1, 2))
-    variance = (x - x.mean((1, 2), keepdim=True)).square().mean((1, 2))
+    mse = _mean_square(recon - x)
+    variance = _mean_square(x - x.mean((1, 2), keepdim=True))
     return mse, mse / variance.clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    """(layer,) from (layer, token, d); vector by vector, without a tensor of squares, since fresh
+    memory costs a small autoencoder more than arithmetic does."""
+    return torch.linalg.vector_norm(x, dim=2).square().mean(1) / x.shape[2]

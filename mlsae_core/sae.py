@@ -171,7 +171,8 @@ class MLSAE(nn.Module):
         centred = x - mean
         std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(self.n_inputs - 1)
         _check_finite(std)  # not finite as soon as one number of the vector is not
-        return centred / (std + STD_EPS), Stats(mean, std)
+        into = None if centred.requires_grad else centred  # fresh memory costs more than dividing
+        return torch.div(centred, std + STD_EPS, out=into), Stats(mean, std)
 
     def encode(self, x: Tensor) -> TopK:
         """The k largest latents of each vector, in no particular order.
