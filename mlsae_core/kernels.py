@@ -320,7 +320,7 @@ def _let_malloc_keep_memory() -> None:
     M_MMAP_THRESHOLD). At first that is too little for one step's temporary tensors, so that every
     step would get fresh pages. Other allocators are not moved by it.
     """
-    torch.empty(2**25 - 2**12, dtype=torch.uint8)
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
 def _is_cpu(device: torch.device) -> bool:
