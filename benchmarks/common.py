@@ -262,24 +262,24 @@ def _git(*arguments: str) -> str:
 def beside_others(content: dict, file: Path) -> dict:
     """The results, and those that the file has of suites that were not measured now.
 
-    Suites that run only where they are named may be of another machine, so their cases say which.
-    The others are of one run, all of them.
+    A run of some suites, unlike one of all that need not be named, is another run than the one
+    that the file is of: its cases say on what machine and at what commit they were measured.
     """
     measured = {case["suite"] for case in content["cases"]}
+    whole = measured >= {*SUITES} - {*ASKED_FOR}
     for case in content["cases"]:
-        if case["suite"] in ASKED_FOR:
+        if not whole or case["suite"] in ASKED_FOR:
             case["machine"] = content["machine"]
     if not file.exists():
         return content
-    old, named = json.loads(file.read_text("utf-8")), measured <= {*ASKED_FOR}
+    old = json.loads(file.read_text("utf-8"))
     if old["quick"] != content["quick"]:
         return content
-
-    def stays(row: dict) -> bool:
-        return row["suite"] not in measured and (named or row["suite"] in ASKED_FOR)
-
-    both = {n: [*filter(stays, old[n]), *content[n]] for n in ("cases", "results")}
-    return content | both | {"machine": (old if named else content)["machine"]}
+    both = {
+        name: [*content[name], *(row for row in old[name] if row["suite"] not in measured)]
+        for name in ("cases", "results")
+    }
+    return content | both | {"machine": (content if whole else old)["machine"]}
 
 
 def head(case: Case) -> str:

@@ -162,7 +162,7 @@ def test_memory_at_a_larger_shape_is_measured_in_a_process_of_its_own():
     assert not row["note"]
 
 
-def test_suites_that_must_be_named_are_written_beside_the_others(tmp_path):
+def test_some_suites_are_written_beside_the_others_with_their_machine(tmp_path, monkeypatch):
     def results(machine, *suites):
         rows = [{"suite": suite, "of": machine} for suite in suites]
         content = {"quick": False, "machine": machine, "cases": rows, "results": rows}
@@ -173,14 +173,18 @@ def test_suites_that_must_be_named_are_written_beside_the_others(tmp_path):
             row["suite"]: (row["of"], row.get("machine")) for row in joined["cases"]
         }
 
+    monkeypatch.setattr(common, "SUITES", ("evaluation", "distributions", "gpu"))
     file = tmp_path / "r.json"
     results("a", "evaluation", "distributions")
     machine, found = results("b", "gpu")
     assert machine == "a"
     assert found == {"evaluation": ("a", None), "distributions": ("a", None), "gpu": ("b", "b")}
     machine, found = results("c", "evaluation")
-    assert machine == "c"
-    assert found == {"evaluation": ("c", None), "gpu": ("b", "b")}
+    assert machine == "a"
+    assert found == {"evaluation": ("c", "c"), "distributions": ("a", None), "gpu": ("b", "b")}
+    machine, found = results("d", "evaluation", "distributions")
+    assert machine == "d"
+    assert found == {"evaluation": ("d", None), "distributions": ("d", None), "gpu": ("b", "b")}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -123,7 +123,9 @@ def sampled(read: Read, most: int = 100, weighting: str = "probs") -> pd.DataFra
     return pd.concat(parts, ignore_index=True)
 
 
-def galleries(read: dict[str, Read], prompts: pd.DataFrame, prompt: str, most: int = 100):
+def galleries(
+    read: dict[str, Read], prompts: pd.DataFrame, prompt: str, most: int = 100
+) -> pd.DataFrame:
     """Heatmaps of every run of several sweeps, of many tokens and of one prompt.
 
     Args:
