@@ -56,9 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", "train the dictionary of a spec, or find it", "SPEC", "YAML file")
     train.add_argument("--track", action="append", default=[], metavar="TRACKER",
                        help="also log to an accelerate tracker: tensorboard, wandb, …")  # fmt: skip
-    train.add_argument("--kernel", choices=("sparse", "candidates", "dense"), default="sparse",
-                       help="how the same numbers are computed; candidates: faster for many "
-                       "latents on processors with bfloat16 products")  # fmt: skip
+    train.add_argument("--kernel", choices=("sparse", "candidates", "dense", "triton"),
+                       default="sparse", help="how the same numbers are computed; triton: fastest "
+                       "on a GPU; candidates: faster for many latents on processors with bfloat16 "
+                       "products")  # fmt: skip
     train.add_argument("--compile", action="store_true", help="compile the language model first; "
                        "faster on a GPU, where it runs as CUDA graphs")  # fmt: skip
     evaluate = command(

@@ -60,14 +60,17 @@ def gather(
     layers: list[int],
     lens: Lens,
     index: int = 0,
+    check: bool = True,
 ) -> Batch:
     """Make a batch of captured activations.
 
     Args:
         captured: hook point -> (layer, batch, position, d_model), at `layers`.
         tokens: (batch, position) int64.
-        keep: (batch, position) bool, False at special tokens.
+        keep: (batch, position) bool, False at special tokens; on the CPU, so that the host need
+            not wait for a device to count them.
         index: number of the batch, for messages.
+        check: whether activations that are not finite are refused, for which the host waits.
 
     Raises:
         ActivationError: NaN or infinite activations, or nothing but special tokens.
@@ -77,15 +80,16 @@ def gather(
         raise ActivationError(
             f"batch {index}: all {tokens.numel()} tokens are special; expected text"
         )
+    sequence, position = to_device(torch.stack((sequence, position)), tokens.device)
+    rows = sequence * keep.shape[1] + position
 
     def read(point: str) -> Tensor:
         x = captured[point].flatten(1, 2)
-        if len(sequence) < x.shape[1]:
-            # Not by the mask: a device would be waited for again, to count what it keeps.
-            x = x.index_select(1, sequence * keep.shape[1] + position)
+        if len(rows) < x.shape[1]:
+            x = x.index_select(1, rows)
         x = x.float()
         # A sum is not finite if any term is not: one pass, without a mask of the same size.
-        if not x.sum().isfinite():
+        if check and not x.sum().isfinite():
             bad = [i for i, rows in zip(layers, x, strict=True) if not rows.isfinite().all()]
             if bad:
                 raise ActivationError(
@@ -97,7 +101,14 @@ def gather(
 
     source = read(site.source)
     target = source if site.target in ("same", site.source) else read(site.target)
-    return Batch(source, target, tokens[sequence, position], sequence, position)
+    return Batch(source, target, tokens.flatten()[rows], sequence, position)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU's tensor on a device, from pinned memory: else the copy waits for what is queued."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def stream(
@@ -105,16 +116,18 @@ def stream(
     batches: Iterable[Tensor],
     site: SiteSpec,
     lens: Lens | None = None,
+    check: bool = True,
 ) -> Iterator[Batch]:
     """Activations of every batch of sequences.
 
     There is no thread that looks ahead: on a CPU the language model and the autoencoder share the
-    cores, and on a GPU kernels are queued anyway.
+    cores, and on a GPU kernels are queued: without `check` nothing here waits for it.
 
     Args:
         batches: (batch, position) int64 tokens.
         site: layers, source, target and whether layers are stacked.
         lens: the basis; by default as the site says.
+        check: see :func:`gather`.
 
     Raises:
         SpecError: unknown layers or hook points.
@@ -123,8 +136,7 @@ def stream(
     layers = site_layers(site, lm.n_layers)
     lens = Lens.load(site, lm.device) if lens is None else lens
     for index, tokens in enumerate(batches):
-        if lm.device.type == "cuda":
-            tokens = tokens.pin_memory()  # else the copy waits for all that is queued
-        tokens = tokens.to(lm.device, non_blocking=True)
+        keep = lm.keep_mask(tokens)
+        tokens = to_device(tokens, lm.device)
         captured = lm.capture(tokens, layers, hook_points(site))
-        yield gather(captured, tokens, lm.keep_mask(tokens), site, layers, lens, index)
+        yield gather(captured, tokens, keep, site, layers, lens, index, check)

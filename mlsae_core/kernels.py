@@ -1,6 +1,6 @@
 """Top-k encoding and sparse decoding, apart from the mathematics that uses them.
 
-Three implementations of the same functions, chosen by an argument at every call:
+Four implementations of the same functions, chosen by an argument at every call:
 
 - ``"dense"`` is the definition, written out: a matrix of scores with one row per vector and one
   column per latent, `torch.topk`, and two matrix products, differentiated by autograd. It is the
@@ -12,14 +12,16 @@ Three implementations of the same functions, chosen by an argument at every call
   takes half of the time on processors that have it, and scored again. Which are selected is
   proven by a bound on the rounding; vectors where the bound does not suffice are done over. Faster
   for many latents, slower for few.
+- ``"triton"`` is ``"sparse"`` in kernels written for CUDA devices: `mlsae_core.triton_kernels`.
 
 Nothing here knows about layers, standardisation or losses: vectors are the rows of one matrix.
 """
 
-import inspect
+import importlib.util
+import os
 import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property, partial
 from typing import Literal, NamedTuple
 
@@ -30,12 +32,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mlsae_core.products import fast_products
 
-Kernel = Literal["sparse", "candidates", "dense"]
-KERNELS: tuple[str, ...] = ("sparse", "candidates", "dense")
-
-BLOCK_SIZE = 2**17
-"""Elements of a parameter that the optimiser treats at a time on a CPU."""
-
+Kernel = Literal["sparse", "candidates", "dense", "triton"]
+KERNELS: tuple[str, ...] = ("sparse", "candidates", "dense", "triton")
 
 CANDIDATES = 3
 """Candidates for each of the k latents to be selected, in the kernel of that name."""
@@ -46,18 +44,39 @@ PIECE = 2**19
 RUN = 256
 """Pairs of a latent that are summed one after another on devices other than a CPU."""
 
+PAIRS = 2**25
+"""Pairs of one call for PyTorch's gradient of per-sample weights, which on CUDA counts its threads,
+32 a pair, in 32 bits: above 2^26 pairs it reads out of bounds."""
+
+DEAD_SCORES = 2**28
+"""Scores of dead latents held at a time on devices other than a CPU."""
+
+DEAD_KEPT = 2**30
+"""Scores of dead latents that are kept for the backward pass there; the rest is computed again."""
+
 
 class Code(NamedTuple):
     """What the encoder selects for each of n vectors.
 
     `values` (n, k), non-negative, and `indices` (n, k), distinct within a row; `aux_values` and
-    `aux_indices` (n, aux_k) are the same for the dead latents alone, or None.
+    `aux_indices` (n, aux_k) are the same for the dead latents alone, or None (as on a GPU, where
+    they are never listed).
     """
 
     values: Tensor
     indices: Tensor
     aux_values: Tensor | None = None
     aux_indices: Tensor | None = None
+
+
+def check(kernel: str, device: torch.device) -> None:
+    """Raise ValueError where a kernel cannot run on that device."""
+    if kernel != "triton":
+        return
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("kernel: triton needs the package of that name; `pip install triton`")
+    if device.type != "cuda" and "TRITON_INTERPRET" not in os.environ:
+        raise ValueError(f"kernel: triton needs a CUDA device, got {device}; take sparse")
 
 
 def autoencode(
@@ -96,6 +115,13 @@ def autoencode(
         if code.aux_values is not None:
             y_dead = _dense_decode(code.aux_values, code.aux_indices, decoder)
         return y + pre_bias, y_dead, code
+    if kernel == "triton":
+        from mlsae_core import triton_kernels
+
+        return triton_kernels.autoencode(x, encoder, decoder, pre_bias, k, dead, aux_k)
+    if dead is not None and not _is_cpu(x.device):
+        y, _, code = autoencode(x, encoder, decoder, pre_bias, k, kernel=kernel)
+        return y, decode_dead(x, pre_bias, encoder, decoder, dead, aux_k, keep_largest), code
     code = select(centred, encoder, k, dead, aux_k, kernel)
     pairs = Pairs([code.indices] if dead is None else [code.indices, code.aux_indices], encoder)
     values = [code.values] if dead is None else [code.values, code.aux_values]
@@ -155,9 +181,9 @@ def select(
     Under autocast the scores, and only they, are computed in the reduced precision.
     """
     device, n = centred.device.type, len(centred)
-    precision = encoder.dtype
-    if torch.is_autocast_enabled(device):
-        precision = torch.get_autocast_dtype(device)
+    precision, top = score_precision(encoder), group_topk
+    if kernel == "triton":
+        from mlsae_core.triton_kernels import topk as top
     if (
         kernel == "candidates"
         and device == "cpu"
@@ -184,11 +210,17 @@ def select(
         here = slice(start, min(start + rows, n))
         chunk = centred[here].to(precision)
         scores = _matmul(chunk, columns, buffer[: len(chunk)])
-        values[here], indices[here] = group_topk(scores, k)
+        values[here], indices[here] = top(scores, k)
         if dead is not None:
             aux_values[here], aux = group_topk(scores.index_select(1, dead), aux_k)
             aux_indices[here] = dead.index_select(0, aux.view(-1)).view_as(aux)
     return Code(values, indices, aux_values, aux_indices)
+
+
+def score_precision(encoder: Tensor) -> torch.dtype:
+    """Of the scores: that of autocast on the encoder's device, else the encoder's."""
+    device = encoder.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else encoder.dtype
 
 
 def _select_candidates(centred: Tensor, encoder: Tensor, k: int) -> Code:
@@ -493,6 +525,10 @@ def _sums_of_runs(rows: Tensor, table: Tensor, offsets: Tensor, weights: Tensor)
 def _row_products(table: Tensor, indices: Tensor, a: Tensor) -> Tensor:
     """<a_i, table_j> for each pair: table (m, d), indices (n, k), a (n, d) to (n, k)."""
     n, k = indices.shape
+    if n * k > PAIRS and n > 1:
+        rows = max(1, PAIRS // k)
+        parts = zip(indices.split(rows), a.split(rows), strict=True)
+        return torch.cat([_row_products(table, *part) for part in parts])
     starts = torch.arange(0, n * k, k, device=a.device)
     bags = torch.arange(n, device=a.device).repeat_interleave(k)
     products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
@@ -518,69 +554,78 @@ def _gradient_memory(weight: Tensor) -> Tensor | None:
 _gradients = WeakTensorKeyDictionary()
 
 
-# --- the optimiser ----------------------------------------------------------------------------
+# --- dead latents on a GPU --------------------------------------------------------------------
 
 
-class ProjectedAdam(torch.optim.Optimizer):
-    """Adam (Kingma & Ba 2017) that keeps chosen rows at unit norm.
+def keep_largest(scores: Tensor, count: int) -> Tensor:
+    """All of a row but its `count` largest scores, and what is negative, becomes 0: (n, width)."""
+    values, indices = group_topk(scores, count)
+    return torch.zeros_like(scores).scatter_(1, indices, values)
 
-    In parameter groups with `unit_rows`, the part of the gradient parallel to each row is removed
-    before the step, so that Adam's moments hold only what turns the row, and rows are rescaled
-    to unit norm after it (Bricken et al. 2023; Gao et al. 2024). Everything happens block by
-    block of rows, while they are in the processor's cache.
+
+def decode_dead(
+    x: Tensor,
+    pre_bias: Tensor,
+    encoder: Tensor,
+    decoder: Tensor,
+    dead: Tensor,
+    aux_k: int,
+    keep: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """What `autoencode` gives as `y_dead`, by products of whole matrices (n, n_dead).
+
+    A device that is fast at products does them sooner than it gathers the rows of aux_k latents for
+    each vector: in Pythia-70m's shape 0.8 TFLOP instead of 1.6 TB. The result, and the gradients
+    of the dead rows, are in the scores' precision.
+
+    keep : `keep_largest`, or a faster one.
     """
+    return _DecodeDead.apply(x, pre_bias, encoder, decoder, dead, aux_k, keep)
 
-    def __init__(self, params: Iterable, lr: float = 1e-4, betas=(0.9, 0.999), eps: float = 1e-8):
-        if not (lr >= 0 and eps >= 0):
-            raise ValueError(f"expected lr and eps of at least 0, got lr={lr}, eps={eps}")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "unit_rows": False})
 
-    # Without the decorators that keep PyTorch's compiler out, since they import it: seconds, 80 MB.
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+class _DecodeDead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, pre_bias, encoder, decoder, dead, aux_k, keep):
+        precision = score_precision(encoder)
+        # Whole tiles: rows of zeros give scores of 0, and take nothing.
+        pad = (0, 0, 0, -len(dead) % 64)
+        listens, writes = (
+            F.pad(w.index_select(0, dead), pad).to(precision) for w in (encoder, decoder)
+        )
+        centred = (x - pre_bias).to(precision)
+        rows = max(1, DEAD_SCORES // len(listens))
+        ctx.kept, found = [], []
+        for part in centred.split(rows):
+            latents = keep(part @ listens.T, aux_k)
+            found.append(latents @ writes)
+            if len(ctx.kept) * DEAD_SCORES < DEAD_KEPT:
+                ctx.kept.append(latents)
+        ctx.save_for_backward(centred, listens, writes, dead, encoder)
+        ctx.rows, ctx.keep, ctx.aux_k = rows, keep, aux_k
+        return torch.cat(found) if len(found) > 1 else found[0]
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        """Take one step; gradients of unit rows are projected in place."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, group)
-        return loss
-
-    def _update(self, param: Tensor, group: dict) -> None:
-        state = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = torch.zeros_like(param)
-            state["exp_avg_sq"] = torch.zeros_like(param)
-        state["step"] += 1
-        beta1, beta2 = group["betas"]
-        tensors = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
-        rows = len(param)
-        if group["unit_rows"] and _is_cpu(param.device):
-            rows = max(1, BLOCK_SIZE // param[0].numel())
-        for w, grad, mean, square in zip(*(t.split(rows) for t in tensors), strict=True):
-            if group["unit_rows"]:
-                grad.addcmul_((grad * w).sum(1, keepdim=True), w, value=-1)
-            torch._fused_adam_(
-                [w],
-                [grad],
-                [mean],
-                [square],
-                [],
-                [state["step"]],
-                lr=group["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=0.0,
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
-            if group["unit_rows"]:
-                w /= torch.linalg.vector_norm(w, dim=1, keepdim=True)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        centred, listens, writes, dead, encoder = ctx.saved_tensors
+        grad_x, to_listens, to_writes, totals = [], 0, 0, 0
+        parts = zip(centred.split(ctx.rows), grad.to(centred.dtype).split(ctx.rows), strict=True)
+        for number, (part, grad_part) in enumerate(parts):
+            if number < len(ctx.kept):
+                latents = ctx.kept[number]
+            else:
+                latents = ctx.keep(part @ listens.T, ctx.aux_k)
+            to_writes = to_writes + (latents.T @ grad_part).to(encoder.dtype)
+            scores = torch.ops.aten.threshold_backward(grad_part @ writes.T, latents, 0)
+            to_listens = to_listens + (scores.T @ part).to(encoder.dtype)
+            totals = totals + scores.sum(0, dtype=encoder.dtype)
+            if ctx.needs_input_grad[0]:
+                grad_x.append(scores @ listens)
+        n_dead = len(dead)
+        grads = (
+            torch.zeros_like(encoder).index_copy_(0, dead, part[:n_dead])
+            for part in (to_listens, to_writes)
+        )
+        grad_x = torch.cat(grad_x).to(encoder.dtype) if grad_x else None
+        grad_bias = -(totals[:n_dead] @ encoder.index_select(0, dead))
+        return grad_x, grad_bias, *grads, None, None, None

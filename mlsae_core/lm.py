@@ -83,6 +83,7 @@ class LanguageModel:
         self.special_ids = torch.tensor(
             sorted({i for i in ids if i is not None}), dtype=torch.int64, device=self.device
         )
+        self._special_ids = self.special_ids.cpu()  # for tokens that are not on the device yet
         owner, self.blocks, final_norm = _find_blocks(model, self.n_layers)
         # The model's own code from the final norm on: a copy that shares all parameters, in which
         # the module that owns the blocks returns the residual stream it is given, normalised.
@@ -165,7 +166,8 @@ class LanguageModel:
 
     def keep_mask(self, tokens: Tensor) -> Tensor:
         """(batch, position) bool: True where the token is not BOS, EOS or PAD."""
-        return torch.isin(tokens, self.special_ids.to(tokens.device), invert=True)
+        known = self._special_ids if tokens.device.type == "cpu" else self.special_ids
+        return torch.isin(tokens, known, invert=True)
 
     @torch.no_grad()
     def capture(
@@ -307,7 +309,7 @@ class LanguageModel:
                 # A block's graph would else free what the one before it has returned. All of it
                 # is copied below, before the next pass overwrites it.
                 torch.compiler.cudagraph_mark_step_begin()
-            with suppress(_Stop), fast_products(self.device):
+            with suppress(_Stop), fast_products(self.device), _unpacked():
                 self.base(input_ids=tokens, use_cache=False)
         return {
             point: torch.stack([found[layer] for layer in layers]) for point, found in kept.items()
@@ -427,6 +429,24 @@ class LanguageModel:
                 f"its logits by {error:.2g}; expected blocks that depend on nothing but the "
                 "residual stream and their call's arguments"
             )
+
+
+@contextmanager
+def _unpacked() -> Iterator[None]:
+    """transformers does not look for several sequences in one row while this is entered.
+
+    It would look at the position ids that it has just counted itself, and the host would wait for
+    the device to answer.
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    before = getattr(masking_utils, name, None)
+    setattr(masking_utils, name, lambda _: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, before)
 
 
 class _Stop(Exception):

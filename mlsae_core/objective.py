@@ -42,7 +42,13 @@ class Loss(NamedTuple):
     topk: TopK
 
 
-def loss(sae: MLSAE, source: Tensor, target: Tensor | None = None, alpha: float = ALPHA) -> Loss:
+def loss(
+    sae: MLSAE,
+    source: Tensor,
+    target: Tensor | None = None,
+    alpha: float = ALPHA,
+    dead: Tensor | None = None,
+) -> Loss:
     """The loss of one batch. Nothing is changed: count its tokens with `sae.count_tokens`.
 
     Parameters
@@ -52,12 +58,13 @@ def loss(sae: MLSAE, source: Tensor, target: Tensor | None = None, alpha: float 
         The prediction is made in the target's standardised space and mapped back with the
         target's statistics (see `MLSAE.forward`).
     alpha : coefficient of AuxK.
+    dead : indices (n_dead,) of the dead latents; None asks `sae.dead`, for which the host waits.
 
     Raises
     ------
     ValueError
-        Where a tensor is not (layer, token, d_model), is empty, or is not finite; or where the
-        target's shape differs from the source's.
+        Where a tensor is not (layer, token, d_model), is empty, or is not finite (see
+        `MLSAE.standardise`); or where the target's shape differs from the source's.
     """
     if source.ndim != 3 or source.numel() == 0:
         raise ValueError(
@@ -77,8 +84,9 @@ def loss(sae: MLSAE, source: Tensor, target: Tensor | None = None, alpha: float 
     else:
         expected, stats = sae.standardise(target)
         target = target.to(scaled.dtype)
-    dead = sae.dead.nonzero().squeeze(1) if sae.aux_k else None
-    n_dead = 0 if dead is None else len(dead)
+    if dead is None:
+        dead = sae.dead.nonzero().squeeze(1)
+    n_dead = len(dead) if sae.aux_k else 0
     y, y_dead, code = kernels.autoencode(
         scaled.flatten(0, 1),
         sae.encoder,

@@ -169,6 +169,7 @@ class Session:
         from mlsae_core import train
 
         accelerator = train.make_accelerator(run, self.trackers, project_dir=store.STORE)
+        train.check_kernel(self.kernel, accelerator.device)
         lm, lens = self._inputs(run)
         if self.compile:
             lm = _compiled(lm, run)

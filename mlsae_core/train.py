@@ -23,7 +23,7 @@ from accelerate.utils import LoggerType, parse_flag_from_env
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mlsae_core import activations, metrics, objective, store
+from mlsae_core import activations, kernels, metrics, objective, store
 from mlsae_core.activations import ActivationError, Batch
 from mlsae_core.kernels import Kernel
 from mlsae_core.lens import Lens
@@ -68,6 +68,14 @@ def make_accelerator(run: RunSpec, trackers: tuple[str, ...] = (), **options) ->
     accelerator = Accelerator(mixed_precision=precision, log_with=list(trackers) or None, **options)
     _Plan.of(run, accelerator)
     return accelerator
+
+
+def check_kernel(kernel: Kernel, device: torch.device):
+    """Refuse a kernel that cannot run on the device."""
+    try:
+        kernels.check(kernel, device)
+    except ValueError as error:
+        raise SpecError(str(error)) from None
 
 
 def check_trackers(names: tuple[str, ...]):
@@ -134,6 +142,7 @@ def train(
             (with the batch, the step and the last checkpoint), or a stop that was asked for.
     """
     accelerator = accelerator or make_accelerator(run)
+    check_kernel(kernel, accelerator.device)
     sae = build_sae(run, lm).to(accelerator.device)
     sae.kernel = kernel
     lens = lens if lens is not None else Lens.load(run.site, accelerator.device)
@@ -233,11 +242,16 @@ class _Loop:
         if state.step == 0:
             self.set_bias(next(self.batches(0, 0, 1)))
         plan, interval = self.plan, max(self.plan.steps // LOG_ROWS, 1)
-        batches = self.batches(state.step * plan.micro_batches, plan.offset, plan.every)
+        batches = _Ahead(self.batches(state.step * plan.micro_batches, plan.offset, plan.every))
         prepared = self.accelerator.prepare(self.optimizer)
+        dead = self.sae.dead.nonzero().squeeze(1)
         last = time.perf_counter()
         while state.step < plan.steps:
-            sums = self.step(batches, prepared)
+            queued, order = self.step(batches, prepared, dead)
+            if queued.device.type != "cpu" and state.step + 1 < plan.steps:
+                batches.make()  # the language model works while the host waits for this step
+            *sums, n_dead = queued.cpu()
+            sums, dead = torch.stack(sums), order[: int(n_dead)]
             if not sums.isfinite().all():
                 raise Stopped(f"loss is {float(sums[0])}")
             state.running = sums if state.running is None else state.running + sums
@@ -255,7 +269,8 @@ class _Loop:
         """Activations of every `every`-th micro-batch from number `start` + `offset` on."""
         numbered = self.blocks.batches(self.plan.sequences, self.run.train.seed, start)
         own = itertools.islice(numbered, offset, None, every)
-        return activations.stream(self.lm, own, self.run.site, self.lens)
+        check = self.lm.device.type == "cpu"  # else the loss is looked at, once a step
+        return activations.stream(self.lm, own, self.run.site, self.lens, check)
 
     @torch.no_grad()
     def set_bias(self, batch: Batch):
@@ -263,8 +278,12 @@ class _Loop:
         scaled, _ = self.sae.standardise(batch.source)
         self.sae.pre_bias.copy_(metrics.geometric_median(scaled.flatten(0, 1)))
 
-    def step(self, batches: Iterator[Batch], optimizer) -> Tensor:
-        """One optimiser step; returns (2 + layers,) means of loss, AuxK and FVU per layer."""
+    def step(self, batches: Iterator[Batch], optimizer, dead: Tensor) -> tuple[Tensor, Tensor]:
+        """One optimiser step with the dead latents given, queued: nothing in it waits for a device.
+
+        Returns (2 + layers + 1,) means of loss, AuxK and FVU per layer and then the number of
+        latents that are dead after it; and all latents, those first.
+        """
         sae, accelerator, own = (
             self.sae,
             self.accelerator,
@@ -274,7 +293,7 @@ class _Loop:
         for batch in itertools.islice(batches, own):
             target = None if batch.target is batch.source else batch.target
             with accelerator.autocast():
-                loss = objective.loss(sae, batch.source, target, self.run.sae.aux_alpha)
+                loss = objective.loss(sae, batch.source, target, self.run.sae.aux_alpha, dead)
             accelerator.backward(loss.total / own)
             logs.append(torch.cat([loss.total.detach()[None], loss.auxk[None], loss.fvu]))
             fired |= sae.fired(loss.topk)
@@ -285,11 +304,13 @@ class _Loop:
                 parameter.grad = accelerator.reduce(parameter.grad, "mean")
             log = accelerator.reduce(log, "mean")
             fired = accelerator.reduce(fired.int(), "sum") > 0
-            kept = int(accelerator.reduce(torch.tensor(kept, device=fired.device), "sum"))
+            kept = accelerator.reduce(torch.tensor(kept, device=fired.device), "sum")
         optimizer.step()
         optimizer.zero_grad()
         sae.count_tokens(fired, kept)
-        return log.cpu()
+        dead = sae.dead
+        order = dead.byte().argsort(descending=True, stable=True)
+        return torch.cat([log, dead.sum()[None]]), order
 
     def row(self, state: _State, steps: int) -> dict[str, Any]:
         """The log row of the `steps` steps since the last one."""
@@ -306,6 +327,19 @@ class _Loop:
             "tokens_per_second": round(tokens / state.seconds),
             **{f"fvu_{name}": value for name, value in zip(names, fvu, strict=True)},
         }
+
+
+class _Ahead(Iterator):
+    """An iterator whose next item can be made before it is asked for."""
+
+    def __init__(self, items: Iterator):
+        self._items, self._made = items, []
+
+    def make(self):
+        self._made = [next(self)]
+
+    def __next__(self):
+        return self._made.pop() if self._made else next(self._items)
 
 
 class _Checkpoint:

@@ -140,7 +140,7 @@ def test_the_optimiser_holds_the_decoder_alone_at_unit_norm():
         ({"k": 0}, "got 0"),
         ({"n_inputs": 1}, "n_inputs of at least 2"),
         ({"aux_k": -1}, "aux_k of at least 0"),
-        ({"kernel": "triton"}, "'triton'"),
+        ({"kernel": "fastest"}, "'fastest'"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):

@@ -1,0 +1,144 @@
+"""The kernels for CUDA devices: the dense definition is their judge.
+
+On a CPU they run in Triton's interpreter. `pip install triton` is needed for that; without it these
+tests are skipped, in CI they fail.
+"""
+
+import functools
+import importlib.util
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mlsae_core import kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
+if importlib.util.find_spec("triton") is None:
+    if "CI" in os.environ:
+        raise ModuleNotFoundError('triton: pip install -c constraints.txt -e ".[gpu]"')
+    pytest.skip("needs triton", allow_module_level=True)
+from mlsae_core import triton_kernels  # noqa: E402
+
+#: Larger where that costs nothing: (vectors, d, latents, k, dead, aux_k).
+SIZES = [(23, 24, 512, 8, 40, 7), (9, 20, 301, 5, 301, 64), (5, 130, 1100, 33, 1, 1)]
+if DEVICE == "cuda":
+    SIZES += [(777, 130, 3001, 16, 500, 65), (4000, 512, 32768, 32, 4096, 256)]
+
+
+def problem(n, d, m, n_dead, seed=0):
+    """Vectors, unit weights, a bias and dead latents; the first latents are active everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    x, bias = torch.randn(n, d, generator=generator), torch.randn(d, generator=generator) / 10
+    encoder, decoder = (F.normalize(torch.randn(m, d, generator=generator)) for _ in range(2))
+    encoder[:2] += 2 * F.normalize(x.mean(0, keepdim=True))
+    dead = torch.randperm(m, generator=generator)[:n_dead].sort().values
+    return x, encoder, decoder, bias, dead
+
+
+@functools.cache
+def results(size, kernel, precision=None):
+    """Everything that a pass forward and backward gives, on the CPU, in float64."""
+    n, d, m, k, n_dead, aux_k = size
+    device = "cpu" if kernel == "dense" else DEVICE
+    dtype = torch.float64 if kernel == "dense" else torch.float32
+    *tensors, dead = problem(n, d, m, n_dead)
+    tensors = [t.to(device, dtype).requires_grad_() for t in tensors]
+    with torch.autocast(device, precision or torch.bfloat16, enabled=precision is not None):
+        y, y_dead, code = kernels.autoencode(*tensors, k, dead.to(device), aux_k, kernel)
+        y, y_dead = y.to(dtype), y_dead.to(dtype)
+        total = y.sin().sum() + y_dead.square().sum() + code.values.square().sum()
+    total.backward()
+    values = code.values.sort(1).values
+    found = {"y": y, "y_dead": y_dead, "values": values}
+    found |= {
+        name: t.grad for name, t in zip(("x", "encoder", "decoder", "bias"), tensors, strict=True)
+    }
+    return {name: t.detach().cpu().double() for name, t in found.items()}
+
+
+def largest_error(found, expected):
+    return {
+        name: float((found[name] - expected[name]).norm() / expected[name].norm())
+        for name in expected
+    }
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_values_and_gradients_are_those_of_the_definition(size, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "RUN", 4)  # runs of the busy latents are cut
+    errors = largest_error(results(size, "triton"), results(size, "dense"))
+    assert max(errors.values()) < 2e-6, errors
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_they_are_rounded_to_its_precision(precision):
+    """Scores that lie too close for it change places, as many as in PyTorch's own path."""
+    size = SIZES[-1] if DEVICE == "cuda" else SIZES[0]
+    errors = largest_error(results(size, "triton", precision), results(size, "dense"))
+    plain = largest_error(results(size, "sparse", precision), results(size, "dense"))
+    assert 1e-5 < errors["values"] < 0.01, errors
+    assert all(errors[name] < 2 * plain[name] + 0.01 for name in errors), (errors, plain)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("levels", [3, 10, 10**6])
+@pytest.mark.parametrize(("width", "k"), [(40, 1), (512, 8), (501, 9), (1000, 31), (64, 40)])
+def test_the_largest_are_selected_even_with_ties(width, k, levels, precision):
+    generator = torch.Generator().manual_seed(width + levels)
+    scores = torch.randint(-levels // 3, levels, (4, width), generator=generator).to(precision)
+    scores = scores.to(DEVICE)
+    expected = scores.relu().float().sort(1, descending=True).values[:, :k]
+    values, indices = triton_kernels.topk(scores, k)
+    assert torch.equal(values.sort(1, descending=True).values, expected)
+    assert torch.equal(scores.relu().float().gather(1, indices), values)
+    assert all(len(set(row.tolist())) == k for row in indices)
+    for keep in (triton_kernels.keep_largest, kernels.keep_largest):
+        kept = keep(scores.clone(), k)
+        assert torch.equal(kept.float().sort(1, descending=True).values[:, :k], expected)
+        assert ((kept == 0) | (kept == scores)).all()
+        assert ((kept > 0).sum(1) <= k).all()
+
+
+def test_rows_that_are_not_finite_are_not_hidden():
+    scores = torch.randn(2, 512, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    scores[0, 7], scores[1, 9] = torch.nan, torch.inf
+    values, indices = triton_kernels.topk(scores, 4)
+    assert values[0].isnan().any()
+    assert values[1].isinf().any()
+    assert 7 in indices[0]
+
+
+def test_dead_latents_by_whole_products_in_parts_that_are_kept_or_computed_again(monkeypatch):
+    *tensors, dead = problem(50, 24, 200, 100)
+    expected = None
+    for scores, kept in ((2**28, 2**30), (128 * 7, 2**30), (128 * 7, 128 * 20), (128, 0)):
+        monkeypatch.setattr(kernels, "DEAD_SCORES", scores)
+        monkeypatch.setattr(kernels, "DEAD_KEPT", kept)
+        x, encoder, decoder, bias = (t.double().requires_grad_() for t in tensors)
+        y = kernels.decode_dead(x, bias, encoder, decoder, dead, 9, kernels.keep_largest)
+        y.sin().sum().backward()
+        found = [y, *(t.grad for t in (x, encoder, decoder, bias))]
+        expected = expected or found
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_row_products_in_parts_are_those_of_the_whole(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    table, a = (torch.randn(shape, generator=generator) for shape in ((30, 6), (11, 6)))
+    indices = torch.randint(30, (11, 4), generator=generator)
+    whole = kernels._row_products(table, indices, a)
+    torch.testing.assert_close(whole, torch.einsum("nkd,nd->nk", table[indices], a))
+    monkeypatch.setattr(kernels, "PAIRS", 9)
+    assert torch.equal(kernels._row_products(table, indices, a), whole)
+
+
+def test_a_device_that_cannot_run_them_is_named(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="triton needs a CUDA device, got cpu; take sparse"):
+        kernels.check("triton", torch.device("cpu"))
+    kernels.check("sparse", torch.device("cpu"))
