@@ -1,0 +1,243 @@
+"""A first look at a machine with a GPU: is it right, and where does the time of a step go?
+
+    python -m benchmarks.gpu_check [env right parts step loop train ...] [--out FOLDER]
+
+Phases in this order; each prints as it goes, none stops the next, and all of it ends up in
+FOLDER/gpu_check.json. About five minutes. Parts stand beside their roofline: the larger of bytes over
+the measured speed of a copy and operations over the measured speed of a product in that precision.
+Without a GPU the same runs at tiny shapes, which proves nothing but that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from mlsae_core import kernels, objective
+from mlsae_core.sae import MLSAE
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"
+# The paper's default on Pythia-70m: vectors of a micro-batch, d_model, latents, k, aux_k; dead.
+N, D, M, K, AUX, DEAD = (49152, 512, 32768, 32, 256, 4096) if CUDA else (96, 32, 512, 8, 16, 64)
+
+found: dict[str, object] = {}
+speed = {"copy": 3e12, "bf16": 7e14, "tf32": 4e14, "fp32": 5e13}  # measured by `env`
+
+
+def sync():
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def milliseconds(function: Callable, warm: int = 2, rounds: int = 7) -> float:
+    """Median over rounds, each waited for."""
+    if not CUDA:
+        warm, rounds = 0, 1
+    for _ in range(warm):
+        function()
+    times = []
+    for _ in range(rounds):
+        sync()
+        began = time.perf_counter()
+        function()
+        sync()
+        times.append(1e3 * (time.perf_counter() - began))
+    return sorted(times)[len(times) // 2]
+
+
+def note(name: str, value):
+    found[name] = value
+    print(f"{name:<58}{value}", flush=True)
+
+
+def part(name: str, function: Callable, gigabytes: float = 0, tera: float = 0, kind: str = "bf16"):
+    """Time something beside its roofline: GB moved and TFLOP of products."""
+    took = milliseconds(function)
+    limit = 1e3 * max(gigabytes * 1e9 / speed["copy"], tera * 1e12 / speed[kind])
+    note(name, f"{took:.3f} ms, roofline {limit:.3f} ms, {limit / took:.0%}")
+    return took
+
+
+# --- phases -----------------------------------------------------------------------------------
+
+
+def env():
+    note("torch", f"{torch.__version__} on {torch.cuda.get_device_name() if CUDA else 'cpu'}")
+    if not CUDA:
+        return
+    a = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+    b = torch.empty_like(a)
+    speed["copy"] = 2 * a.numel() / milliseconds(lambda: b.copy_(a)) * 1e3
+    note("copy", f"{speed['copy'] / 1e12:.2f} TB/s")
+    for kind, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("tf32", torch.float32)):
+        torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+        x, y = (torch.randn(8192, 8192, device=DEVICE, dtype=dtype) for _ in "xy")
+        speed[kind] = 2 * 8192**3 / milliseconds(lambda x=x, y=y: x @ y, 2, 5) * 1e3
+        note(f"8192³ product, {kind}", f"{speed[kind] / 1e12:.0f} TFLOP/s")
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def right():
+    """The largest relative error of results and gradients against float64 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    for n, d, m, k, aux, dead in (
+        (500, 64, 1024, 8, 16, 64),
+        (777, 130, 3001, 16, 65, 500),
+        (300, 512, 32768, 32, 256, 4000),
+    )[: 3 if CUDA else 1]:
+        x, b = torch.randn(n, d, generator=generator), torch.randn(d, generator=generator)
+        weights = [F.normalize(torch.randn(m, d, generator=generator)) for _ in "ed"]
+        which = torch.randperm(m, generator=generator)[:dead].sort().values
+        results = {}
+        for kernel in ("dense", "sparse", "triton"):
+            device, dtype = ("cpu", torch.float64) if kernel == "dense" else (DEVICE, torch.float32)
+            tensors = [t.to(device, dtype, copy=True).requires_grad_() for t in (x, *weights, b)]
+            y, y_dead, _ = kernels.autoencode(*tensors, k, which.to(device), aux, kernel)
+            (y.sin().sum() + y_dead.square().sum()).backward()
+            results[kernel] = [t.detach().cpu().double() for t in (y, y_dead)]
+            results[kernel] += [t.grad.cpu().double() for t in tensors]
+        for kernel in ("sparse", "triton"):
+            pairs = zip(results[kernel], results["dense"], strict=True)
+            worst = max(float((a - e).norm() / e.norm()) for a, e in pairs)
+            verdict = "ok" if worst < 1e-4 else "WRONG"
+            note(f"{kernel}, largest relative error, {(n, d, m, k)}", f"{worst:.1e} {verdict}")
+
+
+def parts():
+    from mlsae_core import triton_kernels as tk
+
+    x = torch.randn(N, D, device=DEVICE)
+    encoder, decoder = (F.normalize(torch.randn(M, D, device=DEVICE)) for _ in "ed")
+    bf16 = x.bfloat16()
+    columns = encoder.bfloat16().T
+    tera, table = 2e-12 * N * M * D, N * M * 2e-9
+    for rows in (1024, 2048, 4096, 8192, 16384) if CUDA else (32,):
+        out = torch.empty(rows, M, dtype=torch.bfloat16, device=DEVICE)
+
+        def product(out=out, rows=rows):
+            for chunk in bf16.split(rows):
+                torch.mm(chunk, columns, out=out[: len(chunk)])
+
+        def chosen(out=out, rows=rows):
+            for chunk in bf16.split(rows):
+                tk.topk(torch.mm(chunk, columns, out=out[: len(chunk)]), K)
+
+        part(f"scores bf16, {rows} rows at a time", product, table, tera)
+        part(f"scores bf16 and selection, {rows} rows at a time", chosen, table, tera)
+    rows = min(N, 4096)
+    scores = torch.mm(bf16[:rows], columns)
+    times, share = N / rows, rows / N
+    note("torch.topk, ms a micro-batch", times * milliseconds(lambda: scores.topk(K), 1, 3))
+    note("group_topk", times * milliseconds(lambda: kernels.group_topk(scores, K), 1, 3))
+    part("selection, of 4096 rows", lambda: tk.topk(scores, K), share * table)
+    dead = torch.randn(N, DEAD, device=DEVICE, dtype=torch.bfloat16)
+    part("the largest dead scores, in place", lambda: tk.keep_largest(dead, AUX), N * DEAD * 4e-9)
+    values, indices = torch.rand(N, K, device=DEVICE), torch.randint(M, (N, K), device=DEVICE)
+    half, bias = decoder.bfloat16(), torch.zeros(D, device=DEVICE)
+    pairs = N * K
+    moved = pairs * D * 2e-9
+    part("decode", lambda: tk.decode(values, indices, half, bias), moved)
+    part("decode from float32", lambda: tk.decode(values, indices, decoder, bias), 2 * moved)
+    part("sort by latent", lambda: indices.view(-1).short().sort(stable=True), pairs * 40e-9)
+    part(
+        "backward, sort included",
+        lambda: tk._backward(values, indices, None, bf16, bf16, decoder),
+        2 * moved,
+    )
+    skewed = indices.clone()
+    skewed[:, :4] = torch.arange(4, device=DEVICE)  # latents that are active everywhere
+    part(
+        "backward, 4 latents active everywhere",
+        lambda: tk._backward(values, skewed, None, bf16, bf16, decoder),
+        2 * moved,
+    )
+
+
+def make_step(kernel: str, precision: torch.dtype | None, n_dead: int) -> Callable:
+    sae = MLSAE(D, M, K, AUX, kernel=kernel, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    x = torch.randn(6, N // 6, D, device=DEVICE)
+    dead = torch.arange(n_dead, device=DEVICE)
+
+    def step():
+        with torch.autocast(DEVICE, precision or torch.bfloat16, enabled=precision is not None):
+            loss = objective.loss(sae, x, dead=dead)
+        loss.total.backward()
+        return sae.fired(loss.topk)
+
+    step.sae = sae
+    return step
+
+
+def step():
+    cases = [
+        ("sparse", None),
+        ("sparse", torch.bfloat16),
+        ("triton", None),
+        ("triton", torch.bfloat16),
+    ]
+    for kernel, precision in cases:
+        for n_dead in (0, DEAD):
+            if CUDA:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            one = make_step(kernel, precision, n_dead)
+            took = milliseconds(one, 2, 5)
+            peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0
+            note(
+                f"micro-batch, {kernel} {precision or 'fp32'}, {n_dead} dead",
+                f"{took:.2f} ms, {N / took * 1e3:,.0f} vectors/s, peak {peak:.1f} GB",
+            )
+    optimizer = one.sae.make_optimizer()
+    part("optimiser", optimizer.step, 2 * M * D * 4e-9 * 7)
+    if CUDA:
+        profile(one)
+
+
+def profile(one: Callable):
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        one()
+        sync()
+    table = seen.key_averages().table(
+        sort_by="cuda_time_total", row_limit=45, max_name_column_width=70
+    )
+    (OUT / "profile.txt").write_text(table)
+
+
+PHASES = {"env": env, "right": right, "parts": parts, "step": step}
+OUT = Path(".")
+
+
+def main():
+    global OUT
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("phases", nargs="*", metavar="PHASE", help=", ".join(PHASES))
+    parser.add_argument("--out", type=Path, default=Path("."))
+    options = parser.parse_args()
+    OUT = options.out
+    for name in options.phases or PHASES:
+        began = time.perf_counter()
+        try:
+            PHASES[name]()
+        except Exception:
+            traceback.print_exc(limit=6)
+        print(f"--- {name}: {time.perf_counter() - began:.0f} s", flush=True)
+        (OUT / "gpu_check.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
