@@ -79,6 +79,15 @@ def check(kernel: str, device: torch.device) -> None:
         raise ValueError(f"kernel: triton needs a CUDA device, got {device}; take sparse")
 
 
+def fused(function: Callable, kernel: str, device: torch.device) -> Callable:
+    """A function of elementwise operations and sums: as it is, or compiled into few passes for the
+    kernels of a GPU, where each operation for itself reads and writes everything."""
+    return _compiled(function) if kernel == "triton" and device.type == "cuda" else function
+
+
+_compiled = cache(torch.compile)
+
+
 def autoencode(
     x: Tensor,
     encoder: Tensor,

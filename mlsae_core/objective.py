@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mlsae_core import kernels
-from mlsae_core.sae import MLSAE, TopK
+from mlsae_core.sae import MLSAE, Stats, TopK
 
 ALPHA = 1 / 32
 """The coefficient of AuxK (Gao et al. 2024, Appendix A.2)."""
@@ -98,21 +98,30 @@ def loss(
         kernel=sae.kernel,
     )
     y = y.view_as(scaled)
-    mse, fvu = _unexplained(target, stats.restore(y))
+    mse, fvu = kernels.fused(_unexplained, sae.kernel, y.device)(target, y, *stats)
     total = fvu.mean()
     auxk = torch.zeros_like(total)
     if y_dead is not None:
-        auxk = _unexplained((expected - y).detach(), y_dead.view_as(y))[1].mean()
+        left = kernels.fused(_left_unexplained, sae.kernel, y.device)
+        auxk = left(expected, y.detach(), y_dead.view_as(y)).mean()
         total = total + alpha * auxk
     topk = TopK(*(part.view(*scaled.shape[:2], -1) for part in code[:2]))
     return Loss(total, fvu.detach(), mse.detach(), auxk.detach(), n_dead, topk)
 
 
-def _unexplained(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared error and global FVU, each (layer,), of two (layer, token, d) tensors."""
-    mse = _mean_square(recon - x)
+def _unexplained(
+    x: Tensor, y: Tensor, mean: Tensor | None = None, std: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean squared error and global FVU, each (layer,), of x and its reconstruction, both (layer,
+    token, d), the latter before it is mapped back."""
+    mse = _mean_square(Stats(mean, std).restore(y) - x)
     variance = _mean_square(x - x.mean((1, 2), keepdim=True))
     return mse, mse / variance.clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def _left_unexplained(x: Tensor, y: Tensor, y_dead: Tensor) -> Tensor:
+    """FVU (layer,) of the error x - y and its reconstruction by the dead latents."""
+    return _unexplained(x - y, y_dead)[1]
 
 
 def _mean_square(x: Tensor) -> Tensor:

@@ -168,12 +168,9 @@ class MLSAE(nn.Module):
         if not self.standardize:
             _check_finite(x)
             return x, Stats(None, None)
-        mean = x.mean(-1, keepdim=True)
-        centred = x - mean
-        std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(self.n_inputs - 1)
+        scaled, mean, std = kernels.fused(_standardised, self.kernel, x.device)(x)
         _check_finite(std)  # not finite as soon as one number of the vector is not
-        into = None if centred.requires_grad else centred  # fresh memory costs more than dividing
-        return torch.div(centred, std + STD_EPS, out=into), Stats(mean, std)
+        return scaled, Stats(mean, std)
 
     def encode(self, x: Tensor) -> TopK:
         """The k largest latents of each vector, in no particular order.
@@ -307,6 +304,16 @@ class MLSAE(nn.Module):
             sae.decoder.copy_(tensors["decoder.weight"].T)
             sae.pre_bias.copy_(tensors["pre_encoder_bias"])
         return sae
+
+
+def _standardised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x (…, d) standardised, and the mean and unbiased standard deviation (…, 1) of each vector."""
+    mean = x.mean(-1, keepdim=True)
+    centred = x - mean
+    std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(x.shape[-1] - 1)
+    # Fresh memory costs more than dividing.
+    divide = centred.div if centred.requires_grad else centred.div_
+    return divide(std + STD_EPS), mean, std
 
 
 def _check_finite(x: Tensor) -> None:

@@ -1,9 +1,11 @@
 """The loss: hand-computed values, its laws, and the sparse kernels against the dense ones."""
 
+import functools
+
 import pytest
 import torch
 
-from mlsae_core import objective
+from mlsae_core import kernels, objective
 from mlsae_core.sae import MLSAE
 
 L, T, D, N = 3, 40, 16, 128
@@ -197,3 +199,25 @@ def test_constant_activations_stay_finite():
 def test_wrong_input_is_refused(source, target, message):
     with pytest.raises(ValueError, match=message):
         objective.loss(make(), source, target)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch's compiler looks at it
+@pytest.mark.parametrize("n_dead", [0, 9])
+def test_what_is_compiled_for_a_gpu_gives_the_same_loss_and_gradients(monkeypatch, n_dead):
+    compiled = functools.cache(functools.partial(torch.compile, backend="aot_eager"))
+    results = []
+    for fuse in (lambda function, *_: function, lambda function, *_: compiled(function)):
+        monkeypatch.setattr(kernels, "fused", fuse)
+        sae = MLSAE(16, 64, 4, generator=torch.Generator().manual_seed(0))
+        sae.tokens_since_active[:n_dead] = sae.dead_tokens
+        found = []
+        for n in (5, 5, 7):  # another number of tokens compiles anew
+            generator = torch.Generator().manual_seed(n)
+            x = torch.randn(3, n, 16, generator=generator) * torch.arange(1, n + 1)[:, None]
+            loss = objective.loss(sae, x)
+            loss.total.backward()
+            found += [loss.total.detach(), loss.fvu, loss.mse, loss.auxk]
+        results.append([*found, *(p.grad for p in sae.parameters())])
+    assert (results[0][3] > 0) == (n_dead > 0)
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain)
