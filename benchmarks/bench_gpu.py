@@ -40,7 +40,7 @@ def cases(quick: bool) -> list[Case]:
     if quick:
         return [_case("tiny", 3, 2)]
     large = [_memory_case(name) for name in ("Pythia-1b", "Gemma 2 2B")]
-    return [_case("Pythia-70m", 96, 16), *large]
+    return [_case("Pythia-70m", 12, 16), *large]
 
 
 def _memory_case(name: str) -> Case:
@@ -77,7 +77,7 @@ def _case(name: str, steps: int, micro_batches: int) -> Case:
         "tokens",
         {label: Implementation(make) for label, make in makers.items()},
         steps=1,
-        rounds=3,
+        rounds=1,
         shares=partial(_shares, shape, run),
         settings=shape.settings()
         | {"steps": steps, "tokens a step": batch, "precision": PRECISION},

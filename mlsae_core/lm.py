@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -150,9 +151,10 @@ class LanguageModel:
         twin._is_compiled = True
         graphs = self.device.type == "cuda" and backend == "inductor"
         mode = "reduce-overhead" if graphs else None
-        # One limit of recompilation for each model, and what is compiled is shared by its blocks.
-        options = {"dynamic": False, "isolate_recompiles": True, "mode": mode}
-        forward = torch.compile(_forward, backend=backend, **options)
+        # What is compiled belongs to a code object: one for each model gives it a limit of
+        # recompilation of its own, and is shared by the model's blocks.
+        own = FunctionType(_forward.__code__.replace(), _forward.__globals__)
+        forward = torch.compile(own, backend=backend, dynamic=False, mode=mode)
         # The forward alone and not the call, so that hooks stay outside of what is compiled: they
         # come and go with every pass, and the last one raises.
         blocks = [copy.copy(block) for block in self.blocks]

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 Mode = Literal["cached", "force", "read-only"]
 EVALUATION_BATCH_TOKENS = 2048
+#: Analyses whose result is the same to rounding however the text is cut into batches. The others
+#: draw random numbers batch by batch, or hold a graph of what they read.
+ANY_BATCH = ("evaluate", "transfer", "drift", "examples", "duplicates")
 #: Of single-prompt heatmaps: the MLSAE paper's, and three of the sort of text our models know.
 PROMPTS = (
     "When John and Mary went to the store, John gave",
@@ -287,7 +290,7 @@ class Session:
         if found := self._find("drift", identity, spec):
             return found
         lm, lens = self._inputs(run)
-        batches = Batches(self.blocks(run, settings.split), run, settings)
+        batches = Batches(self.blocks(run, settings.split), run, settings, batch_tokens(lm))
 
         def fill(folder: Path) -> dict:
             from mlsae_core.analysis import drift
@@ -393,7 +396,9 @@ class Session:
 
         read = target.read(run) if target else run
         lm, lens = self._inputs(read)
-        batches = Batches(self.blocks(read, settings.split), read, settings)
+        samples = target is not None and target.text == "rollouts"
+        size = batch_tokens(lm) if stage in ANY_BATCH and not samples else EVALUATION_BATCH_TOKENS
+        batches = Batches(self.blocks(read, settings.split), read, settings, size)
         sae = self.sae(run)
 
         def fill(folder: Path) -> dict:
@@ -460,9 +465,15 @@ def _wait():
 class Batches:
     """The first `settings.tokens` tokens of a split in batches, in order; knows its length."""
 
-    def __init__(self, blocks, run: RunSpec, settings: EvaluateSpec):
+    def __init__(
+        self,
+        blocks,
+        run: RunSpec,
+        settings: EvaluateSpec,
+        batch_tokens: int = EVALUATION_BATCH_TOKENS,
+    ):
         context = run.data.context_length
-        self.size = max(EVALUATION_BATCH_TOKENS // context, 1)
+        self.size = max(batch_tokens // context, 1)
         sequences = max(settings.tokens // context, 1)
         if isinstance(blocks, text.TokenBlocks):
             sequences = min(sequences, len(blocks))
@@ -478,6 +489,28 @@ class Batches:
             left -= len(tokens)
             if left <= 0:
                 return
+
+
+def batch_tokens(lm: LanguageModel) -> int:
+    """Tokens of a batch of an analysis of `ANY_BATCH`: on a GPU as many as fit a quarter of it.
+
+    The largest thing held is `analysis.evaluate`'s growing batch: three choices for each layer, and
+    of each what a block makes of it, about 16 float32 vectors.
+    """
+    if lm.device.type != "cuda":
+        return EVALUATION_BATCH_TOKENS
+    each = 3 * lm.n_layers * 16 * 4 * lm.d_model
+    fit = max(_memory(lm.device) // 4 // each, EVALUATION_BATCH_TOKENS)
+    return min(1 << (fit.bit_length() - 1), 32 * EVALUATION_BATCH_TOKENS)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of memory of a device, or of this machine."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def checkpoint_path(identity: str) -> Path:
@@ -516,6 +549,8 @@ def _reading(failure: str):
 
 def check(run: RunSpec):
     """Refuse what does not fit the model's configuration; neither weights nor text are read."""
+    from mlsae_core import train
+
     config = model_config(run.model)
     n_latents = run.n_latents(config.num_hidden_layers, config.hidden_size)
     limit, context = getattr(config, "max_position_embeddings", None), run.data.context_length
@@ -526,7 +561,7 @@ def check(run: RunSpec):
         )
     # Two matrices; of each the weights, the gradient and Adam's two moments, in float32.
     needed = 2 * 4 * 4 * n_latents * n_latents // run.sae.expansion_factor
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = _memory(train.process_state().device)
     if needed > memory:
         raise SpecError(
             f"expansion_factor: expected a dictionary that can be trained in {memory / 1e9:.0f} GB "

@@ -302,7 +302,8 @@ def save_checkpoint(path: Path, state):
     def plain(value):
         if isinstance(value, torch.Tensor):
             name = str(len(tensors))
-            tensors[name] = value.detach().cpu().contiguous().clone()
+            # One copy, whatever the device: tensors that share memory are refused by safetensors.
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
             return {"tensor": name}
         if isinstance(value, dict):
             return {"items": [[key, plain(item)] for key, item in value.items()]}

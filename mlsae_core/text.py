@@ -29,7 +29,6 @@ import numpy as np
 import pandas as pd
 import pyarrow
 import pyarrow.parquet
-import zstandard
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
@@ -263,12 +262,16 @@ def _format(path: Path) -> str | None:
 
 def _file_documents(path: Path, data: DataSpec) -> Iterator[str]:
     """Documents of one file: rows of a table, JSON objects, or paragraphs of a plain text."""
+    opened, errors = open, (OSError, ValueError, RecursionError, EOFError)
+    if path.suffix.lower() == ".zst":
+        import zstandard  # not everywhere that trains: tokenised text needs it no more
+
+        opened, errors = zstandard.open, (*errors, zstandard.ZstdError)
     try:
         if _format(path) == ".parquet":
             yield from _parquet(path, data.text_column)
             return
-        compressed = path.suffix.lower() == ".zst"
-        with (zstandard.open if compressed else open)(path, "rt", encoding="utf-8-sig") as file:
+        with opened(path, "rt", encoding="utf-8-sig") as file:
             if _format(path) == ".txt":
                 for blank, lines in itertools.groupby(file, lambda line: not line.strip()):
                     if not blank:
@@ -278,7 +281,7 @@ def _file_documents(path: Path, data: DataSpec) -> Iterator[str]:
                     yield _text(row, data.text_column)
     except SpecError:
         raise
-    except (OSError, ValueError, RecursionError, EOFError, zstandard.ZstdError) as error:
+    except errors as error:
         raise SpecError(f"data.path: cannot read {path}: {_reason(error)}") from error
 
 

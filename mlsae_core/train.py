@@ -35,6 +35,7 @@ from mlsae_core.text import StreamedBlocks, TokenBlocks
 
 LOG_ROWS = 200
 CHECKPOINT_SECONDS = 60.0
+CHECKPOINT_EVERY = 20.0  # times as long as the last one took to write, at least
 _ACCELERATE_PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 
 
@@ -46,23 +47,34 @@ class Trained(NamedTuple):
     seconds: float
 
 
-def process_state() -> PartialState:
-    """This process among those of an accelerate launch, on the CPU where the launch says so."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+def process_state(cpu: bool = False) -> PartialState:
+    """This process among those of an accelerate launch, on the CPU where the launch says so.
+
+    cpu: also where the launch does not, which only a process that is alone can decide.
+    """
+    cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=cpu)
+    other = state.device.type != "cpu" if cpu else state._cpu
+    if other and state.num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        state = PartialState(cpu=cpu)
+    return state
 
 
-def make_accelerator(run: RunSpec, trackers: tuple[str, ...] = (), **options) -> Accelerator:
-    """The accelerator a run asks for.
+def make_accelerator(
+    run: RunSpec, trackers: tuple[str, ...] = (), *, cpu: bool = False, **options
+) -> Accelerator:
+    """The accelerator a run asks for; `cpu`: where the language model is on the CPU.
 
     Raises:
         SpecError: a precision that the device does not have, or a batch that cannot be dealt to the
             processes.
     """
-    precision = _ACCELERATE_PRECISION[run.train.precision]
-    if precision != "no" and process_state().device.type != "cuda":
+    precision, device = _ACCELERATE_PRECISION[run.train.precision], process_state(cpu).device
+    if precision != "no" and device.type != "cuda":
         raise SpecError(
-            f"precision: expected fp32 on this machine, which has no CUDA device, got "
-            f"{run.train.precision}"
+            f"precision: expected fp32 on {device.type}, got {run.train.precision}, which needs a "
+            "CUDA device"
         )
     AcceleratorState._reset_state()  # else the precision of this process' first run stays
     accelerator = Accelerator(mixed_precision=precision, log_with=list(trackers) or None, **options)
@@ -123,12 +135,14 @@ def train(
 
     Args:
         lens: the basis of the activations; by default the one `run.site` names.
-        checkpoint: file to continue from if it exists and to write every `checkpoint_seconds`.
+        accelerator: on the device of `lm`; by default one is made there.
+        checkpoint: file to continue from if it exists, and to write every `checkpoint_seconds` or
+            20 times as long as it took to write, whichever is longer.
         should_stop: asked after every step but the last; true ends the run at a checkpoint.
         kernel: how the same numbers are computed, see `mlsae_core.kernels`.
 
     Returns:
-        The autoencoder on the accelerator's device, and the log, at most 400 rows. Each is of
+        The autoencoder on the device of `lm`, and the log, at most 400 rows. Each is of
         the interval that ends with optimiser step ``step``, when ``tokens`` training tokens were
         read; means over its steps of ``loss`` (mean FVU over layers + aux_alpha · AuxK), ``auxk``
         (0 while no latent is dead), ``fvu`` (mean over layers) and ``fvu_<layer>`` (one per layer,
@@ -136,16 +150,23 @@ def train(
         its end; ``tokens_per_second`` since the start.
 
     Raises:
-        SpecError: precision, batch, k, layers or hook points that do not fit the model or device.
+        SpecError: precision, batch, k, layers or hook points that do not fit the model or device,
+            or an accelerator on another device than the model.
         StoreError: a checkpoint that is damaged or belongs to another run.
         Stopped: NaN or infinite activations or loss, text that holds nothing but special tokens
             (with the batch, the step and the last checkpoint), or a stop that was asked for.
     """
-    accelerator = accelerator or make_accelerator(run)
-    check_kernel(kernel, accelerator.device)
-    sae = build_sae(run, lm).to(accelerator.device)
+    accelerator = accelerator or make_accelerator(run, cpu=lm.device.type == "cpu")
+    device = torch.empty(0, device=accelerator.device).device  # with its number
+    if device != lm.device:
+        raise SpecError(
+            f"accelerator: expected the language model's device {lm.device}, got {device}; move "
+            "the model there, or leave the accelerator out"
+        )
+    check_kernel(kernel, device)
+    sae = build_sae(run, lm).to(device)
     sae.kernel = kernel
-    lens = lens if lens is not None else Lens.load(run.site, accelerator.device)
+    lens = (lens if lens is not None else Lens.load(run.site)).to(device)
     optimizer = sae.make_optimizer(run.train.learning_rate, run.train.adam_eps)
     loop = _Loop(run, lm, blocks, lens, accelerator, sae, optimizer, _Plan.of(run, accelerator))
     saved = _Checkpoint(checkpoint, loop)
@@ -158,7 +179,6 @@ def train(
         unit_scale=True,
         disable=not accelerator.is_main_process,
     )
-    last_save = time.perf_counter()
     try:
         with progress:
             for row in loop.steps(state):
@@ -169,9 +189,8 @@ def train(
                     )
                     accelerator.log(row, step=state.step)
                 stop = state.step < loop.plan.steps and should_stop(state.step)
-                if stop or time.perf_counter() - last_save > checkpoint_seconds:
+                if stop or saved.is_due(checkpoint_seconds):
                     saved.write(state)
-                    last_save = time.perf_counter()
                 if stop:
                     raise Stopped("stopped as asked")
     except (Stopped, ActivationError) as error:
@@ -347,10 +366,18 @@ class _Checkpoint:
 
     def __init__(self, path: Path | None, loop: _Loop):
         self.path, self.loop = path, loop
+        self.written, self.seconds = time.perf_counter(), 0.0  # when last, and how long it took
+
+    def is_due(self, interval: float) -> bool:
+        """Whether so many seconds have passed since the last one, and writing stays a small share.
+
+        Of a large dictionary it takes seconds, in which nothing is trained.
+        """
+        return time.perf_counter() - self.written > max(interval, CHECKPOINT_EVERY * self.seconds)
 
     def write(self, state: _State):
         """Write all that the rest of the run depends on; the main process does it for all."""
-        loop = self.loop
+        loop, began = self.loop, time.perf_counter()
         if self.path is None or not loop.accelerator.is_main_process:
             return
         scaler = loop.accelerator.scaler
@@ -362,6 +389,8 @@ class _Checkpoint:
             "state": vars(state),
         }
         store.save_checkpoint(self.path, content)
+        self.written = time.perf_counter()
+        self.seconds = self.written - began
 
     def restore(self) -> _State:
         """Where the run stands; weights and optimiser are set to it."""

@@ -27,6 +27,7 @@ from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.spec import DataSpec, ModelSpec, Spec, to_dict
 from mlsae_core.store import Stopped
+from mlsae_core.train import process_state
 
 _AT_ONCE = 512  # positions whose logits are held at a time; they stay in a CPU's cache
 
@@ -229,6 +230,8 @@ def _gradient(lm, weight: Tensor, bias: Tensor, tokens: Tensor, precision: str) 
 def make(model: str, spec: TuneSpec | None = None, force: bool = False) -> Path:
     """The folder of a model's tuned lens, trained if it is not there for this model and spec.
 
+    It is trained on accelerate's device.
+
     Args:
         model: a shipped name, a Hugging Face folder or a hub id.
         force: train although it is there.
@@ -242,7 +245,7 @@ def make(model: str, spec: TuneSpec | None = None, force: bool = False) -> Path:
     identity = {"model": store.model_key(model, None), "spec": to_dict(spec)}
     if not force and _made_of(folder) == identity:
         return folder
-    lm = LanguageModel.load(ModelSpec(model))
+    lm = LanguageModel.load(ModelSpec(model), process_state().device)
     text.check_tokenizer(lm.tokenizer, lm.vocab_size)
     train, held_out = (text.blocks(spec.data, lm.tokenizer, s) for s in ("train", "validation"))
     sequences = max(spec.validation_tokens // spec.data.context_length, 1)

@@ -205,8 +205,15 @@ def test_results_do_not_depend_on_how_the_text_is_batched_nor_change_the_autoenc
     arguments = (lm, sae, Lens.identity(), SiteSpec())
     one = analysis.evaluate(*arguments, [torch.cat(BATCHES)], progress=False)
     rows = torch.cat(BATCHES).split(1)
-    other = analysis.evaluate(*arguments, iter(rows), mean_batches=5, progress=False)
+    other = analysis.evaluate(*arguments, iter(rows), progress=False)
     pd.testing.assert_frame_equal(one, other, atol=1e-5, rtol=1e-5)
+    some = [  # whose means are of the first three sequences
+        analysis.evaluate(*arguments, text, mean_tokens=3 * rows[0].numel(), progress=False)
+        for text in ([torch.cat(BATCHES)], rows, BATCHES)
+    ]
+    for table in some:
+        pd.testing.assert_frame_equal(table, some[0], atol=1e-5, rtol=1e-5)
+        assert (table.ce_mean - one.ce_mean).abs().max() > 1e-3
     assert all(torch.equal(v, before[k]) for k, v in sae.state_dict().items())
     assert not any(math.isnan(v) for v in one.to_numpy().ravel())
 

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 import torch._dynamo.utils
@@ -13,6 +15,7 @@ from tiny_lm import (
     tiny_tokenizer,
     tiny_tokens,
 )
+from torch._inductor import compile_fx
 from transformers import AutoModelForCausalLM, BertConfig, OPTConfig
 
 from mlsae_core.lm import LanguageModel
@@ -169,6 +172,25 @@ def test_compiled_blocks_capture_the_same_and_leave_the_model_as_it_was(architec
     torch.testing.assert_close(resumed, replaced, rtol=1e-5, atol=1e-5)
     with pytest.raises(SpecError, match=r"--compile: expected source .* residual, got mlp_input"):
         compiled.capture(tokens, [0], ["mlp_input"])
+
+
+def test_every_compiled_model_has_a_limit_of_recompilation_of_its_own():
+    counted = torch._dynamo.utils.counters
+    models = [tiny_lm() for _ in range(3)]
+    counted.clear()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for lm in models:
+            captured = lm.compiled("eager").capture(tiny_tokens(), [0])["residual"]
+            torch.testing.assert_close(captured, lm.capture(tiny_tokens(), [0])["residual"])
+    assert counted["stats"]["unique_graphs"] == len(models)
+
+
+def test_what_the_compiler_says_of_tf32_is_no_error_and_other_warnings_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    compile_fx._warn_tf32_disabled.__wrapped__()
+    with pytest.raises(UserWarning, match="something else"):
+        warnings.warn("something else", stacklevel=1)
 
 
 @pytest.mark.gpu

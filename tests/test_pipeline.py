@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from workers import sentences, write_jsonl
 
 from mlsae_core import experiments, pipeline, spec, store, text, train
@@ -244,6 +247,46 @@ def test_what_does_not_fit_is_refused_before_weights_or_text_are_read(
         pipeline.Session().train(run)
     assert message in str(error.value)
     assert not [file for file in data.rglob("*") if file.is_file()]
+
+
+def test_a_gpus_memory_decides_what_fits_it(inputs, data, monkeypatch):
+    device = torch.device("cuda")
+    monkeypatch.setattr(train, "process_state", lambda: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 10**5))
+    with pytest.raises(SpecError, match="expected a dictionary that can be trained in 0 GB of"):
+        pipeline.check(run_of(inputs, expansion_factor=64))
+    pythia = SimpleNamespace(device=device, n_layers=6, d_model=512)
+    sizes = []
+    for memory in (10**6, 80 * 10**9, 10**13):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, memory=memory: (1, memory))
+        pipeline.check(run_of(inputs, expansion_factor=8))
+        sizes.append(pipeline.batch_tokens(pythia))
+    assert sizes == [2048, 32768, 65536]
+    pythia.device = torch.device("cpu")
+    assert pipeline.batch_tokens(pythia) == 2048
+
+
+@pytest.mark.parametrize("stage", pipeline.ANY_BATCH)
+def test_a_larger_batch_changes_nothing_but_the_rounding(inputs, data, stage, monkeypatch):
+    run, settings, found = run_of(inputs), EvaluateSpec(tokens=2048), []
+    for tokens in (64, 1024):
+        monkeypatch.setattr(pipeline, "batch_tokens", lambda _, tokens=tokens: tokens)
+        session = pipeline.Session("force")
+        made = getattr(session, stage)(run, settings)
+        found.append(columns(made))
+    assert found[0].keys() == found[1].keys()
+    for name, column in found[0].items():
+        np.testing.assert_allclose(column, found[1][name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def columns(made):
+    """Every array or column of numbers of a result."""
+    found = {}
+    for name in sorted(made.meta["files"]):
+        path = made.file(name)
+        parts = load_file(path) if path.suffix == ".safetensors" else pd.read_csv(path)
+        found |= {f"{name} {part}": np.asarray(parts[part]) for part in parts}
+    return found
 
 
 def test_a_lens_of_another_model_is_refused_before_text_is_read(inputs, data, monkeypatch):

@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 import torch
 import workers
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from tiny_lm import EOS, VOCAB, tiny_lm, tiny_network, tiny_tokenizer
 
 from mlsae_core import activations, metrics, objective, spec, store, train
@@ -64,6 +66,15 @@ def uninterrupted(lm, blocks):
     return train.train(run_of(), lm, blocks)
 
 
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A machine whose accelerator is not where the model of these tests is."""
+    monkeypatch.setattr(PartialState, "default_device", torch.device("meta"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_the_same_run_gives_the_same_numbers_and_another_seed_others(lm, blocks, uninterrupted):
     assert digest(train.train(run_of(), lm, blocks)) == digest(uninterrupted)
     assert digest(train.train(run_of(seed=1), lm, blocks)) != digest(uninterrupted)
@@ -100,6 +111,20 @@ def test_tokens_are_moved_to_the_models_device_once(monkeypatch):
     list(activations.stream(Elsewhere(), [torch.zeros(2, 3).long()], run_of().site))
     assert [tokens.device.type for tokens in seen] == ["cpu", "meta", "meta"]
     assert seen[1] is seen[2]
+
+
+def test_a_model_on_the_cpu_is_trained_on_there_whatever_the_machine_has(
+    lm, blocks, uninterrupted, elsewhere, tmp_path
+):
+    assert train.process_state().device.type == "meta"
+    with pytest.raises(store.Stopped):
+        train.train(run_of(), lm, blocks, checkpoint=tmp_path / "c", should_stop={5}.__contains__)
+    assert train.process_state().device.type == "meta"  # another model may be there
+    done = train.train(run_of(), lm, blocks, checkpoint=tmp_path / "c")
+    assert digest(done) == digest(uninterrupted)
+    accelerator = train.make_accelerator(run_of())
+    with pytest.raises(SpecError, match=r"accelerator: expected .* device cpu, got meta; move"):
+        train.train(run_of(), lm, blocks, accelerator=accelerator)
 
 
 def test_training_learns_and_says_so_in_documented_columns(uninterrupted):
@@ -150,11 +175,38 @@ def test_an_interrupt_in_the_middle_of_a_step_loses_no_exactness(
         return real(*arguments)
 
     monkeypatch.setattr(objective, "loss", interrupted)
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 0)
     with pytest.raises(KeyboardInterrupt):
         train.train(run_of(), lm, blocks, checkpoint=checkpoint, checkpoint_seconds=0)
     assert store.load_checkpoint(checkpoint)["state"]["step"] == 4
     done = train.train(run_of(), lm, blocks, checkpoint=checkpoint)
     assert digest(done) == digest(uninterrupted)
+
+
+def test_checkpoints_are_written_as_often_as_asked_but_take_a_twentieth_of_the_time(
+    lm, blocks, tmp_path, monkeypatch
+):
+    """By a clock on which a step takes 1 second and a checkpoint 0.25."""
+    now, written = [0.0], []
+
+    def step(real=train._Loop.step):
+        def timed(*arguments):
+            now[0] += 1
+            return real(*arguments)
+
+        return timed
+
+    def save(_, content):
+        now[0] += 0.25
+        written.append(content["state"]["step"])
+
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(train._Loop, "step", step())
+    monkeypatch.setattr(store, "save_checkpoint", save)
+    for seconds, steps in ((1.5, [2, 8]), (7.5, [8])):
+        written.clear()
+        train.train(run_of(), lm, blocks, checkpoint=tmp_path / "c", checkpoint_seconds=seconds)
+        assert written == steps
 
 
 def test_a_steps_gradient_is_the_mean_over_its_micro_batches(lm, blocks):
@@ -293,6 +345,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(lm, blocks, tmp_path
         return loss._replace(total=loss.total * float("nan")) if next(calls) > 6 else loss
 
     monkeypatch.setattr(objective, "loss", broken)
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 0)
     with pytest.raises(store.Stopped, match=r"loss is nan, after step 3 of 12; the last good"):
         train.train(run_of(), lm, blocks, checkpoint=checkpoint, checkpoint_seconds=0)
     assert store.load_checkpoint(checkpoint)["state"]["step"] == 3
@@ -303,12 +356,10 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(lm, blocks, tmp_path
     [
         ({"k": 129}, r"k: expected at most the 128 latents.*got 129"),
         ({"layers": [3]}, r"layers: expected block indices from 0 to 2.*got 3"),
-        ({"precision": "fp16"}, r"precision: expected fp32 on this machine.*got fp16"),
+        ({"precision": "fp16"}, r"precision: expected fp32 on cpu, got fp16, which needs"),
     ],
 )
 def test_what_does_not_fit_is_refused(lm, blocks, changes, message):
-    if "precision" in changes and torch.cuda.is_available():
-        pytest.skip("this machine has a CUDA device")
     with pytest.raises(SpecError, match=message):
         train.train(run_of(**changes), lm, blocks)
 

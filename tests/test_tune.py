@@ -1,6 +1,7 @@
 """Training a tuned lens: divergences fall, a known map is found, indices and files are right."""
 
 import json
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -193,6 +194,16 @@ def test_a_name_and_its_folder_are_one_basis(data, inputs):
         SpecError, match=r"the name of one under data/lenses \(gpt_neox\), got none"
     ):
         pipeline.run_key(run_from_dict({**base, "basis": "none"}))
+
+
+def test_a_lens_is_trained_on_the_machines_device(data, inputs, monkeypatch):
+    (data / "models").symlink_to(inputs)
+    monkeypatch.setattr(tune, "process_state", lambda: SimpleNamespace(device="elsewhere"))
+    monkeypatch.setattr(
+        tune.LanguageModel, "load", lambda *a: (_ for _ in ()).throw(Stopped(a[-1]))
+    )
+    with pytest.raises(Stopped, match="elsewhere"):
+        tune.make("gpt_neox", small())
 
 
 def test_an_interrupted_training_leaves_nothing(data, inputs, monkeypatch):

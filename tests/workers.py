@@ -65,8 +65,7 @@ def slow_command(arguments: list[str], data: Path, checkpoint_steps: int):
     """Run the command line so that it writes a checkpoint at every step and marks when it has."""
     from mlsae_core import train
 
-    train.CHECKPOINT_SECONDS = 0.0
-    train.train.__kwdefaults__["checkpoint_seconds"] = 0.0
+    train.CHECKPOINT_EVERY = train.train.__kwdefaults__["checkpoint_seconds"] = 0.0
     save, count = store.save_checkpoint, 0
 
     def save_and_mark(path, state):

@@ -45,7 +45,7 @@ def evaluate(
     batches: Iterable[Tensor],
     *,
     ablations: bool = True,
-    mean_batches: int = 4,
+    mean_tokens: int = 8192,
     layers_at_once: int | None = None,
     start: int = 0,
     progress: bool = True,
@@ -67,7 +67,7 @@ def evaluate(
         site: layers, source, target; `stacked` dictionaries are measured layer by layer.
         batches: (batch, position) int64 tokens.
         ablations: also replace each layer by zero and by its mean; about three times slower.
-        mean_batches: batches from which the mean of a layer is taken, before the pass.
+        mean_tokens: read before the pass, to take the mean of a layer from them; whole sequences.
         layers_at_once: layers that share a growing batch; fewer take less memory.
         start: the position from which on vectors are replaced and measured, and predictions scored;
             those before it are context.
@@ -91,10 +91,10 @@ def evaluate(
     point, n = points[-1], len(layers)  # the last hook point is the target
     total = len(batches) if hasattr(batches, "__len__") else None
     batches = iter(batches)
-    first = list(itertools.islice(batches, mean_batches if ablations else 1))
+    first, opening = _opening(batches, mean_tokens if ablations else 0)
     if not first:
         raise ValueError("batches: expected at least one batch of tokens, got none")
-    means = _layer_means(lm, first, layers, point) if ablations else None
+    means = _layer_means(lm, opening, layers, point) if ablations else None
 
     reconstruction = Reconstruction(n, lm.d_model, lm.device)
     downstream = Downstream(n, lm.device)
@@ -196,7 +196,9 @@ def distributions(
     n = len(site_layers(site, lm.n_layers))
     found = LayerDistribution(n, sae.n_latents, n_blocks=64, device=lm.device)
     sums = {name: LayerDistribution(n, sae.n_latents, device=lm.device) for name in NULL_MODELS}
-    generator, noise = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+    # The numbers depend on where they are drawn; a GPU would wait for those of a CPU.
+    drawn_on = lm.device if lm.device.type == "cuda" else "cpu"
+    generator, noise = (torch.Generator(drawn_on).manual_seed(seed) for seed in (0, 1))
     seen = 0
     total = len(batches) if hasattr(batches, "__len__") else None
     counted = tqdm(batches, "distributions", total, disable=not progress)
@@ -228,6 +230,20 @@ def distributions(
         "active_tokens": result.active_tokens.int(),
     }
     return {name: array.cpu().contiguous() for name, array in arrays.items()}, numbers
+
+
+def _opening(batches: Iterator[Tensor], tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The batches in which the first so many tokens lie, at least one sequence, and these tokens.
+
+    However the text is cut into batches, the tokens are the same.
+    """
+    first, opening, left = [], [], 1
+    while left > 0 and (batch := next(batches, None)) is not None:
+        left = left if first else max(tokens // batch.shape[1], 1)
+        first.append(batch)
+        opening.append(batch[:left])
+        left -= len(batch)
+    return first, opening
 
 
 def _layer_means(lm: LanguageModel, batches: list[Tensor], layers: list[int], point: str) -> Tensor:

@@ -211,8 +211,9 @@ class LayerDistribution:
         if n_blocks < 2:
             raise ValueError("to resample, make the accumulator with n_blocks ≥ 2, such as 64")
         device = self.sums.device
-        chosen = torch.randint(n_blocks, (n_replicates, n_blocks), generator=generator)
-        weights = self.sums.new_zeros(n_replicates, n_blocks)
+        shape, drawn_on = (n_replicates, n_blocks), _drawn_on(generator)
+        chosen = torch.randint(n_blocks, shape, generator=generator, device=drawn_on)
+        weights = self.sums.new_zeros(shape)
         weights.scatter_add_(1, chosen.to(device), torch.ones_like(weights))
         parts = [_variances(torch.einsum("rb,bsj->rsj", w, self.sums)) for w in weights.split(32)]
         return Variances(*(torch.cat(field) for field in zip(*parts, strict=True)))
@@ -255,9 +256,10 @@ def permute_layers(
 
     Args:
         indices, values: (layer, token, k).
-        generator: on the CPU.
+        generator: on any device, where the numbers are drawn; by default the CPU's.
     """
-    order = torch.rand(indices.shape[:2], generator=generator).argsort(0)
+    drawn_on = _drawn_on(generator)
+    order = torch.rand(indices.shape[:2], generator=generator, device=drawn_on).argsort(0)
     order = order.to(indices.device)[..., None].expand_as(indices)
     return indices.gather(0, order), values.gather(0, order)
 
@@ -267,11 +269,15 @@ def gaussian_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor
 
     Args:
         x: activations, (…, d_model).
-        generator: on the CPU.
+        generator: on any device, where the numbers are drawn; by default the CPU's.
     """
-    noise = torch.randn(x.shape, generator=generator).to(x)
+    noise = torch.randn(x.shape, generator=generator, device=_drawn_on(generator)).to(x)
     norms = [torch.linalg.vector_norm(t, dim=-1, keepdim=True) for t in (x, noise)]
     return noise * (norms[0] / norms[1])
+
+
+def _drawn_on(generator: torch.Generator | None) -> torch.device | None:
+    return generator.device if generator else None
 
 
 def _check_codes(indices: Tensor, values: Tensor, n_layers: int, n_latents: int) -> None:
