@@ -19,12 +19,14 @@ import torch
 from benchmarks.bench_loop import Shape, random_lm, timed_loop
 from benchmarks.common import LIMIT, OURS, Case, Implementation, Step
 from mlsae_core import kernels
+from mlsae_core.lm import LanguageModel
 from mlsae_core.spec import DataSpec, ModelSpec, RunSpec, SaeSpec, SiteSpec, TrainSpec
 from mlsae_core.text import TokenBlocks
 
 COMPILED = "mlsae_core, compiled model"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRECISION = "bf16" if DEVICE == "cuda" else "fp32"
+KERNEL = "triton" if DEVICE == "cuda" else "sparse"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 # Sequences and positions are those of a micro-batch. 2304 is divided by 9 heads of 256.
@@ -50,10 +52,9 @@ def _memory_case(name: str) -> Case:
     return replace(case, implementations=ours, rounds=0, shares=None)
 
 
-def _case(name: str, steps: int, micro_batches: int) -> Case:
-    shape = SHAPES[name]
+def run_spec(shape: Shape, steps: int, micro_batches: int) -> RunSpec:
     batch = shape.tokens * micro_batches
-    run = RunSpec(
+    return RunSpec(
         ModelSpec("random"),
         DataSpec(context_length=shape.positions),
         SiteSpec(),
@@ -65,6 +66,11 @@ def _case(name: str, steps: int, micro_batches: int) -> Case:
             precision=PRECISION,
         ),
     )
+
+
+def _case(name: str, steps: int, micro_batches: int) -> Case:
+    shape = SHAPES[name]
+    run = run_spec(shape, steps, micro_batches)
     makers = {
         OURS: partial(_loop, shape, run),
         COMPILED: partial(_loop, shape, run, compiled=True),
@@ -80,7 +86,7 @@ def _case(name: str, steps: int, micro_batches: int) -> Case:
         rounds=1,
         shares=partial(_shares, shape, run),
         settings=shape.settings()
-        | {"steps": steps, "tokens a step": batch, "precision": PRECISION},
+        | {"steps": steps, "tokens a step": run.train.batch_tokens, "precision": PRECISION},
         device=DEVICE,
     )
 
@@ -92,15 +98,20 @@ def _loop(
     wait: Callable[[], None] = lambda: None,
     compiled: bool = False,
 ) -> Step:
-    lm = random_lm(shape, DEVICE, DTYPE)
+    lm, blocks = inputs(shape, run)
     if compiled:
         lm = lm.compiled("inductor" if DEVICE == "cuda" else "aot_eager")
+    return timed_loop(run, lm, blocks, {} if seconds is None else seconds, wait, KERNEL)
+
+
+def inputs(shape: Shape, run: RunSpec) -> tuple[LanguageModel, TokenBlocks]:
+    """A language model of random weights, and random text."""
+    lm = random_lm(shape, DEVICE, DTYPE)
     generator = torch.Generator().manual_seed(1)
     size = max(run.train.batch_tokens // shape.positions, 64), shape.positions
     tokens = torch.randint(1, shape.vocabulary, size, generator=generator)
     tokens[tokens % 512 == 1] = 0  # ends of documents, whose vectors are left out
-    blocks = TokenBlocks(tokens.int().numpy())
-    return timed_loop(run, lm, blocks, {} if seconds is None else seconds, wait)
+    return lm, TokenBlocks(tokens.int().numpy())
 
 
 def _shares(shape: Shape, run: RunSpec) -> dict[str, float]:

@@ -137,6 +137,7 @@ def timed_loop(
     blocks,
     seconds: dict[str, float],
     wait: Callable[[], None] = lambda: None,
+    kernel: str = "sparse",
 ) -> Step:
     """Train and give the losses; the seconds of each part are left in `seconds`.
 
@@ -168,7 +169,7 @@ def timed_loop(
     def step():
         seconds.clear()
         began = time.perf_counter()
-        log = train(run, lm, Timed(), LENS).log
+        log = train(run, lm, Timed(), LENS, kernel=kernel).log
         seconds["autoencoder"] = time.perf_counter() - began - sum(seconds.values())
         return torch.tensor(log.loss.to_numpy())
 
