@@ -20,16 +20,15 @@ Nothing here knows about layers, standardisation or losses: vectors are the rows
 import importlib.util
 import os
 import threading
-import warnings
-from collections.abc import Callable, Sequence
-from functools import cache, cached_property, partial
+from collections.abc import Callable
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from mlsae_core import pairs
 from mlsae_core.products import fast_products
 
 Kernel = Literal["sparse", "candidates", "dense", "triton"]
@@ -37,16 +36,6 @@ KERNELS: tuple[str, ...] = ("sparse", "candidates", "dense", "triton")
 
 CANDIDATES = 3
 """Candidates for each of the k latents to be selected, in the kernel of that name."""
-
-PIECE = 2**19
-"""Elements of a weight's gradient that are made at a time on a CPU."""
-
-RUN = 256
-"""Pairs of a latent that are summed one after another on devices other than a CPU."""
-
-PAIRS = 2**25
-"""Pairs of one call for PyTorch's gradient of per-sample weights, which on CUDA counts its threads,
-32 a pair, in 32 bits: above 2^26 pairs it reads out of bounds."""
 
 DEAD_SCORES = 2**28
 """Scores of dead latents held at a time on devices other than a CPU."""
@@ -128,14 +117,16 @@ def autoencode(
         from mlsae_core import triton_kernels
 
         return triton_kernels.autoencode(x, encoder, decoder, pre_bias, k, dead, aux_k)
-    if dead is not None and not _is_cpu(x.device):
+    if dead is not None and not pairs.is_cpu(x.device):
         y, _, code = autoencode(x, encoder, decoder, pre_bias, k, kernel=kernel)
         return y, decode_dead(x, pre_bias, encoder, decoder, dead, aux_k, keep_largest), code
     code = select(centred, encoder, k, dead, aux_k, kernel)
-    pairs = Pairs([code.indices] if dead is None else [code.indices, code.aux_indices], encoder)
+    chosen = pairs.Pairs(
+        [code.indices] if dead is None else [code.indices, code.aux_indices], encoder
+    )
     values = [code.values] if dead is None else [code.values, code.aux_values]
-    values = _Encode.apply(x, pre_bias, encoder, centred.detach(), pairs, *values)
-    y, *rest = _Decode.apply(decoder, pairs, *values)
+    values = pairs.Encode.apply(x, pre_bias, encoder, centred.detach(), chosen, *values)
+    y, *rest = pairs.Decode.apply(decoder, chosen, *values)
     return y.add_(pre_bias), rest[0] if rest else None, code._replace(values=values[0])
 
 
@@ -145,8 +136,8 @@ def encode(x: Tensor, encoder: Tensor, pre_bias: Tensor, k: int, kernel: Kernel 
     if kernel == "dense":
         return _dense_code(centred @ encoder.T, k)
     code = select(centred, encoder, k, kernel=kernel)
-    pairs = Pairs([code.indices], encoder)
-    (values,) = _Encode.apply(x, pre_bias, encoder, centred.detach(), pairs, code.values)
+    chosen = pairs.Pairs([code.indices], encoder)
+    (values,) = pairs.Encode.apply(x, pre_bias, encoder, centred.detach(), chosen, code.values)
     return Code(values, code.indices)
 
 
@@ -154,7 +145,7 @@ def decode(values: Tensor, indices: Tensor, decoder: Tensor, kernel: Kernel = "s
     """The weighted sums of decoder rows: values and indices (n, k) to (n, d)."""
     if kernel == "dense":
         return _dense_decode(values, indices, decoder)
-    return _Decode.apply(decoder, Pairs([indices], decoder), values)[0]
+    return pairs.Decode.apply(decoder, pairs.Pairs([indices], decoder), values)[0]
 
 
 # --- dense ------------------------------------------------------------------------------------
@@ -249,7 +240,7 @@ def _select_candidates(centred: Tensor, encoder: Tensor, k: int) -> Code:
     rounded = _kept_buffer(encoder.numel(), torch.bfloat16, centred.device, "encoder")
     rounded = rounded.view_as(encoder)
     norms = []
-    size = max(1, PIECE // d)
+    size = max(1, pairs.PIECE // d)
     for piece, into in zip(encoder.split(size), rounded.split(size), strict=True):
         into.copy_(piece)
         norms.append(torch.stack([_norms(t).amax() for t in (piece, piece - into, into)]))
@@ -271,7 +262,7 @@ def _select_candidates(centred: Tensor, encoder: Tensor, k: int) -> Code:
         # Scores have passed a ReLU: a least one of 0 stands for all that are negative.
         least = scores.amin(1) * (1 + 1.01 * 2.0**-8)
         proven[here] = least < kth * (1 - 1.01 * 2.0**-8) - 2 * bound
-    [exact] = Pairs([candidates], encoder).products(encoder, [centred])
+    [exact] = pairs.Pairs([candidates], encoder).products(encoder, [centred])
     values, positions = exact.topk(k, dim=1, sorted=False)
     indices = candidates.gather(1, positions)
     if len(again := proven.logical_not_().nonzero().squeeze(1)):
@@ -294,7 +285,7 @@ def _norms(rows: Tensor) -> Tensor:
 
 def chunk_rows(n_latents: int, device: str) -> int:
     """Rows of scores held at a time: at most 512, or 48 MiB in float32, on a CPU."""
-    rows = min(512, 3 * 2**22 // n_latents) if device == "cpu" else 2**27 // n_latents
+    rows = min(512, 3 * 2**22 // n_latents) if device == "cpu" else 2**28 // n_latents
     return max(1, rows)
 
 
@@ -341,7 +332,7 @@ def _kept_buffer(
     To ask the system for fresh pages costs more than to fill them. A CUDA device needs no such
     help: PyTorch keeps its memory anyway.
     """
-    if not _is_cpu(device):
+    if not pairs.is_cpu(device):
         return torch.empty(size, dtype=dtype, device=device)
     buffers: dict[tuple[str, torch.dtype], Tensor] = _kept.__dict__
     if (use, dtype) not in buffers or buffers[use, dtype].numel() < size:
@@ -364,203 +355,10 @@ def _let_malloc_keep_memory() -> None:
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
-def _is_cpu(device: torch.device) -> bool:
-    """Whether to take the path tuned for a processor; tests say no to compare it with the other."""
-    return device.type == "cpu"
-
-
 def _matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """a @ b into `out`, on a CPU by the faster of the exact implementations."""
     with fast_products(a.device):
         return torch.mm(a, b, out=out)
-
-
-# --- sparse: gradients ------------------------------------------------------------------------
-
-
-class Pairs:
-    """The selected (vector, latent) pairs, sorted by latent once, when a gradient first asks.
-
-    parts : the indices (n, k) of each selection; more than one where dead latents are selected
-        beside the others. Pair number p is the p-th of all the parts' indices, one after another.
-    weight : (n_latents, d), for the number of latents only.
-    """
-
-    def __init__(self, parts: list[Tensor], weight: Tensor):
-        self.parts, self.n_latents = [part.contiguous() for part in parts], len(weight)
-
-    @cached_property
-    def by_latent(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The pairs by latent: their numbers, and where each latent's begin; and of each pair the
-        row of its vector, in one table of n vectors and in a stack of one such table per part."""
-        latents = _joined([part.view(-1) for part in self.parts])
-        latents, order = latents.int().sort(stable=True)
-        n, device = len(self.parts[0]), latents.device
-        # Not by torch.bincount, which makes the host wait for the device.
-        counts = latents.new_zeros(self.n_latents).index_add_(0, latents, torch.ones_like(latents))
-        stacked = torch.cat(
-            [
-                torch.arange(
-                    i * n, (i + 1) * n, dtype=torch.int32, device=device
-                ).repeat_interleave(part.shape[1])
-                for i, part in enumerate(self.parts)
-            ]
-        ).index_select(0, order)
-        rows = stacked % n if len(self.parts) > 1 else stacked
-        offsets = counts.cumsum(0, dtype=torch.int32) - counts
-        return order, offsets, rows, stacked
-
-    def sum_by_latent(
-        self, weights: Sequence[Tensor], table: Tensor, out: Tensor | None = None
-    ) -> Tensor:
-        """For each latent, the sum over its pairs of weight times the vector's row of the table.
-
-        weights : (n, k) for each part; table : (n, d), or (parts * n, d) with rows for each part;
-        out : memory for the result (n_latents, d), filled piece by piece.
-        """
-        order, offsets, rows, stacked = self.by_latent
-        weights = _joined([weight.reshape(-1) for weight in weights]).index_select(0, order)
-        if len(table) > len(self.parts[0]):
-            rows = stacked
-        if not _is_cpu(table.device):
-            return _sums_of_runs(rows, table, offsets, weights)
-        if out is None:
-            return F.embedding_bag(rows, table, offsets, mode="sum", per_sample_weights=weights)
-        size = max(1, PIECE // table.shape[1])
-        ends = [*offsets[::size].tolist(), len(rows)]
-        for piece, begins, start, end in zip(
-            out.split(size), offsets.split(size), ends[:-1], ends[1:], strict=True
-        ):
-            here = slice(start, end)
-            bags = {"mode": "sum", "per_sample_weights": weights[here]}
-            piece.copy_(F.embedding_bag(rows[here], table, begins - start, **bags))
-        return out
-
-    def products(self, weight: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
-        """<table_i, weight_j> for each pair of each part: weight (n_latents, d), a table (n, d)
-        for each part, to (n, k) for each part."""
-        if not _is_cpu(weight.device):
-            return list(map(partial(_row_products, weight), self.parts, tables))
-        # By latent, each row of the large matrix is read once, and the small one stays in cache.
-        order, offsets, _, stacked = self.by_latent
-        vectors, starts = _joined(tables), F.pad(offsets, (0, 1), value=len(order))
-        with warnings.catch_warnings(action="ignore"):  # "sparse CSR tensor support is in beta"
-            pairs = torch.sparse_csr_tensor(
-                starts, stacked, vectors.new_zeros(len(order)), (len(weight), len(vectors))
-            )
-        found = torch.sparse.sampled_addmm(pairs, weight, vectors.T, beta=0).values()
-        products = torch.empty_like(found).index_copy_(0, order, found)
-        sizes = [part.numel() for part in self.parts]
-        return [p.view_as(i) for p, i in zip(products.split(sizes), self.parts, strict=True)]
-
-
-class _Encode(torch.autograd.Function):
-    """Give the selected values their gradient: that of max(0, <x_i - b, encoder_j>)."""
-
-    @staticmethod
-    def forward(ctx, x, pre_bias, encoder, centred, pairs, *values):
-        ctx.save_for_backward(centred, encoder, *values)
-        ctx.pairs = pairs
-        return tuple(value.clone() for value in values)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        centred, encoder, *values = ctx.saved_tensors
-        pairs = ctx.pairs
-        grads = [g.masked_fill(value == 0, 0) for g, value in zip(grads, values, strict=True)]
-        grad_x = grad_bias = grad_encoder = None
-        if ctx.needs_input_grad[0]:
-            grad_x = sum(map(partial(_weighted_sums, encoder), pairs.parts, grads))
-        if ctx.needs_input_grad[1]:  # -sum_i sum_j grad_ij encoder_j, summed over i first
-            totals = pairs.sum_by_latent(grads, torch.ones_like(centred[:, :1]))
-            grad_bias = -(totals.T @ encoder).squeeze(0)
-        if ctx.needs_input_grad[2]:
-            grad_encoder = pairs.sum_by_latent(grads, centred, _gradient_memory(encoder))
-        return grad_x, grad_bias, grad_encoder, None, None, *[None for _ in grads]
-
-
-class _Decode(torch.autograd.Function):
-    """Sums of decoder rows, weighted by the values: one result (n, d) for each part."""
-
-    @staticmethod
-    def forward(ctx, decoder, pairs, *values):
-        ctx.save_for_backward(decoder, *values)
-        ctx.pairs = pairs
-        return tuple(map(partial(_weighted_sums, decoder), pairs.parts, values))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        decoder, *values = ctx.saved_tensors
-        pairs = ctx.pairs
-        grads = [grad.contiguous() for grad in grads]
-        grad_decoder, grad_values = None, [None for _ in values]
-        if ctx.needs_input_grad[0]:
-            grad_decoder = pairs.sum_by_latent(values, _joined(grads), _gradient_memory(decoder))
-        if any(ctx.needs_input_grad[2:]):
-            grad_values = pairs.products(decoder, grads)
-        return grad_decoder, None, *grad_values
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """One after another; a single one is not copied."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-
-
-def _weighted_sums(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """sum_j weight_ij table_j: table (m, d), indices and weights (n, k) to (n, d)."""
-    return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights.contiguous())
-
-
-def _sums_of_runs(rows: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums of the table's rows by bag: rows and weights (p,), table (m, d), bags begin at
-    offsets (b,), to (b, d).
-
-    A GPU sums one bag's rows in sequence, however many they are, and some latents are active for
-    most vectors. So each bag is cut at the multiples of RUN, and the pieces are summed after that.
-    How many pieces there are does not depend on the data, which would have to be waited for.
-    """
-    cuts = torch.arange(0, len(rows), RUN, dtype=torch.int32, device=rows.device)
-    begins = torch.cat([offsets, cuts]).sort().values
-    pieces = F.embedding_bag(rows, table, begins, mode="sum", per_sample_weights=weights)
-    # Before the first piece of bag i lie those of the bags before it and the cuts before it.
-    first = torch.arange(len(offsets), dtype=torch.int32, device=rows.device)
-    first += offsets.add(RUN - 1).div_(RUN, rounding_mode="floor")
-    every = torch.arange(len(pieces), dtype=torch.int32, device=rows.device)
-    return F.embedding_bag(every, pieces, first, mode="sum")
-
-
-def _row_products(table: Tensor, indices: Tensor, a: Tensor) -> Tensor:
-    """<a_i, table_j> for each pair: table (m, d), indices (n, k), a (n, d) to (n, k)."""
-    n, k = indices.shape
-    if n * k > PAIRS and n > 1:
-        rows = max(1, PAIRS // k)
-        parts = zip(indices.split(rows), a.split(rows), strict=True)
-        return torch.cat([_row_products(table, *part) for part in parts])
-    starts = torch.arange(0, n * k, k, device=a.device)
-    bags = torch.arange(n, device=a.device).repeat_interleave(k)
-    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        a, table, indices.view(-1), starts, bags, 0
-    )
-    return products.view(n, k)
-
-
-def _gradient_memory(weight: Tensor) -> Tensor | None:
-    """Memory for the gradient of a weight on a CPU: the last one's, unless it is still in use.
-
-    As with `_kept_buffer`, fresh pages would cost more than to fill them. None on other devices.
-    """
-    if not _is_cpu(weight.device):
-        return None
-    storage = _gradients.get(weight)
-    if storage is None or torch._C._storage_Use_Count(storage._cdata) > 1:
-        storage = _gradients[weight] = weight.new_empty(weight.shape).untyped_storage()
-    # A tensor of its own, no view of a kept one: autograd takes it for the gradient as it is.
-    return weight.new_empty(0).set_(storage, 0, weight.shape)
-
-
-_gradients = WeakTensorKeyDictionary()
 
 
 # --- dead latents on a GPU --------------------------------------------------------------------
@@ -580,6 +378,7 @@ def decode_dead(
     dead: Tensor,
     aux_k: int,
     keep: Callable[[Tensor, int], Tensor],
+    centred: Tensor | None = None,
 ) -> Tensor:
     """What `autoencode` gives as `y_dead`, by products of whole matrices (n, n_dead).
 
@@ -588,20 +387,22 @@ def decode_dead(
     of the dead rows, are in the scores' precision.
 
     keep : `keep_largest`, or a faster one.
+    centred : x - pre_bias in the scores' precision, where that is there already.
     """
-    return _DecodeDead.apply(x, pre_bias, encoder, decoder, dead, aux_k, keep)
+    if centred is None:
+        centred = (x.detach() - pre_bias.detach()).to(score_precision(encoder))
+    return _DecodeDead.apply(x, pre_bias, encoder, decoder, dead, aux_k, keep, centred)
 
 
 class _DecodeDead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, pre_bias, encoder, decoder, dead, aux_k, keep):
-        precision = score_precision(encoder)
+    def forward(ctx, x, pre_bias, encoder, decoder, dead, aux_k, keep, centred):
+        precision = centred.dtype
         # Whole tiles: rows of zeros give scores of 0, and take nothing.
         pad = (0, 0, 0, -len(dead) % 64)
         listens, writes = (
             F.pad(w.index_select(0, dead), pad).to(precision) for w in (encoder, decoder)
         )
-        centred = (x - pre_bias).to(precision)
         rows = max(1, DEAD_SCORES // len(listens))
         ctx.kept, found = [], []
         for part in centred.split(rows):
@@ -637,4 +438,4 @@ class _DecodeDead(torch.autograd.Function):
         )
         grad_x = torch.cat(grad_x).to(encoder.dtype) if grad_x else None
         grad_bias = -(totals[:n_dead] @ encoder.index_select(0, dead))
-        return grad_x, grad_bias, *grads, None, None, None
+        return grad_x, grad_bias, *grads, None, None, None, None

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mlsae_core import kernels
+from mlsae_core.pairs import is_cpu
 
 BLOCK_SIZE = 2**17
 """Elements of a parameter that are treated at a time on a CPU."""
@@ -53,7 +53,7 @@ class ProjectedAdam(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         tensors = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
         rows = len(param)
-        if group["unit_rows"] and kernels._is_cpu(param.device):
+        if group["unit_rows"] and is_cpu(param.device):
             rows = max(1, BLOCK_SIZE // param[0].numel())
         for w, grad, mean, square in zip(*(t.split(rows) for t in tensors), strict=True):
             if group["unit_rows"]:

@@ -14,7 +14,6 @@ Triton's interpreter runs the same code on a CPU (TRITON_INTERPRET=1), which the
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,7 +24,7 @@ from mlsae_core.kernels import Code
 GROUP = 32
 """Neighbouring columns of which the maximum is taken first."""
 
-RUN = 128
+RUN = 256
 """Pairs of a latent that one program sums; longer runs are cut and the pieces summed after that."""
 
 WIDEST = 2**15
@@ -112,7 +111,7 @@ def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     _select[n,](
         scores, keys, maxima, values, indices, width, groups, k,
         group=GROUP, all_groups=triton.next_power_of_2(groups), all_k=triton.next_power_of_2(k),
-        bits=_BITS[keys.dtype], num_warps=2,
+        bits=_BITS[keys.dtype], num_warps=1,
     )  # fmt: skip
     return values, indices
 
@@ -172,7 +171,8 @@ def decode(values: Tensor, indices: Tensor, table: Tensor, bias: Tensor) -> Tens
     all_d, all_k = triton.next_power_of_2(d), triton.next_power_of_2(k)
     _decode[n,](
         values, indices, table, bias, out, k, d,
-        all_d=all_d, all_k=all_k, step=min(all_k, 8), num_warps=_warps(all_d),
+        all_d=all_d, all_k=all_k, step=min(all_k, 8),
+        num_warps=_warps(all_d * table.element_size(), 16),
     )  # fmt: skip
     return out
 
@@ -218,6 +218,30 @@ def _by_latent(
     tl.store(totals + piece, tl.sum(sum_scores))
 
 
+@triton.jit
+def _sum_pieces(
+    encoder_sums, decoder_sums, totals, first, m, pieces, d,
+    grad_encoder, grad_decoder, grad_scores, all_d: tl.constexpr,
+):  # fmt: skip
+    j = tl.program_id(0)
+    begin = tl.load(first + j)
+    end = tl.load(first + j + 1, mask=j + 1 < m, other=pieces)
+    ds = tl.arange(0, all_d)
+    sum_encoder = tl.zeros((all_d,), tl.float32)
+    sum_decoder = tl.zeros((all_d,), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    at = begin.to(tl.int64) * d + ds
+    for piece in range(begin, end):
+        sum_encoder += tl.load(encoder_sums + at, mask=ds < d, other=0.0)
+        sum_decoder += tl.load(decoder_sums + at, mask=ds < d, other=0.0)
+        total += tl.load(totals + piece)
+        at += d
+    out = j.to(tl.int64) * d + ds
+    tl.store(grad_encoder + out, sum_encoder, mask=ds < d)
+    tl.store(grad_decoder + out, sum_decoder, mask=ds < d)
+    tl.store(grad_scores + j, total)
+
+
 def _backward(values, indices, extra, centred, grad, decoder):
     """Gradients of encoder and decoder (m, d), of scores (n, k), and their sums by latent (m,)."""
     (n, k), (m, d), device = values.shape, decoder.shape, decoder.device
@@ -233,22 +257,24 @@ def _backward(values, indices, extra, centred, grad, decoder):
     pieces = len(begins) - 1
     new = {"dtype": torch.float32, "device": device}
     encoder_sums, decoder_sums = (torch.empty(pieces, d, **new) for _ in range(2))
-    totals, grad_values = torch.empty(pieces, 1, **new), torch.empty(n, k, **new)
+    totals, grad_values = torch.empty(pieces, **new), torch.empty(n, k, **new)
     all_d = triton.next_power_of_2(d)
     _by_latent[pieces,](
         order, latents, begins, values, values if extra is None else extra, centred, grad, decoder,
         n * k, k, d, encoder_sums, decoder_sums, totals, grad_values,
-        has_extra=extra is not None, all_d=all_d, step=8, num_warps=_warps(all_d),
+        has_extra=extra is not None, all_d=all_d, step=4,
+        num_warps=_warps(all_d * centred.element_size(), 32),
     )  # fmt: skip
     # Before the first piece of bag j lie those of the bags before it and the cuts before it.
     first = torch.arange(m, dtype=torch.int32, device=device)
     first += offsets.add(RUN - 1).div_(RUN, rounding_mode="floor")
-    every = torch.arange(pieces, dtype=torch.int32, device=device)
-    sums = [
-        F.embedding_bag(every, table, first, mode="sum")
-        for table in (encoder_sums, decoder_sums, totals)
-    ]
-    return *sums, grad_values
+    grad_encoder, grad_decoder = (torch.empty(m, d, **new) for _ in range(2))
+    grad_scores = torch.empty(m, **new)
+    _sum_pieces[m,](
+        encoder_sums, decoder_sums, totals, first, m, pieces, d, grad_encoder, grad_decoder,
+        grad_scores, all_d=all_d, num_warps=_warps(all_d * 4, 16),
+    )  # fmt: skip
+    return grad_encoder, grad_decoder, grad_scores, grad_values
 
 
 class _Autoencode(torch.autograd.Function):
@@ -275,7 +301,7 @@ class _Autoencode(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = decode(grad_values, indices, encoder, torch.zeros_like(encoder[0]))
-        grad_bias = grad.sum(0) - (totals.T @ encoder).squeeze(0)
+        grad_bias = grad.sum(0) - totals @ encoder
         return grad_x, grad_bias, grad_encoder, grad_decoder, None, None, None
 
 
@@ -295,9 +321,12 @@ def autoencode(
     y, values = _Autoencode.apply(x, pre_bias, encoder, decoder, centred, code.values, code.indices)
     y_dead = None
     if dead is not None:
-        y_dead = kernels.decode_dead(x, pre_bias, encoder, decoder, dead, aux_k, keep_largest)
+        y_dead = kernels.decode_dead(
+            x, pre_bias, encoder, decoder, dead, aux_k, keep_largest, centred
+        )
     return y, y_dead, Code(values, code.indices)
 
 
-def _warps(elements: int) -> int:
-    return min(8, max(1, elements // 128))
+def _warps(row: int, each: int) -> int:
+    """Warps for rows of so many bytes, of which a thread takes `each` (measured on an H200)."""
+    return min(8, max(1, row // (32 * each)))

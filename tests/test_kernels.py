@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlsae_core import kernels, products
+from mlsae_core import kernels, pairs, products
 from mlsae_core.optimizer import ProjectedAdam
 
 D, N, K = 12, 96, 5
@@ -57,7 +57,7 @@ either_path = pytest.mark.parametrize("tuned", [True, False], ids=["cpu", "other
 @pytest.mark.parametrize(("k", "dead", "aux_k"), [(K, 0, 0), (K, 1, 1), (1, 40, 7), (N, N, N)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sparse_equals_dense(monkeypatch, chunk_rows, k, dead, aux_k, dtype, tuned):
-    monkeypatch.setattr(kernels, "_is_cpu", lambda _: tuned)
+    monkeypatch.setattr(pairs, "is_cpu", lambda _: tuned)
     monkeypatch.setattr(kernels, "chunk_rows", lambda *_: chunk_rows)
     results = {}
     for kernel in ("sparse", "dense"):
@@ -229,7 +229,7 @@ def test_gradients_do_not_depend_on_the_pieces_they_are_made_in(monkeypatch, ele
     x, encoder, decoder, bias, _ = problem()
     whole = [grad.clone() for grad in gradient_of(encoder, decoder, bias, x)]
     encoder.grad = decoder.grad = None
-    monkeypatch.setattr(kernels, "PIECE", elements)
+    monkeypatch.setattr(pairs, "PIECE", elements)
     pieces = gradient_of(encoder, decoder, bias, x)
     assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
 
@@ -244,10 +244,10 @@ def test_sums_by_latent_do_not_depend_on_the_runs_they_are_made_in(monkeypatch, 
     )
     expected = torch.zeros(N, D, dtype=torch.float64)
     expected.index_add_(0, latents.view(-1), (weights[..., None] * table[:, None]).flatten(0, 1))
-    monkeypatch.setattr(kernels, "RUN", run)
-    monkeypatch.setattr(kernels, "_is_cpu", lambda _: False)
-    pairs = kernels.Pairs([latents], expected)
-    torch.testing.assert_close(pairs.sum_by_latent([weights], table), expected)
+    monkeypatch.setattr(pairs, "RUN", run)
+    monkeypatch.setattr(pairs, "is_cpu", lambda _: False)
+    chosen = pairs.Pairs([latents], expected)
+    torch.testing.assert_close(chosen.sum_by_latent([weights], table), expected)
 
 
 def test_the_host_waits_for_no_other_device(monkeypatch):
@@ -313,7 +313,7 @@ def set_gradients(free, unit, seed):
 
 @either_path
 def test_steps_equal_adam_with_projection_and_rescaling(monkeypatch, tuned):
-    monkeypatch.setattr(kernels, "_is_cpu", lambda _: tuned)
+    monkeypatch.setattr(pairs, "is_cpu", lambda _: tuned)
     free, unit = parameters()
     ours = optimiser(free, unit, lr=0.01, eps=1e-9)
     other = [p.detach().clone().requires_grad_() for p in (free, unit)]

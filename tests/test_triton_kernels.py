@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mlsae_core import kernels
+from mlsae_core import kernels, pairs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -147,10 +147,10 @@ def test_row_products_in_parts_are_those_of_the_whole(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     table, a = (torch.randn(shape, generator=generator) for shape in ((30, 6), (11, 6)))
     indices = torch.randint(30, (11, 4), generator=generator)
-    whole = kernels._row_products(table, indices, a)
+    whole = pairs.row_products(table, indices, a)
     torch.testing.assert_close(whole, torch.einsum("nkd,nd->nk", table[indices], a))
-    monkeypatch.setattr(kernels, "PAIRS", 9)
-    assert torch.equal(kernels._row_products(table, indices, a), whole)
+    monkeypatch.setattr(pairs, "PAIRS", 9)
+    assert torch.equal(pairs.row_products(table, indices, a), whole)
 
 
 def test_a_device_that_cannot_run_them_is_named(monkeypatch):
