@@ -121,7 +121,7 @@ def _check(results: dict[str, list[float]]) -> None:
 
 
 def ours(work: Work, kernel: kernels.Kernel = "sparse") -> Step:
-    sae = work.sae(kernel)
+    sae = work.sae(kernel).to(work.x.device)
     optimiser = sae.make_optimizer(LEARNING_RATE)
 
     def step():
@@ -173,9 +173,10 @@ def sparsify(work: Work) -> Step:
     from sparsify import SparseCoder, SparseCoderConfig
 
     config = SparseCoderConfig(num_latents=work.shape.n_latents, k=work.shape.k)
-    coder = SparseCoder(work.shape.d_model, config)
+    coder = SparseCoder(work.shape.d_model, config, device=work.x.device)
     optimiser = torch.optim.Adam(coder.parameters(), lr=LEARNING_RATE)
-    vectors, since = work.x.flatten(0, 1), torch.zeros(work.shape.n_latents, dtype=torch.int64)
+    vectors = work.x.flatten(0, 1)
+    since = torch.zeros(work.shape.n_latents, dtype=torch.int64, device=vectors.device)
 
     def step():
         since[: work.n_dead] = 10**7

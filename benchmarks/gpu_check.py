@@ -25,13 +25,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks import bench_gpu, bench_train
 from mlsae_core import kernels, objective, store
+from mlsae_core import train as train_module
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.sae import MLSAE
 from mlsae_core.spec import run_from_dict
 from mlsae_core.text import TokenBlocks
-from mlsae_core.train import train
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -228,31 +229,89 @@ def profile(one: Callable):
 
 def loop():
     """Tokens a second of whole training runs on random text, and what the host waits for."""
-    from benchmarks import bench_gpu
+    steps = 16 if CUDA else 3
+    cases = (
+        [("sparse", False), ("triton", False), ("triton", True)] if CUDA else [("sparse", False)]
+    )
+    for n_dead in (0, DEAD):
+        for kernel, compile in cases[1:] if n_dead else cases:
+            with host_waits() as waits:
+                log = train_random(steps, n_dead, kernel, compile)
+            name = f"{kernel}{', compiled model' if compile else ''}, {n_dead} dead"
+            note_rate(f"loop, {name}", log)
+            note(f"  host waits a step and log row, {name}", sum(waits.values()) / steps)
+            for place, count in waits.most_common(4):
+                note(f"    {place}, {name}", count)
 
-    name, steps = ("Pythia-70m", 24) if CUDA else ("tiny", 3)
-    shape = bench_gpu.SHAPES[name]
+
+def paper():
+    """The paper's default on random text, for a minute."""
+    log = train_random(320 if CUDA else 3, 0, "triton" if CUDA else "sparse", CUDA)
+    rate = note_rate("the paper's default", log)
+    note("  1 B tokens at that rate, minutes", f"{1e9 / rate / 60:.1f}")
+    if CUDA:
+        note("  peak memory", f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+
+
+def train_random(steps: int, n_dead: int, kernel: str, compile: bool):
+    """Train on random text; that many latents start dead, and hardly listen at first."""
+    shape = bench_gpu.SHAPES["Pythia-70m" if CUDA else "tiny"]
     run = bench_gpu.run_spec(shape, steps, 16 if CUDA else 2)
-    for kernel in ("sparse", "triton") if CUDA else ("sparse",):
-        lm, blocks = bench_gpu.inputs(shape, run)
-        with host_waits() as waits:
-            log = train(run, lm, blocks, Lens.identity(), kernel=kernel).log
-        seconds = log.tokens / log.tokens_per_second
-        half = len(log) // 2
-        rate = (log.tokens.iloc[-1] - log.tokens.iloc[half]) / (
-            seconds.iloc[-1] - seconds.iloc[half]
-        )
-        note(
-            f"{name}, {kernel}, {run.train.precision}",
-            f"{rate:,.0f} tokens/s in the second half, {log.dead_fraction.iloc[half]:.1%} to "
-            f"{log.dead_fraction.iloc[-1]:.1%} dead, loss {log.loss.iloc[-1]:.4f}",
-        )
-        note(f"host waits a step, {kernel}", f"{sum(waits.values()) / steps:.1f}")
-        for place, count in waits.most_common(6):
-            note(f"  {place}", count)
-    tokens = torch.randint(1, shape.vocabulary, (shape.sequences, shape.positions), device=DEVICE)
-    took = milliseconds(lambda: lm.capture(tokens, range(shape.n_layers)))
-    note("language model, ms a micro-batch, bf16", f"{took:.2f}")
+    lm, blocks = bench_gpu.inputs(shape, run)
+    build = train_module.build_sae
+
+    def planted(*args):
+        sae = build(*args)
+        with torch.no_grad():
+            sae.encoder[:n_dead] /= 100
+        sae.tokens_since_active[:n_dead] = sae.dead_tokens
+        return sae
+
+    train_module.build_sae = planted
+    try:
+        model = lm.compiled() if compile else lm
+        log = train_module.train(run, model, blocks, Lens.identity(), kernel=kernel).log
+    finally:
+        train_module.build_sae = build
+    return log
+
+
+def note_rate(name: str, log) -> float:
+    """Tokens a second of the second half of a run."""
+    seconds, half = log.tokens / log.tokens_per_second, len(log) // 2
+    rate = (log.tokens.iloc[-1] - log.tokens.iloc[half]) / (seconds.iloc[-1] - seconds.iloc[half])
+    note(
+        name,
+        f"{rate:,.0f} tokens/s, {log.dead_fraction.iloc[half]:.1%} to "
+        f"{log.dead_fraction.iloc[-1]:.1%} dead, loss {log.loss.iloc[-1]:.4f}, AuxK "
+        f"{log.auxk.iloc[-1]:.3f}",
+    )
+    return rate
+
+
+def peer():
+    """A whole step, optimiser included, beside sparsify's, both under bf16 autocast."""
+    layers = 6
+    shape = bench_train.Shape(layers, N // layers, D, M, K)
+    for n_dead in (0, DEAD):
+        work = bench_train.Work(shape, n_dead, torch.randn(layers, N // layers, D, device=DEVICE))
+        makers = {"ours": lambda work: bench_train.ours(work, "triton" if CUDA else "sparse")}
+        for name, make in (makers | {"sparsify": bench_train.sparsify}).items():
+            if CUDA:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            one = make(work)
+
+            def step(one=one):
+                with torch.autocast(DEVICE, torch.bfloat16):
+                    one()
+
+            took = milliseconds(step, 2, 5)
+            peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0
+            note(
+                f"step, {name}, {n_dead} dead",
+                f"{took:.2f} ms, {N / took * 1e3:,.0f} vectors/s, peak {peak:.1f} GB",
+            )
 
 
 @contextlib.contextmanager
@@ -288,20 +347,25 @@ def real():
     if CUDA:
         [tokens] = store.DATA.glob("store/tokens/*/tokens.safetensors")
         blocks = TokenBlocks(load_file(tokens)["train"])
-    for precision, dtype in (("bf16", "bfloat16"), ("fp32", "float32")):
+    for precision, dtype in (("bf16", "bfloat16"), ("tf32", "float32"), ("fp32", "float32")):
         if not CUDA:
             continue
         fields = {"expansion_factor": 16, "k": 16, "tokens": 4_000_000, "precision": precision}
         run = run_from_dict({"model": {"path": "neox-6l-128d", "dtype": dtype}, **fields})
         lm = LanguageModel.load(run.model, DEVICE)
         began = time.perf_counter()
-        log = train(run, lm, blocks, kernel="triton").log
+        log = train_module.train(run, lm, blocks, kernel="triton").log
         took = time.perf_counter() - began
-        last = log.tail(20).mean(numeric_only=True)
-        note(f"default run, {precision}", f"FVU {last.fvu:.5f} (last tenth), {took:.1f} s in all")
+        log.to_csv(OUT / f"log-{precision}.csv", index=False)
+        mean = log.tail(20).fvu.mean()
+        note(
+            f"default run, {precision}",
+            f"FVU {log.fvu.iloc[-1]:.6f}, mean of 20 rows {mean:.6f}, {took:.1f} s in all",
+        )
 
 
-PHASES = {"env": env, "right": right, "parts": parts, "step": step, "loop": loop, "real": real}
+_PHASES = (env, right, parts, step, loop, real, peer, paper)
+PHASES = {phase.__name__: phase for phase in _PHASES}
 OUT = Path(".")
 
 

@@ -217,7 +217,8 @@ class TrainSpec(Spec):
         batch_tokens, at most 8192.
     learning_rate: constant rate of Adam. Default: the paper's 1e-4 for its 1 B tokens, larger for
         shorter runs by the square root of the ratio, at most 6e-3.
-    precision: of the autoencoder under accelerate; fp16 and bf16 need a GPU.
+    precision: of the autoencoder under accelerate. All but fp32 need a GPU; tf32 is fp32 with 10
+        bits of each factor's mantissa in products, the language model's as well.
     """
 
     tokens: int
@@ -226,7 +227,7 @@ class TrainSpec(Spec):
     micro_batch_tokens: int | None = None
     learning_rate: float | None = None
     adam_eps: float = 6.25e-10
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "fp16", "bf16"] = "fp32"
 
     def __post_init__(self):
         super().__post_init__()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ from mlsae_core.text import StreamedBlocks, TokenBlocks
 LOG_ROWS = 200
 CHECKPOINT_SECONDS = 60.0
 CHECKPOINT_EVERY = 20.0  # times as long as the last one took to write, at least
-_ACCELERATE_PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
+_ACCELERATE_PRECISION = {"fp32": "no", "tf32": "no", "fp16": "fp16", "bf16": "bf16"}
 
 
 class Trained(NamedTuple):
@@ -71,7 +72,7 @@ def make_accelerator(
             processes.
     """
     precision, device = _ACCELERATE_PRECISION[run.train.precision], process_state(cpu).device
-    if precision != "no" and device.type != "cuda":
+    if run.train.precision != "fp32" and device.type != "cuda":
         raise SpecError(
             f"precision: expected fp32 on {device.type}, got {run.train.precision}, which needs a "
             "CUDA device"
@@ -180,7 +181,7 @@ def train(
         disable=not accelerator.is_main_process,
     )
     try:
-        with progress:
+        with progress, _products(run.train.precision):
             for row in loop.steps(state):
                 progress.update(loop.plan.step_tokens)
                 if row is not None:
@@ -198,6 +199,17 @@ def train(
             f"{error}, after step {state.step} of {loop.plan.steps}; {saved.describe()}"
         ) from error
     return Trained(sae, pd.DataFrame(state.log), state.seconds)
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
+    """Products on a GPU are in TensorFloat-32 while this is entered, if the run says so."""
+    setting = torch.backends.cuda.matmul
+    before, setting.allow_tf32 = setting.allow_tf32, precision == "tf32"
+    try:
+        yield
+    finally:
+        setting.allow_tf32 = before
 
 
 @dataclass

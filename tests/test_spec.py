@@ -87,7 +87,7 @@ def test_values_are_read_as_they_are_meant(tmp_path, changes, field, expected):
         ({"dead_threshold": "-1"}, "dead_threshold: expected 0 or more"),
         ({"aux_k": "-1"}, "aux_k: expected 0 or more"),
         ({"standardize": "yes"}, "standardize: expected true | false, got 'yes'"),
-        ({"precision": "fp64"}, "precision: expected fp32 | fp16 | bf16, got 'fp64'"),
+        ({"precision": "fp64"}, "precision: expected fp32 | tf32 | fp16 | bf16, got 'fp64'"),
         ({"layers": "some"}, "layers: expected all or a list of whole numbers, got 'some'"),
         ({"layers": "[2, 1]"}, "layers: expected `all` or increasing block indices"),
         ({"layers": "[]"}, "layers: expected `all` or increasing block indices"),
