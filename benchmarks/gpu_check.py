@@ -246,7 +246,7 @@ def loop():
 
 def paper():
     """The paper's default on random text, for a minute."""
-    log = train_random(320 if CUDA else 3, 0, "triton" if CUDA else "sparse", CUDA)
+    log = train_random(240 if CUDA else 3, 0, "triton" if CUDA else "sparse", CUDA)
     rate = note_rate("the paper's default", log)
     note("  1 B tokens at that rate, minutes", f"{1e9 / rate / 60:.1f}")
     if CUDA:
