@@ -10,7 +10,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_type_hints
 
 import pytest
 import torch
@@ -310,8 +310,13 @@ def test_a_checkpoint_is_continued_after_an_added_field(tmp_path):
 
 def test_renamed_and_removed_fields_are_read_and_keyed_as_before(recorded, monkeypatch):
     """A commit that calls `k` another name and no longer knows `standardize: false`."""
+    hints = get_type_hints(spec.SaeSpec)
     fields = [
-        ("active" if f.name == "k" else f.name, f.type, dataclasses.field(default=f.default))
+        (
+            "active" if f.name == "k" else f.name,
+            hints[f.name],
+            dataclasses.field(default=f.default, metadata=f.metadata),
+        )
         for f in dataclasses.fields(spec.SaeSpec)
         if f.name != "standardize"
     ]
