@@ -23,6 +23,7 @@ MARKS = re.compile(r"``(.+?)``|`(.+?)`|(?<![\w*])\*(\w[^*]*)\*(?!\w)")
 #: The modules in the order in which to read them: one imports only what stands before it.
 ORDER = (
     "spec",
+    "keys",
     "store",
     "metrics",
     "questions",

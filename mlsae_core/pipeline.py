@@ -19,16 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mlsae_core import store, text
-from mlsae_core.spec import (
-    EvaluateSpec,
-    ModelSpec,
-    RunSpec,
-    SpecError,
-    canonical,
-    flat,
-    run_settings,
-    to_dict,
-)
+from mlsae_core.keys import keyed, later, run_settings, stored, stored_run
+from mlsae_core.spec import EvaluateSpec, ModelSpec, RunSpec, SpecError, canonical, flat, to_dict
 from mlsae_core.store import Artefact, Stopped, StoreError
 
 if TYPE_CHECKING:
@@ -78,8 +70,10 @@ def drift_key(run: RunSpec, settings: EvaluateSpec) -> tuple[str, dict, dict]:
     """Key, spec and parents of the drift: of the model and the text, whatever was trained."""
     names = ("layers", "source", "alignment", "dtype", "random_weights", "context_length")
     fields, parents = run_settings(run), input_parents(run)
-    read = {"tokens": settings.tokens, "split": settings.split}
-    identity = store.key("drift", {name: fields[name] for name in names} | read, parents)
+    read = {"tokens": settings.tokens, "split": settings.split} | later(settings)
+    own = {name: fields[name] for name in names}
+    own |= later(run) | later(run.model) | later(run.site) | read
+    identity = store.key("drift", own, parents)
     return identity, {"run": flat(run), "drift": read}, parents
 
 
@@ -96,18 +90,21 @@ def _lens_key(basis: str) -> str:
 
 
 def analysis_key(
-    stage: str, run: RunSpec, settings: EvaluateSpec, target: Target | None = None
+    stage: str, run: RunSpec, settings: EvaluateSpec | None = None, target: Target | None = None
 ) -> tuple[str, dict, dict]:
-    """Key, spec and parents of an analysis of a trained run; target: of another model than its."""
-    parents = {"train": run_key(run)[0]}
-    if target is None:
-        identity = store.key(stage, to_dict(settings), parents)
-        return identity, {"run": flat(run), stage: to_dict(settings)}, parents
-    parents["model"] = store.model_key(target.model.path, target.model.revision)
-    parents["data"] = _hash(text.data_key(target.data))
-    identity = store.key(stage, {**to_dict(settings), "target": target.settings()}, parents)
-    spec = {"run": flat(run), stage: to_dict(settings), "target": to_dict(target)}
-    return identity, spec, parents
+    """Key, spec and parents of an analysis of a trained run; target: of another model than its.
+
+    settings: none for stages that read no text of the run.
+    """
+    spec, parents = {"run": flat(run)}, {"train": run_key(run)[0]}
+    own = {"prompts": PROMPTS} if stage == "prompts" else {}
+    if settings is not None:
+        own, spec[stage] = keyed(settings), to_dict(settings)
+    if target is not None:
+        own, spec["target"] = {**own, "target": target.settings()}, to_dict(target)
+        parents["model"] = store.model_key(target.model.path, target.model.revision)
+        parents["data"] = _hash(text.data_key(target.data))
+    return store.key(stage, own, parents), spec, parents
 
 
 @dataclass
@@ -263,8 +260,7 @@ class Session:
 
     def geometry(self, run: RunSpec, settings: EvaluateSpec | None = None) -> Artefact:
         """How similar decoder rows are: `mmcs.csv` and `cosines.csv`; reads no text."""
-        parents = {"train": run_key(run)[0]}
-        identity, spec = store.key("geometry", {}, parents), {"run": flat(run)}
+        identity, spec, parents = analysis_key("geometry", run)
         if found := self._find("geometry", identity, spec):
             return found
         check(run)
@@ -304,8 +300,7 @@ class Session:
 
     def prompts(self, run: RunSpec, settings: EvaluateSpec | None = None) -> Artefact:
         """Latents over layers for each of `PROMPTS` alone: `prompts.csv` and `spread.csv`."""
-        parents = {"train": run_key(run)[0]}
-        identity, spec = store.key("prompts", {"prompts": PROMPTS}, parents), {"run": flat(run)}
+        identity, spec, parents = analysis_key("prompts", run)
         if found := self._find("prompts", identity, spec):
             return found
         lm, lens = self._inputs(run)
@@ -607,11 +602,27 @@ def _leaves(spec: dict, prefix: str = "") -> dict:
     return found
 
 
+def _as_today(spec: dict) -> dict:
+    """The spec of an artefact of a run with the fields that specs have today."""
+    if "run" not in spec:
+        return flat(stored_run(spec))
+    parts = dict(spec)
+    today = {"run": flat(stored_run(parts.pop("run")))}
+    if "target" in parts:
+        from mlsae_core.analysis.transfer import Target
+
+        today["target"] = to_dict(stored(Target, parts.pop("target")))
+    return today | {stage: to_dict(stored(EvaluateSpec, part)) for stage, part in parts.items()}
+
+
 def _missing(stage: str, identity: str, spec: dict) -> str:
     """Which field differs from the nearest existing result, and what would compute this one."""
     wanted, hints = _leaves(spec), []
     for artefact in store.artefacts(stage):
-        other = _leaves(artefact.spec)
+        try:
+            other = _leaves(_as_today(artefact.spec))
+        except SpecError:
+            continue  # of a kind that can no longer be made
         fields = [name for name in wanted if wanted[name] != other.get(name)]
         hints.append([f"{name} ({wanted[name]}, there {other.get(name)})" for name in fields])
     if not hints:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from mlsae_core import metrics, store, train
+from mlsae_core.keys import keyed
 from mlsae_core.sae import MLSAE
 from mlsae_core.spec import (
     DataSpec,
@@ -406,7 +407,7 @@ def find_or_compute(
         StoreError: with ``read-only``, where it does not exist.
     """
     content = to_dict(spec)
-    identity = store.key("planted", content, {})
+    identity = store.key("planted", keyed(spec), {})
     if found := store.find("planted", identity):
         return found
     if mode == "read-only":

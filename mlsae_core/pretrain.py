@@ -23,7 +23,8 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from mlsae_core import store, text
-from mlsae_core.spec import DataSpec, ModelSpec, Spec, SpecError, build, read_yaml
+from mlsae_core.keys import keyed
+from mlsae_core.spec import DataSpec, ModelSpec, Spec, SpecError, added, build, read_yaml
 from mlsae_core.store import Stopped
 
 END_OF_TEXT = "<|endoftext|>"
@@ -55,7 +56,7 @@ class Recipe(Spec):
     seed: int = 0
     precision: Literal["no", "bf16"] = "no"
     storage: Literal["float32", "float16"] = "float32"
-    base: str | None = field(default=None, repr=False)  # checkpoints know a recipe by its repr
+    base: str | None = added(None)
 
     _prefix = "recipe."
 
@@ -272,11 +273,10 @@ def read_recipe(path: str | Path) -> tuple[Recipe, Path]:
     return build(Recipe, read_yaml(path, typed=True)), path.parent
 
 
-def _identity(recipe: Recipe) -> str:
+def _identity(recipe: Recipe) -> dict:
     """What a checkpoint belongs to: the recipe, and the weights from which it starts."""
-    if recipe.base is None:
-        return repr(recipe)
-    return f"{recipe!r} from {store.model_key(recipe.base, None)}"
+    start = {} if recipe.base is None else {"base": store.model_key(recipe.base, None)}
+    return keyed(recipe) | start
 
 
 @dataclass

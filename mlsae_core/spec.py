@@ -20,9 +20,9 @@ import os
 import reprlib
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -37,14 +37,42 @@ class SpecError(ValueError):
     """Bad input: the message names the field, what came and what is expected."""
 
 
+def added(introduced, default=MISSING, **options):
+    """A field that a spec got after there were results of it; they keep their keys.
+
+    introduced: what all earlier results have, written out; it never changes. default: of new specs,
+        where that is another by now. options: of `dataclasses.field`.
+    """
+    default = introduced if default is MISSING else default
+    return field(default=default, metadata={"introduced": introduced}, **options)
+
+
+class Renamed(NamedTuple):
+    """How a field that has another name today is read and hashed."""
+
+    to: str
+
+
+class Removed(NamedTuple):
+    """How a field that is gone is read and hashed.
+
+    value: the one that remained; specs with another are refused. introduced: where it was `added`.
+    """
+
+    value: Any
+    introduced: Any = MISSING
+
+
 @dataclass(frozen=True)
 class Spec:
     """Base of all specs: fields are coerced by their annotations however a spec is built.
 
-    So `1` and `1.0`, or a list and a tuple, cannot make two keys of one run.
+    So `1` and `1.0`, or a list and a tuple, cannot make two keys of one run. A field that comes
+    after there are results is declared by `added`, one that goes stands in `_former`.
     """
 
     _prefix = ""  # of field names in messages
+    _former: ClassVar[dict[str, Renamed | Removed]] = {}  # by former name, the oldest first
 
     def __post_init__(self):
         hints = _hints(type(self))
@@ -340,26 +368,10 @@ def to_dict(spec) -> dict[str, Any]:
 
 def flat(run: RunSpec) -> dict[str, Any]:
     """A run as its YAML file would have it: `model` and `data` nested, all other fields flat."""
-    nested = to_dict(run)
-    return {
-        "model": nested["model"],
-        "data": nested["data"],
-        **nested["site"],
-        **nested["sae"],
-        **nested["train"],
-    }
-
-
-def run_settings(run: RunSpec) -> dict[str, Any]:
-    """The fields of a run that count by themselves; model, text and lens count by their content."""
-    spec = flat(run)
-    model, data = spec.pop("model"), spec.pop("data")
-    del spec["basis"]
-    return spec | {
-        "dtype": model["dtype"],
-        "random_weights": model["random_weights"],
-        "context_length": data["context_length"],
-    }
+    fields = to_dict(run)
+    for section in SECTIONS:
+        fields |= fields.pop(section)
+    return fields
 
 
 def canonical(value) -> str:
@@ -369,8 +381,8 @@ def canonical(value) -> str:
 
 # --- strict reading ---------------------------------------------------------------------------
 
-_SECTIONS = {"site": SiteSpec, "sae": SaeSpec, "train": TrainSpec}
-_OWNER = {f.name: key for key, cls in _SECTIONS.items() for f in dataclasses.fields(cls)}
+SECTIONS = {"site": SiteSpec, "sae": SaeSpec, "train": TrainSpec}
+_OWNER = {f.name: key for key, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 
 
 class _Loader(yaml.SafeLoader):
@@ -505,7 +517,7 @@ def build(cls, values, name: str = ""):
         raise SpecError(f"{name or cls.__name__}: expected {expected}, got {_shown(values)}")
     _reject_unknown(values, fields, cls._prefix)
     for f in fields.values():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        required = f.default is MISSING and f.default_factory is MISSING
         if required and f.name not in values:
             expected = _describe(_hints(cls)[f.name])
             raise SpecError(f"{cls._prefix}{f.name}: missing; expected {expected}")
@@ -514,17 +526,17 @@ def build(cls, values, name: str = ""):
 
 def run_from_dict(values: dict) -> RunSpec:
     """A run from the flat mapping of a YAML file."""
-    _reject_unknown(values, {"model", "data", *_OWNER})
-    sections: dict[str, dict] = {key: {} for key in _SECTIONS}
+    own = {f.name for f in dataclasses.fields(RunSpec)} - SECTIONS.keys()
+    _reject_unknown(values, own | _OWNER.keys())
+    sections: dict[str, dict] = {key: {} for key in SECTIONS}
     for name, value in values.items():
         if name in _OWNER:
             sections[_OWNER[name]][name] = value
     if "model" not in values:
         raise SpecError("model: missing; expected a shipped name, a folder or a hub id")
     return RunSpec(
-        model=build(ModelSpec, values["model"], "model"),
-        data=build(DataSpec, values.get("data", {}), "data"),
-        **{key: build(cls, sections[key]) for key, cls in _SECTIONS.items()},
+        **{"data": {}} | {name: value for name, value in values.items() if name in own},
+        **{key: build(cls, sections[key]) for key, cls in SECTIONS.items()},
     )
 
 

@@ -21,7 +21,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +33,7 @@ from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from mlsae_core import questions, store
+from mlsae_core.keys import keyed, later
 from mlsae_core.spec import DataSpec, SpecError, read_yaml
 
 if TYPE_CHECKING:
@@ -355,13 +355,14 @@ def is_streamed(data: DataSpec) -> bool:
 def data_key(data: DataSpec) -> dict:
     """What identifies the text: package pins, hashes of local files, or a hub id and revision."""
     if data.path == DOCSTRINGS:
-        return {DOCSTRINGS: _corpus()}
+        return {DOCSTRINGS: _corpus()} | later(data)
     if data.path == QUESTIONS:
-        return {QUESTIONS: _corpus(), "code": store.source_hash(Path(questions.__file__))}
+        code = store.source_hash(Path(questions.__file__))
+        return {QUESTIONS: _corpus(), "code": code} | later(data)
     if files := local_files(data):
         hashes = [[_format(file), store.source_hash(file)] for file in files]
-        return {"files": hashes, "text_column": data.text_column}
-    return {n: v for n, v in asdict(data).items() if n != "context_length"}
+        return {"files": hashes, "text_column": data.text_column} | later(data)
+    return {n: v for n, v in keyed(data).items() if n != "context_length"}
 
 
 # --- tokens -------------------------------------------------------------------------------------

@@ -27,10 +27,11 @@ from tqdm.auto import tqdm
 from mlsae_core import activations, kernels, metrics, objective, store
 from mlsae_core.activations import ActivationError, Batch
 from mlsae_core.kernels import Kernel
+from mlsae_core.keys import run_settings
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.sae import MLSAE
-from mlsae_core.spec import RunSpec, SpecError, run_settings
+from mlsae_core.spec import RunSpec, SpecError
 from mlsae_core.store import Stopped
 from mlsae_core.text import StreamedBlocks, TokenBlocks
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mlsae_core import store, text
+from mlsae_core.keys import stored
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.spec import DataSpec, ModelSpec, Spec, to_dict
@@ -273,6 +274,6 @@ def _made_of(folder: Path) -> dict | None:
     """The model and spec of a lens that is there."""
     try:
         facts = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-        return {name: facts[name] for name in ("model", "spec")}
+        return {"model": facts["model"], "spec": to_dict(stored(TuneSpec, facts["spec"]))}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from workers import sentences, write_jsonl
 
-from mlsae_core import experiments, pipeline, spec, store, text, train
+from mlsae_core import experiments, keys, pipeline, spec, store, text, train
 from mlsae_core.lens import Lens
 from mlsae_core.spec import EvaluateSpec, Experiment, SpecError
 
@@ -125,7 +125,7 @@ def test_shipped_keys_are_those_of_their_specs():
     """What was shipped is still found: its key can be computed from its own spec."""
     for artefact in store.artefacts("train"):
         if artefact.path.is_relative_to(store.SHIPPED):
-            run = spec.run_from_dict(artefact.spec)
+            run = keys.stored_run(artefact.spec)
             assert pipeline.run_key(run)[0] == artefact.key, artefact.path
 
 
@@ -400,4 +400,4 @@ def test_batches_stop_at_the_tokens_asked_for(inputs, data):
 def test_spec_files_of_results_read_back(inputs, data):
     made = pipeline.Session().train(run_of(inputs))
     stored = json.loads((made.path / "spec.json").read_text())
-    assert spec.run_from_dict(stored) == run_of(inputs)
+    assert keys.stored_run(stored) == run_of(inputs)

@@ -188,12 +188,12 @@ def test_a_run_reads_back_from_its_canonical_form():
 
 
 def test_flat_fields_have_one_owner():
-    fields = [f.name for cls in (SiteSpec, SaeSpec, TrainSpec) for f in dataclasses.fields(cls)] + [
-        "model",
-        "data",
-    ]
-    assert len(fields) == len(set(fields))
+    sections = (SiteSpec, SaeSpec, TrainSpec)
+    fields = [f.name for cls in sections for f in dataclasses.fields(cls)] + ["model", "data"]
     assert set(spec.flat(spec.run_from_dict(MINIMAL))) == set(fields)
+    fields += [f.name for f in dataclasses.fields(ModelSpec)] + ["context_length"]  # beside in keys
+    fields += [name for cls in (*sections, RunSpec, ModelSpec) for name in cls._former]
+    assert len(fields) == len(set(fields))
 
 
 def test_a_dictionary_is_sized_by_the_width_of_its_input():

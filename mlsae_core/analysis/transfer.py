@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mlsae_core import analysis
+from mlsae_core.keys import later
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.sae import MLSAE
@@ -55,7 +56,7 @@ class Target(Spec):
         own |= {"dtype": self.model.dtype, "context_length": self.data.context_length}
         if self.text == "rollouts":
             own |= {"prompt_tokens": self.prompt_tokens, "seed": self.seed}
-        return own
+        return own | later(self.model) | later(self)
 
     @property
     def start(self) -> int:
