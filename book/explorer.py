@@ -250,7 +250,7 @@ latent_charts.handover(
 # %% tags=["hide-input"]
 columns = ["latent", "partner", "cosine", "mean_layer", "partner_mean_layer"]
 columns += ["next", "null_next", "same", "self_next"]
-pairs.sort_values("cosine", ascending=False).head(10).set_index("latent")[columns[1:]].round(3)
+latents.most_alike(pairs).set_index("latent")[columns[1:]]
 
 # %% [markdown]
 # ## Do all active latents matter?
