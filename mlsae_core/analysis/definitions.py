@@ -96,7 +96,7 @@ def alignment(n_layers: int = 4) -> pd.DataFrame:
 def divergence(seed: int = 0, positions: int = 256, spread: float = 1.0) -> pd.DataFrame:
     """KL of logits of N(0, 4) over 512 words, replaced ones being `spread` times noise away."""
     generator = _generator(seed)
-    original = 2 * torch.randn(positions, 512, generator=generator)
+    original = 2 * torch.randn(positions, 512, generator=generator).double()
     replaced = original + spread * torch.randn(positions, 512, generator=generator)
     forward = metrics.kl_divergence(original, replaced).mean()
     backward = metrics.kl_divergence(replaced, original).mean()
