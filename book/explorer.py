@@ -178,7 +178,7 @@ latent_charts.later_layers(
 # %% [markdown]
 # Which latents change most, at each layer, for the step of once the largest activation:
 
-# %% tags=["hide-input", "nbval-ignore-output"]
+# %% tags=["hide-input"]
 most = interventions.most_changed(steered, sae, lens, most=4)
 one = most[most.change == size]
 one.pivot(index="layer", columns="rank", values="latent")
@@ -193,10 +193,10 @@ one.pivot(index="layer", columns="rank", values="latent")
 #
 # On the sequences of its own strongest examples at that layer, where it matters most:
 
-# %% tags=["hide-input", "nbval-ignore-output"]
+# %% tags=["hide-input"]
 own = examples.sequences(found, blocks, middle, latent)
 ablated = interventions.intervene(*arguments, own, middle, latent, ["ablate"])
-interventions.losses(ablated).round(5)
+interventions.losses(ablated).round(4)
 
 # %% [markdown]
 # *changed* is the fraction of tokens at which the latent was active, and so removed; the losses are means over all

@@ -81,7 +81,7 @@ sums.assign(same=sums["difference"].lt(1e-9)).drop(columns="difference").round(3
 #
 # Eq. 14 holds for each latent separately.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input", "nbval-ignore-output"]
 sweep_charts.variance_by_rank(
     total_variance.by_rank(terms.latents),
     title="Most of a latent's spread is between its tokens, less within one",

@@ -145,7 +145,7 @@ ratios.groupby(["sweep", "ratio"], sort=False).value.agg(["min", "max"]).round(3
 # zero where a latent is inactive, and it averages the ratios of the batches ({doc}`definitions`). On the same
 # tokens of the default run, in batches of 512:
 
-# %% tags=["hide-input", "nbval-ignore-output"]
+# %% tags=["hide-input"]
 _, run = default.runs[0]
 session = pipeline.Session()
 inputs = (session.lm(run.model), session.sae(run), Lens.identity(), run.site)
