@@ -1,5 +1,6 @@
 """Orders and samples: ties and rounding errors change nothing, whatever order things come in."""
 
+import math
 from fractions import Fraction
 
 import pandas as pd
@@ -64,12 +65,14 @@ def test_the_chosen_latents_are_the_first_of_those_alike():
 
 
 def test_derived_numbers_have_more_digits_than_are_shown():
-    arrays = tied_arrays()
-    exact = Fraction(arrays["probs"][1, 1].item())
-    assert abs(Fraction(arrays["mean_layer"][1].item()) - exact) < 1e-12
-    third = torch.tensor([[1.0], [1.0], [1.0]]).half()
-    stored = {"probs": third, "totals": third.float(), "active_tokens": torch.ones(1)}
-    assert abs(layers.derived(stored)["entropy"].item() - 1) < 1e-15
+    probs = torch.tensor([[0.1], [0.2], [0.7]]).half()
+    stored = {"probs": probs, "totals": probs.float(), "active_tokens": torch.ones(1)}
+    found = layers.derived(stored)
+    parts = [Fraction(p) for p in probs[:, 0].tolist()]
+    p = [part / sum(parts) for part in parts]
+    assert abs(Fraction(found["mean_layer"].item()) - p[1] - 2 * p[2]) < 1e-14
+    entropy = -sum(float(x) * math.log(x) for x in p) / math.log(3)
+    assert found["entropy"].item() == pytest.approx(entropy, abs=1e-14)
 
 
 def test_pairs_equal_as_shown_stand_by_their_latents():

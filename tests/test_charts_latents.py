@@ -108,9 +108,10 @@ def test_the_explorer_shows_the_chosen_latent_alone():
     (param,) = chart.to_dict()["params"]
     assert param["bind"]["options"] == [7, 3]  # by mean layer
     assert "mean layer 0.2" in param["bind"]["labels"][0]
-    alike = PROFILE.assign(mean_layer=0.5).sample(frac=1, random_state=1)
+    alike = pd.concat([PROFILE.assign(latent=i, mean_layer=0.5) for i in range(40)])
+    alike = alike.sample(frac=1, random_state=0)
     (param,) = latents.explorer(alike, EXAMPLES, TOKENS, "Latents").to_dict()["params"]
-    assert param["bind"]["options"] == [3, 7]
+    assert param["bind"]["options"] == list(range(40))
     for latent, other in ((7, 3), (3, 7)):
         texts, _ = svg(chart, latent=latent)
         assert [t for t in texts if t and t.startswith("<b>")] == [
