@@ -52,9 +52,7 @@ $(BUILT): $(STAMP) $(INPUTS)
 	  echo "The book was not built: the messages above say which page and why." >&2; exit 1; }
 	@touch $@
 
-# Progress bars, which come and go with what is stored already, are no output to compare.
 TESTS ?= book/ tests/
-test processors: export TQDM_DISABLE = 1
 test: $(STAMP)
 	@$(BIN)/python -m pytest --nbval $(TESTS) $(ARGS)
 

@@ -128,8 +128,8 @@ by_layer.pivot(index="rank", columns="layer", values="activation").round(2)
 # {doc}`evaluation` the effect is that of the latent alone. Both happen after one block, at all tokens that are
 # not special, and the rest of the model runs on.
 
-# %% tags=["remove-cell"]
-blocks = session.blocks(run, "test")
+# %% tags=["remove-cell", "nbval-ignore-output"]
+blocks = session.blocks(run, "test")  # on a bare clone with progress bars
 size = float(found["values"][middle, latent].max())
 strengths = (-size, -size / 2, size / 2, size, 2 * size)
 arguments = lm, sae, lens, run.site

@@ -38,7 +38,7 @@
 # distributions at each token and latent themselves: on 16,384 tokens, since those do not fit into memory
 # for a million.
 
-# %% tags=["remove-cell"]
+# %% tags=["remove-cell", "nbval-ignore-output"]
 from mlsae_core import charts, experiments, pipeline, widgets
 from mlsae_core.analysis import total_variance
 from mlsae_core.charts import sweeps as sweep_charts
@@ -48,10 +48,11 @@ from mlsae_core.spec import EvaluateSpec, load_experiment
 charts.use_book_theme()
 _, run = load_experiment("experiments/default.yml").runs[0]
 session = pipeline.Session()
+blocks = session.blocks(run, "test")  # on a bare clone with progress bars
 
 # %% tags=["hide-input"]
 lm, sae = session.lm(run.model), session.sae(run)
-batches = pipeline.Batches(session.blocks(run, "test"), run, EvaluateSpec(tokens=16_384))
+batches = pipeline.Batches(blocks, run, EvaluateSpec(tokens=16_384))
 indices, values = total_variance.codes(lm, sae, Lens.identity(), run.site, batches)
 terms = total_variance.terms(indices, values, sae.n_latents)
 sides = total_variance.both_sides(terms).set_index("law")
