@@ -1,4 +1,4 @@
-# make book | test | lab | notebooks | figure | reproduce | setup | clean
+# make book | test | processors | lab | notebooks | figure | reproduce | setup | clean
 #
 # Every target first installs the project into .venv, once: a stamp there depends on the pins.
 
@@ -15,7 +15,7 @@ INPUTS := $(shell find book mlsae_core data benchmarks/results.json _config.yml 
 	-not -path 'data/store/*' -not -path '*/__pycache__/*' -not -path '*/.*' 2>/dev/null)
 
 .DEFAULT_GOAL := book
-.PHONY: setup book test lab notebooks figure reproduce clean
+.PHONY: setup book test processors lab notebooks figure reproduce clean
 
 setup: $(STAMP)
 
@@ -52,8 +52,23 @@ $(BUILT): $(STAMP) $(INPUTS)
 	  echo "The book was not built: the messages above say which page and why." >&2; exit 1; }
 	@touch $@
 
+TESTS ?= book/ tests/
 test: $(STAMP)
-	@$(BIN)/python -m pytest --nbval book/ tests/ $(ARGS)
+	@$(BIN)/python -m pytest --nbval $(TESTS) $(ARGS)
+
+# The same as on other processors, as far as switches of the libraries reach: one with AVX2 but
+# without AVX-512 and two threads, one with neither and one thread.  `make processors TESTS=book/`
+PROCESSORS ?= avx2 sse
+avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Haswell ARROW_USER_SIMD_LEVEL=AVX2 \
+	NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR" OMP_NUM_THREADS=2
+sse := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem ARROW_USER_SIMD_LEVEL=NONE \
+	NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4 AVX512_ICL AVX512_SPR" OMP_NUM_THREADS=1
+
+processors: $(STAMP)
+	@status=0; $(foreach one,$(PROCESSORS),echo "As on a processor with $(one):"; \
+	  $($(one)) $(BIN)/python -m pytest --nbval $(TESTS) $(ARGS) || status=1;) exit $$status
 
 # Everything that is shipped, from nothing: hours. EXPERIMENTS=book/experiments/live.yml: a minute.
 EXPERIMENTS ?= $(wildcard book/experiments/*.yml)

@@ -128,8 +128,8 @@ by_layer.pivot(index="rank", columns="layer", values="activation").round(2)
 # {doc}`evaluation` the effect is that of the latent alone. Both happen after one block, at all tokens that are
 # not special, and the rest of the model runs on.
 
-# %% tags=["remove-cell"]
-blocks = session.blocks(run, "test")
+# %% tags=["remove-cell", "nbval-ignore-output"]
+blocks = session.blocks(run, "test")  # on a bare clone with progress bars
 size = float(found["values"][middle, latent].max())
 strengths = (-size, -size / 2, size / 2, size, 2 * size)
 arguments = lm, sae, lens, run.site
@@ -178,7 +178,7 @@ latent_charts.later_layers(
 # %% [markdown]
 # Which latents change most, at each layer, for the step of once the largest activation:
 
-# %% tags=["hide-input", "nbval-ignore-output"]
+# %% tags=["hide-input"]
 most = interventions.most_changed(steered, sae, lens, most=4)
 one = most[most.change == size]
 one.pivot(index="layer", columns="rank", values="latent")
@@ -193,10 +193,10 @@ one.pivot(index="layer", columns="rank", values="latent")
 #
 # On the sequences of its own strongest examples at that layer, where it matters most:
 
-# %% tags=["hide-input", "nbval-ignore-output"]
+# %% tags=["hide-input"]
 own = examples.sequences(found, blocks, middle, latent)
 ablated = interventions.intervene(*arguments, own, middle, latent, ["ablate"])
-interventions.losses(ablated).round(5)
+interventions.losses(ablated).round(4)
 
 # %% [markdown]
 # *changed* is the fraction of tokens at which the latent was active, and so removed; the losses are means over all
@@ -250,7 +250,7 @@ latent_charts.handover(
 # %% tags=["hide-input"]
 columns = ["latent", "partner", "cosine", "mean_layer", "partner_mean_layer"]
 columns += ["next", "null_next", "same", "self_next"]
-pairs.sort_values("cosine", ascending=False).head(10).set_index("latent")[columns[1:]].round(3)
+latents.most_alike(pairs).set_index("latent")[columns[1:]]
 
 # %% [markdown]
 # ## Do all active latents matter?

@@ -23,7 +23,7 @@
 # hooks on the blocks, *before* the final norm: the `output_hidden_states` of most implementations
 # hold the last vector after it.
 
-# %% tags=["remove-cell"]
+# %% tags=["remove-cell", "nbval-ignore-output"]
 from pathlib import Path
 
 from mlsae_core import analysis, charts, experiments, pipeline, widgets
@@ -33,6 +33,7 @@ charts.use_book_theme()
 experiment = load_experiment("experiments/default.yml")
 _, run = experiment.runs[0]
 session = pipeline.Session()
+blocks = session.blocks(run, "test")  # on a bare clone with progress bars
 
 # %% [markdown]
 # ## The language models

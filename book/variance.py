@@ -145,11 +145,14 @@ ratios.groupby(["sweep", "ratio"], sort=False).value.agg(["min", "max"]).round(3
 # zero where a latent is inactive, and it averages the ratios of the batches ({doc}`definitions`). On the same
 # tokens of the default run, in batches of 512:
 
-# %% tags=["hide-input", "nbval-ignore-output"]
+# %% tags=["remove-cell", "nbval-ignore-output"]
 _, run = default.runs[0]
 session = pipeline.Session()
+blocks = session.blocks(run, "test")  # on a bare clone with progress bars
+
+# %% tags=["hide-input"]
 inputs = (session.lm(run.model), session.sae(run), Lens.identity(), run.site)
-batches = pipeline.Batches(session.blocks(run, "test"), run, EvaluateSpec(tokens=8192))
+batches = pipeline.Batches(blocks, run, EvaluateSpec(tokens=8192))
 layers.ratio_definitions(*inputs, batches).set_index("definition").round(3)
 
 # %% [markdown]

@@ -18,6 +18,8 @@ from mlsae_core.spec import Experiment
 NOT_COMPARED = ("seconds", "tokens_per_second", "auxk")
 # Fractions of latents are compared as they are: one latent more or less is much of a small number.
 OF_LATENTS = ("dead", "dead_fraction", "inactive")
+# Files keep six digits; another processor changes the last of them.
+ROUNDING = 1e-5
 
 
 def estimate(declared: list[Experiment]) -> float:
@@ -34,9 +36,9 @@ def reproduce(experiment: Experiment) -> pd.DataFrame:
 
     Returns:
         One row per table: the experiment's labels, ``stage``, ``key``, ``file``, ``column`` (the
-        one that deviates most), ``deviation`` (see :func:`deviations`). Weights, arrays per latent
-        and prompts.csv are left out: a rounding that exchanges two latents of nearly equal
-        activation changes them, and not what they amount to.
+        one that deviates most, if one does), ``deviation`` (see :func:`deviations`). Weights,
+        arrays per latent and prompts.csv are left out: a rounding that exchanges two latents of
+        nearly equal activation changes them, and not what they amount to.
     """
     session, rows = pipeline.Session(), []
     for labels, run in experiment.runs:
@@ -51,7 +53,8 @@ def reproduce(experiment: Experiment) -> pd.DataFrame:
             for file in sorted(set(shipped.meta["files"]) - {"prompts.csv"}):
                 found = deviations(shipped.file(file), anew.file(file))
                 if len(found):
-                    worst = {"file": file, "column": found.idxmax(), "deviation": found.max()}
+                    column = found.idxmax() if found.max() else ""
+                    worst = {"file": file, "column": column, "deviation": found.max()}
                     rows.append({**labels, "stage": stage, "key": anew.key, **worst})
     return pd.DataFrame(rows)
 
@@ -77,8 +80,9 @@ def deviations(shipped: Path, anew: Path) -> pd.Series:
     """How far the numbers of a CSV or JSON file are apart, by column or path of keys.
 
     The largest absolute difference over the rows of a column, as a fraction of the column's
-    largest absolute value, but as it is for fractions of latents (`OF_LATENTS`); infinite where the
-    rows or what is not a number differ. Without `NOT_COMPARED`; empty for other kinds of files.
+    largest absolute value, but as it is for fractions of latents (`OF_LATENTS`); 0 below
+    `ROUNDING`, infinite where the rows or what is not a number differ. Without `NOT_COMPARED`;
+    empty for other kinds of files.
     """
     if shipped.suffix == ".csv":
         one, other = pd.read_csv(shipped), pd.read_csv(anew)
@@ -103,7 +107,9 @@ def _deviation(one: pd.Series, other: pd.Series, column: str) -> float:
         return np.inf
     scale = 1.0 if column in OF_LATENTS else float(one.abs().max())
     difference = float((one.astype(float) - other.astype(float)).abs().max())
-    return 0.0 if not difference > 0 else difference / scale if scale else np.inf
+    if not difference > ROUNDING * scale:
+        return 0.0
+    return difference / scale if scale else np.inf
 
 
 def _leaves(value, prefix: str = "") -> Iterator[tuple[str, object]]:

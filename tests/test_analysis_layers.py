@@ -59,7 +59,7 @@ def test_what_is_stored_small_gives_everything_to_three_digits(measured):
             full[f"probs_{name}"].double(), null.probs, rtol=1e-3, atol=1e-4, equal_nan=True
         )
     live = full["probs"][:, found.live]
-    torch.testing.assert_close(live.sum(0), torch.ones(live.shape[1]))
+    torch.testing.assert_close(live.sum(0), torch.ones(live.shape[1], dtype=torch.float64))
     assert sum(array.nbytes for array in arrays.values()) <= 64 * (N_LAYERS * 14 + 4)
 
 

@@ -64,6 +64,13 @@ def test_entropies_are_over_live_latents():
     assert histogram.columns[0] == "k"
 
 
+def test_an_entropy_on_an_edge_counts_above_it():
+    """Two of four layers alike: half of the entropy there could be, but for the last digit."""
+    half = torch.tensor([0.5 - 1e-16, 0.5, 0.5 + 1e-15], dtype=torch.float64)
+    arrays = {"entropy": half, "active_tokens": torch.ones(3)}
+    assert spread.entropy_histogram([({}, arrays, {})])["share"][20] == 1
+
+
 def test_samples_keep_both_ends_and_stay_distributions():
     runs = [({"k": k}, *read(seed=k)[:2]) for k in (1, 2)]
     table = spread.sampled(runs, most=5)

@@ -97,11 +97,21 @@ def test_charts_are_drawn_under_their_title_and_always_alike(name):
     assert "container" not in chart.to_json()
 
 
+def test_a_rounding_error_is_drawn_as_nothing():
+    table = pd.DataFrame({"alpha": range(5), "kl": [3e-17, -2e-13, 1e-9, 0.25, 0.75]})
+    [rows] = latents.steering_cost(table, "A finding").to_dict()["datasets"].values()
+    assert [row["kl"] for row in rows] == [0, 0, 1e-9, 0.25, 0.75]
+
+
 def test_the_explorer_shows_the_chosen_latent_alone():
     chart = CHARTS["explorer"]("Latents")
     (param,) = chart.to_dict()["params"]
     assert param["bind"]["options"] == [7, 3]  # by mean layer
     assert "mean layer 0.2" in param["bind"]["labels"][0]
+    alike = pd.concat([PROFILE.assign(latent=i, mean_layer=0.5) for i in range(40)])
+    alike = alike.sample(frac=1, random_state=0)
+    (param,) = latents.explorer(alike, EXAMPLES, TOKENS, "Latents").to_dict()["params"]
+    assert param["bind"]["options"] == list(range(40))
     for latent, other in ((7, 3), (3, 7)):
         texts, _ = svg(chart, latent=latent)
         assert [t for t in texts if t and t.startswith("<b>")] == [

@@ -266,3 +266,20 @@ def test_importance_reads_no_more_sequences_than_it_is_told():
     pd.testing.assert_frame_equal(one, two, rtol=1e-4)
     assert not any(parameter.requires_grad for parameter in lm.model.parameters())
     assert sae.encoder.grad is None
+
+
+@torch.no_grad()
+def test_ties_go_to_the_first_token_and_the_first_latent():
+    lm, sae = tiny_lm(), tiny_sae()
+    effect = effect_of(lm, sae, N_LAYERS - 1, busiest(lm, sae, IDENTITY, 0), [4.0])
+    change = torch.tensor([0.0, 1.0, -1.0]).repeat(effect.logits.shape[-1] // 3 + 1)
+    tied = effect._replace(
+        logits=torch.zeros_like(effect.logits),
+        logits_after=change[: effect.logits.shape[-1]].expand_as(effect.logits_after),
+        residual_after=effect.residual[None],
+    )
+    words = interventions.promoted(tied, lm.tokenizer, most=3)
+    expected = [lm.tokenizer.decode([i]) for i in (1, 4, 7, 2, 5, 8)]
+    assert words.token.tolist() == expected
+    unchanged = interventions.most_changed(tied, sae, IDENTITY, most=6)
+    assert unchanged.latent.tolist() == list(range(6))

@@ -300,6 +300,12 @@ def test_permuting_layers_keeps_each_token_and_loses_the_preference():
     assert result.ratio_token == 0
 
 
+def test_equal_draws_leave_the_layers_in_their_order(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.zeros(shape))
+    indices = torch.arange(128)[:, None, None].expand(128, 5, 1)
+    assert torch.equal(permute_layers(indices, torch.ones(indices.shape))[0], indices)
+
+
 def test_gaussian_like_keeps_norms_and_is_isotropic():
     x = torch.randn(2, 5000, 3) * torch.tensor([5.0, 1.0, 0.1]) + torch.tensor([9.0, 0.0, 0.0])
     y = gaussian_like(x, torch.Generator().manual_seed(0))

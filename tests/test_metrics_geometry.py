@@ -275,6 +275,16 @@ def test_most_similar_is_the_sorted_list(blocks, measure, largest):
         assert [row[i] for i in indices] == pytest.approx(expected)
 
 
+def test_of_equally_similar_vectors_the_first_are_taken(blocks):
+    vectors = torch.eye(3).repeat(50, 1)
+    for largest, first in ((True, [1, 4, 7, 10]), (False, [0, 2, 3, 5])):
+        found = most_similar(torch.tensor([[0.0, 2.0, 0.0]] * 5), vectors, 4, "dot", largest)
+        assert found.indices.tolist() == [first] * 5
+        assert found.values.tolist() == [[2.0 * largest] * 4] * 5
+    with pytest.raises(ValueError, match="k: expected 1 to 150, the number of vectors, got 151"):
+        most_similar(torch.ones(1, 3), vectors, 151)
+
+
 def test_blocks_stay_within_their_size():
     sizes = [
         block.numel()

@@ -64,6 +64,13 @@ def test_fractions_of_latents_are_compared_as_they_are(tmp_path):
     assert reproduce.deviations(*paths).to_dict() == pytest.approx({"dead": 0.001, "fvu": 1.0})
 
 
+def test_the_last_digits_are_no_deviation(tmp_path):
+    paths = [tmp_path / f"{name}.csv" for name in ("one", "other")]
+    for path, last in zip(paths, (0.123456, 0.123457), strict=True):
+        pd.DataFrame({"kl": [last], "fvu": [0.5]}).to_csv(path, index=False)
+    assert reproduce.deviations(*paths).to_dict() == {"kl": 0, "fvu": 0}
+
+
 def test_nested_json_is_compared_leaf_by_leaf(tmp_path):
     one, other = tmp_path / "one.json", tmp_path / "other.json"
     one.write_text(json.dumps({"a": {"value": 2.0}, "b": [1, 2]}))

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mlsae_core.activations import gather, hook_points, site_layers, stream
+from mlsae_core.analysis.order import ascending, evenly
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel, Original
 from mlsae_core.metrics import (
@@ -361,8 +362,7 @@ def latent_table(
         One row per (latent, layer): ``latent``, ``layer``, ``probability``, ``order``.
     """
     live = arrays["active_tokens"].nonzero().squeeze(1)
-    order = live[arrays["mean_layer"][live].argsort(stable=True)]
-    chosen = order[torch.linspace(0, len(order) - 1, min(most, len(order))).round().long()]
+    chosen = live[ascending(arrays["mean_layer"][live])][evenly(len(live), most)]
     probs = arrays[weighting][:, chosen]
     n_layers, n = probs.shape
     return pd.DataFrame(

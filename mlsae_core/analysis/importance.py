@@ -88,7 +88,7 @@ def _batch(lm, sae, lens, layers, tokens, positions, generator) -> Tensor:
     original = lm.original(tokens)
     allowed = lm.keep_mask(tokens)[:, :-1].cpu()
     chance = torch.rand(allowed.shape, generator=generator).masked_fill(~allowed, -1)
-    chosen = chance.topk(min(positions, allowed.shape[1])).indices
+    chosen = chance.argsort(descending=True, stable=True)[:, :positions]
     exists, chosen = allowed.gather(1, chosen).to(lm.device), chosen.to(lm.device)
     sequence = torch.arange(len(tokens), device=lm.device)
     with torch.enable_grad():

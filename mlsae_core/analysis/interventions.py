@@ -204,8 +204,8 @@ def promoted(effect: Effect, tokenizer, most: int = 10) -> pd.DataFrame:
         difference = (logits - effect.logits)[changed]
         mean = (difference - difference.mean(-1, keepdim=True)).mean(0)
         for direction, largest in (("promoted", True), ("suppressed", False)):
-            values, ids = mean.topk(most, largest=largest)
-            for rank, (value, token) in enumerate(zip(values, ids, strict=True), 1):
+            values, ids = mean.sort(descending=largest, stable=True)
+            for rank, (value, token) in enumerate(zip(values[:most], ids, strict=False), 1):
                 text = tokenizer.decode([int(token)])
                 rows.append((change, direction, rank, text, value.item()))
     return pd.DataFrame(rows, columns=["change", "direction", "rank", "token", "logit_change"])
@@ -258,7 +258,8 @@ def most_changed(effect: Effect, sae: MLSAE, lens: Lens, most: int = 5) -> pd.Da
             before = _activations(sae, lens, x[changed].float(), layer)
             difference = _activations(sae, lens, y[changed].float(), layer) - before
             mean = difference.mean(0)
-            for rank, latent in enumerate(difference.abs().mean(0).topk(most).indices, 1):
+            order = difference.abs().mean(0).argsort(descending=True, stable=True)
+            for rank, latent in enumerate(order[:most], 1):
                 rows.append((change, layer, rank, int(latent), mean[latent].item()))
     columns = ["change", "layer", "rank", "latent", "change_of_activation"]
     return pd.DataFrame(rows, columns=columns)

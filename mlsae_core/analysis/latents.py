@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mlsae_core.activations import site_layers, stream
+from mlsae_core.analysis.order import DECIMALS, ascending
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.metrics import LayerDistribution, mmcs, most_similar
@@ -162,9 +163,10 @@ def spread_of_latents(arrays: dict[str, Tensor], most: int = 40, least: int = 10
     if not len(enough):
         enough = arrays["active_tokens"].nonzero()[:, 0]
     mean = arrays["mean_layer"][enough]
-    order = mean.argsort(stable=True)
-    targets = torch.linspace(float(mean.min()), float(mean.max()), most)
-    nearest = torch.searchsorted(mean[order].contiguous(), targets).clamp(max=len(order) - 1)
+    order = ascending(mean)
+    rising = mean[order].double().round(decimals=DECIMALS)
+    targets = torch.linspace(float(rising[0]), float(rising[-1]), most, dtype=torch.float64)
+    nearest = torch.searchsorted(rising, targets).clamp(max=len(order) - 1)
     return enough[order[nearest.unique()]].tolist()
 
 
@@ -173,6 +175,15 @@ def sharpest(arrays: dict[str, Tensor], layer: int, least: int = 1000) -> int:
     probs = arrays["probs"][layer].nan_to_num()
     common = arrays["active_tokens"] >= least
     return int(probs.where(common, probs - 1).argmax())
+
+
+def most_alike(pairs: pd.DataFrame, most: int = 10, decimals: int = 3) -> pd.DataFrame:
+    """The rows of `duplicates` with the largest cosine similarities, rounded as they are shown.
+
+    Rows whose similarity is equal as shown, such as two latents each nearest to the other, stand
+    in the order of their latents.
+    """
+    return pairs.round(decimals).sort_values(["cosine", "latent"], ascending=[False, True])[:most]
 
 
 def profile(arrays: dict[str, Tensor], latents: Sequence[int]) -> pd.DataFrame:

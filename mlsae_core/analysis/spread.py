@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mlsae_core.analysis import latent_table
 from mlsae_core.analysis.layers import sample_prompt
+from mlsae_core.analysis.order import DECIMALS
 from mlsae_core.analysis.sweeps import across
 
 Read = Iterable[tuple[dict, dict[str, Tensor], dict]]
@@ -85,7 +86,8 @@ def entropy_histogram(read: Read, n_bins: int = 40) -> pd.DataFrame:
     edges = np.linspace(0, 1, n_bins + 1)
     parts = []
     for labels, arrays, _ in read:
-        found = arrays["entropy"][arrays["active_tokens"] > 0].double().clamp(0, 1)
+        found = arrays["entropy"][arrays["active_tokens"] > 0].clamp(0, 1)
+        found = found.round(decimals=DECIMALS)  # a half stands on an edge
         counts = np.histogram(found.numpy(), edges)[0]
         table = {"low": edges[:-1], "high": edges[1:], "share": counts / counts.sum()}
         parts.append(pd.DataFrame(table).assign(**labels)[[*labels, *table]])

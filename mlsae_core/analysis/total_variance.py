@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mlsae_core.activations import stream
+from mlsae_core.analysis.order import ascending, evenly
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.metrics import LayerDistribution
@@ -35,9 +36,9 @@ class Terms(NamedTuple):
     exp_var_exp_jt: float
     """E[Var(E[L | J, T] | J)], from the mean layers of each (token, latent)."""
     latents: pd.DataFrame
-    """Eq. 14, one row per live latent: ``latent``, ``var`` (of P(L | j)), ``within`` (mean over
-    its tokens of the variance at one token), ``between`` (variance of the mean layer at one
-    token)."""
+    """Eq. 14, one row per live latent: ``latent``, ``tokens`` (at which it is active), ``var`` (of
+    P(L | j)), ``within`` (mean over its tokens of the variance at one token), ``between`` (variance
+    of the mean layer at one token)."""
 
 
 def terms(indices: Tensor, values: Tensor, n_latents: int) -> Terms:
@@ -74,6 +75,7 @@ def terms(indices: Tensor, values: Tensor, n_latents: int) -> Terms:
     table = pd.DataFrame(
         {
             "latent": live.cpu().numpy(),
+            "tokens": j.bincount().cpu().numpy(),
             "var": _variance(p_j).cpu().numpy(),
             "within": within.cpu().numpy(),
             "between": between.cpu().numpy(),
@@ -101,13 +103,14 @@ def _variance(p: Tensor) -> Tensor:
 
 
 def both_sides(found: Terms) -> pd.DataFrame:
-    """The two laws, and Eq. 14 for every latent at once: ``left``, its two parts, ``difference``.
+    """The two laws, and Eq. 14 of one latent: ``left``, its two parts, ``difference`` of the sides.
 
-    The row of Eq. 14 has the latent where the two sides differ most.
+    The latent is the one with the most tokens; the difference of its row is the largest of all
+    latents.
     """
     latents = found.latents
-    worst = (latents["var"] - latents["within"] - latents["between"]).abs().idxmax()
-    one = latents.loc[worst]
+    one = latents.loc[latents["tokens"].idxmax()]
+    every = (latents["var"] - latents["within"] - latents["between"]).abs().max()
     rows = [
         ("Var(L) = E[Var(L | J)] + Var(E[L | J])", found.var, found.exp_var_j, found.var_exp_j),
         (
@@ -116,10 +119,11 @@ def both_sides(found: Terms) -> pd.DataFrame:
             found.exp_var_jt,
             found.exp_var_exp_jt,
         ),
-        ("Var(L | j), the worst latent", one["var"], one["within"], one["between"]),
+        ("Var(L | j), the most frequent latent", one["var"], one["within"], one["between"]),
     ]
     table = pd.DataFrame(rows, columns=["law", "left", "first part", "second part"])
     difference = (table["left"] - table["first part"] - table["second part"]).abs()
+    difference.iloc[-1] = every
     return table.assign(difference=difference)
 
 
@@ -152,15 +156,16 @@ def beside_the_sums(found: Terms, indices: Tensor, values: Tensor, n_latents: in
 
 
 def by_rank(latents: pd.DataFrame, most: int = 400) -> pd.DataFrame:
-    """Latents in the order of their variance, `most` of them evenly spaced, for a chart.
+    """Latents in the order of their variance, at most `most` evenly spaced, for a chart.
 
     Returns:
         One row per latent and part: ``rank`` (0 the smallest variance), ``latent``, ``part``
         ("at one token", "between tokens"), ``variance`` (squared layers).
     """
-    ordered = latents.sort_values(["var", "latent"]).reset_index(drop=True)
-    keep = torch.linspace(0, len(ordered) - 1, min(most, len(ordered))).round().long().tolist()
-    chosen = ordered.loc[keep].assign(rank=range(len(keep)))
+    latents = latents.sort_values("latent")
+    order = ascending(torch.from_numpy(latents["var"].to_numpy(copy=True)))
+    keep = order[evenly(len(order), most)].numpy()
+    chosen = latents.iloc[keep].assign(rank=range(len(keep)))
     chosen = chosen.rename(columns={"within": "at one token", "between": "between tokens"})
     return chosen.melt(
         ["rank", "latent"], ["at one token", "between tokens"], "part", "variance"

@@ -23,6 +23,7 @@ MIME = "application/vnd.vegalite.v5+json"
 SCHEMA = "https://vega.github.io/schema/vega-lite/v5.json"
 MAX_ROWS = 5000
 DIGITS = 4
+NOTHING = 1e-12
 
 PAGE = {"light": "#ffffff", "dark": "#121212"}
 INK = {"light": "#24292f", "dark": "#e6e6e6"}
@@ -416,9 +417,14 @@ def _limited(table: pd.DataFrame, chart: str) -> pd.DataFrame:
 
 
 def _significant(column: pd.Series) -> pd.Series:
-    """Round floats to `DIGITS` significant digits: what a chart shows is then stable."""
+    """Round floats to `DIGITS` significant digits: what a chart shows is then stable.
+
+    What is `NOTHING` beside the column's largest number is a rounding error and becomes 0.
+    """
     if not pd.api.types.is_float_dtype(column):
         return column
+    least = NOTHING * column.abs().where(np.isfinite(column)).max()
+    column = column.mask(column.abs() < least, 0.0)
     return column.map(lambda x: float(f"{x:.{DIGITS}g}") if np.isfinite(x) else x)
 
 

@@ -30,7 +30,7 @@ def explorer(
     examples = _table(examples, "explorer", *columns)
     tokens = _table(tokens, "explorer", "latent", "matrix", "rank", "token", "cosine")
     _limited(pd.concat([profile, examples, tokens]), "explorer")
-    one = profile.drop_duplicates("latent").sort_values("mean_layer")
+    one = profile.drop_duplicates("latent").sort_values(["mean_layer", "latent"])
     labels = [
         f"{row.latent} (mean layer {row.mean_layer:.1f}, {row.tokens} tokens)"
         for row in one.itertuples()

@@ -258,8 +258,8 @@ def permute_layers(
         indices, values: (layer, token, k).
         generator: on any device, where the numbers are drawn; by default the CPU's.
     """
-    drawn_on = _drawn_on(generator)
-    order = torch.rand(indices.shape[:2], generator=generator, device=drawn_on).argsort(0)
+    chance = torch.rand(indices.shape[:2], generator=generator, device=_drawn_on(generator))
+    order = chance.argsort(dim=0, stable=True)
     order = order.to(indices.device)[..., None].expand_as(indices)
     return indices.gather(0, order), values.gather(0, order)
 

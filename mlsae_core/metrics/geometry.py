@@ -156,14 +156,25 @@ def most_similar(
     Args:
         rows: (n, d_model), decoder rows.
         vectors: (m, d_model).
-        k: how many, at most m.
+        k: how many, at most m; of equally similar vectors the first.
         measure: cosine similarity or inner product.
         largest: the largest similarities, or the smallest.
+
+    Raises:
+        ValueError: k is not 1 to m.
     """
-    parts = [
-        block.topk(k, largest=largest) for _, block in _products(rows, vectors, measure == "cosine")
-    ]
-    return Similar(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    if not 1 <= k <= len(vectors):
+        raise ValueError(f"k: expected 1 to {len(vectors)}, the number of vectors, got {k}")
+    sign, blocks = 1 if largest else -1, []
+    for _, block in _products(rows, vectors, measure == "cosine"):
+        best = []
+        block.mul_(sign)
+        for _ in range(k):  # `topk` takes any of equal values, `max` the first
+            best.append(block.max(1))
+            block.scatter_(1, best[-1].indices[:, None], -torch.inf)
+        blocks.append([torch.stack(part, 1) for part in zip(*best, strict=True)])
+    values, indices = (torch.cat(part) for part in zip(*blocks, strict=True))
+    return Similar(sign * values, indices)
 
 
 class MaxCosine(NamedTuple):
