@@ -37,9 +37,8 @@ SUITES = {
     "distributions": "benchmarks.bench_loop",
     "memory of distributions": "benchmarks.bench_loop",
     "memory": "benchmarks.bench_train",
-    "gpu": "benchmarks.bench_gpu",
 }
-ASKED_FOR = ("memory", "gpu")
+ASKED_FOR = ("memory",)
 """Suites that run only where they are named: they need much memory, or a GPU."""
 
 PACKAGES = {
@@ -229,7 +228,7 @@ def _memory(field: str) -> float:
 # --- what is written ------------------------------------------------------------------------------
 
 
-def machine(threads: int, accelerator: str = "none measured") -> dict[str, Any]:
+def machine(threads: int) -> dict[str, Any]:
     """Processor, versions and date that a result belongs to; nothing that names the computer."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
@@ -242,7 +241,6 @@ def machine(threads: int, accelerator: str = "none measured") -> dict[str, Any]:
         else os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
-        "accelerator": accelerator,
         "python": platform.python_version(),
         **{n: metadata.version(n) for n in PACKAGES.values() if n in installed},
         "commit": _git("rev-parse", "--short", "HEAD"),

@@ -21,13 +21,10 @@ from torch import Tensor
 from mlsae_core import kernels
 from mlsae_core.kernels import Code
 
-GROUP = 32
-"""Neighbouring columns of which the maximum is taken first."""
-
 RUN = 256
 """Pairs of a latent that one program sums; longer runs are cut and the pieces summed after that."""
 
-WIDEST = 2**15
+WIDEST = 2**14
 """Columns of a row that are held at once where the largest are kept in place."""
 
 _BITS = {torch.int16: 15, torch.int32: 31}
@@ -96,7 +93,8 @@ def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Exact, and among equal scores the first ones' groups are preferred. Values are float32.
     """
     n, width = scores.shape
-    groups = -(-width // GROUP)
+    group = 32 if width <= 2**16 else 64  # measured; as many groups as members, or so
+    groups = -(-width // group)
     keys = scores.view(torch.int16 if scores.element_size() == 2 else torch.int32)
     if groups < k or k > 128:
         values, indices = kernels.group_topk(scores, k)
@@ -104,14 +102,15 @@ def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values = torch.empty(n, k, dtype=torch.float32, device=scores.device)
     indices = torch.empty(n, k, dtype=torch.int64, device=scores.device)
     maxima = torch.empty(n, groups, dtype=keys.dtype, device=scores.device)
-    block = min(256, triton.next_power_of_2(groups))
+    all_groups, all_k = triton.next_power_of_2(groups), triton.next_power_of_2(k)
+    block = min(256, all_groups)
     _group_maxima[n, triton.cdiv(groups, block)](
-        keys, maxima, width, groups, group=GROUP, block=block, num_warps=4
+        keys, maxima, width, groups, group=group, block=block, num_warps=4
     )
     _select[n,](
         scores, keys, maxima, values, indices, width, groups, k,
-        group=GROUP, all_groups=triton.next_power_of_2(groups), all_k=triton.next_power_of_2(k),
-        bits=_BITS[keys.dtype], num_warps=1,
+        group=group, all_groups=all_groups, all_k=all_k, bits=_BITS[keys.dtype],
+        num_warps=min(8, max(1, max(all_groups, all_k * group) // 1024)),
     )  # fmt: skip
     return values, indices
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import vl_convert
 
-from benchmarks import bench_gpu, bench_loop, bench_train, common, reference
+from benchmarks import bench_loop, bench_train, common, gpu, reference
 from benchmarks.common import LIMIT, OURS, Case, Implementation
 from mlsae_core.charts import benchmarks as charts
 
@@ -135,19 +135,39 @@ def test_an_unknown_suite_is_refused():
     assert "expected suites of training step" in done.stderr
 
 
-def test_the_loop_for_a_gpu_gives_the_same_losses_with_a_compiled_model():
-    [timed] = bench_gpu.cases(quick=True)
-    ours, compiled = (timed.implementations[name].make()() for name in (OURS, bench_gpu.COMPILED))
-    assert len(ours) == timed.settings["steps"]
-    torch.testing.assert_close(ours, compiled, rtol=bench_loop.TOLERANCE, atol=0)
-    timed.implementations[LIMIT].make()()
-    shares = timed.shares()
-    assert set(shares) == {"packing", "language model", "autoencoder"}
-    assert min(shares.values()) > 0
-    assert sum(shares.values()) == pytest.approx(1)
+def test_the_phases_for_a_gpu_run_and_say_what_they_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "rows", [])
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu", "env", "loop", "paper", "large", "--json", str(out)])
+    gpu.main()
+    rows = json.loads(out.read_text())
+    assert not [row for row in rows if "error" in row]
+    rates = {row["what"]: row for row in rows if "tokens_per_second" in row}
+    assert set(rates) == {"loop, sparse, 0 dead", "loop, sparse, 32 dead", "the paper's default"}
+    assert rates["loop, sparse, 32 dead"]["dead"] > rates["loop, sparse, 0 dead"]["dead"]
+    [minutes] = [row["minutes"] for row in rows if "minutes" in row]
+    assert minutes == pytest.approx(1e9 / rates["the paper's default"]["tokens_per_second"] / 60)
 
 
-@pytest.mark.parametrize("module", [bench_train, bench_gpu])
+def test_a_phase_that_fails_is_named_and_stops_no_other(tmp_path, monkeypatch, capsys):
+    def broken():
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(gpu, "rows", [])
+    monkeypatch.setattr(gpu, "PHASES", {"broken": broken, "env": gpu.env})
+    monkeypatch.setattr(sys, "argv", ["gpu", "--json", str(tmp_path / "gpu.json")])
+    gpu.main()
+    errors = [row.get("error") for row in json.loads((tmp_path / "gpu.json").read_text())]
+    assert errors == ["RuntimeError: out of memory", None]
+
+
+def test_a_compiled_model_gives_the_same_losses_in_the_loop_for_a_gpu():
+    tiny = gpu.SHAPES["tiny"]
+    ours, compiled = (gpu.train_random(tiny, 2, 0, "sparse", c).loss for c in (False, True))
+    assert ours.to_numpy() == pytest.approx(compiled.to_numpy(), rel=bench_loop.TOLERANCE)
+
+
+@pytest.mark.parametrize("module", [bench_train, gpu])
 def test_larger_shapes_have_the_latents_that_they_name(module):
     for name, latents in (("Pythia-1b", 131072), ("Gemma 2 2B", 147456)):
         shape = module.SHAPES[name]
@@ -173,23 +193,15 @@ def test_some_suites_are_written_beside_the_others_with_their_machine(tmp_path, 
             row["suite"]: (row["of"], row.get("machine")) for row in joined["cases"]
         }
 
-    monkeypatch.setattr(common, "SUITES", ("evaluation", "distributions", "gpu"))
+    monkeypatch.setattr(common, "SUITES", ("evaluation", "distributions", "memory"))
     file = tmp_path / "r.json"
     results("a", "evaluation", "distributions")
-    machine, found = results("b", "gpu")
+    machine, found = results("b", "memory")
     assert machine == "a"
-    assert found == {"evaluation": ("a", None), "distributions": ("a", None), "gpu": ("b", "b")}
+    assert found == {"evaluation": ("a", None), "distributions": ("a", None), "memory": ("b", "b")}
     machine, found = results("c", "evaluation")
     assert machine == "a"
-    assert found == {"evaluation": ("c", "c"), "distributions": ("a", None), "gpu": ("b", "b")}
+    assert found == {"evaluation": ("c", "c"), "distributions": ("a", None), "memory": ("b", "b")}
     machine, found = results("d", "evaluation", "distributions")
     assert machine == "d"
-    assert found == {"evaluation": ("d", None), "distributions": ("d", None), "gpu": ("b", "b")}
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_the_suite_for_a_gpu_is_refused_without_one():
-    command = [sys.executable, "-m", "benchmarks", "gpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "gpu: expected a CUDA device; --quick runs tiny shapes without one" in done.stderr
+    assert found == {"evaluation": ("d", None), "distributions": ("d", None), "memory": ("b", "b")}

@@ -158,3 +158,17 @@ def test_a_device_that_cannot_run_them_is_named(monkeypatch):
     with pytest.raises(ValueError, match="triton needs a CUDA device, got cpu; take sparse"):
         kernels.check("triton", torch.device("cpu"))
     kernels.check("sparse", torch.device("cpu"))
+
+
+def test_they_are_compiled_for_a_card_that_is_not_there_without_spills():
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.gpu_compile"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels_there = {
+        n for n in vars(triton_kernels) if hasattr(vars(triton_kernels)[n], "arg_names")
+    }
+    compiled = {line.split()[0] for line in done.stdout.splitlines()}
+    assert compiled == kernels_there - {"_chosen"}
