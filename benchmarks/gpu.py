@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import functools
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -128,7 +130,7 @@ def env():
 
 
 def right():
-    """The largest relative error of results and gradients against float64 on the CPU."""
+    """The largest relative error of results and gradients against float64 on the CPU; twice."""
     generator = torch.Generator().manual_seed(0)
     for n, d, m, k, aux, dead in (
         (20, 24, 300, 8, 16, 64),
@@ -139,15 +141,18 @@ def right():
         weights = [F.normalize(torch.randn(m, d, generator=generator)) for _ in "ed"]
         which = torch.randperm(m, generator=generator)[:dead].sort().values
         results = {}
-        for kernel in ("dense", "sparse", "triton"):
+        for kernel in ("dense", "sparse", "triton", "triton again"):
             device, dtype = DEVICE, torch.float32
             if kernel == "dense":
                 device, dtype = "cpu", torch.float64
             tensors = [t.to(device, dtype, copy=True).requires_grad_() for t in (x, *weights, b)]
-            y, y_dead, _ = kernels.autoencode(*tensors, k, which.to(device), aux, kernel)
+            name = kernel.split()[0]
+            y, y_dead, _ = kernels.autoencode(*tensors, k, which.to(device), aux, name)
             (y.sin().sum() + y_dead.square().sum()).backward()
             results[kernel] = [t.detach().cpu().double() for t in (y, y_dead)]
             results[kernel] += [t.grad.cpu().double() for t in tensors]
+        same = all(map(torch.equal, results["triton"], results["triton again"]))
+        note(f"triton twice: {n} vectors", verdict="the same bits" if same else "NOT THE SAME")
         for kernel in ("sparse", "triton"):
             pairs = zip(results[kernel], results["dense"], strict=True)
             worst = max(float((a - e).norm() / e.norm()) for a, e in pairs)
@@ -222,7 +227,12 @@ def step():
                 rate = N / took * 1e3
                 what = f"micro-batch, {kernel}, {name}, {n_dead} dead"
                 note(what, ms=took, vectors_per_second=rate, peak_gb=gigabytes())
-    part("optimiser", one.sae.make_optimizer().step, 2 * M * D * 4e-9 * 7)
+    optimizer = one.sae.make_optimizer()
+    part("optimiser", optimizer.step, 2 * M * D * 4e-9 * 7)
+    state = {"sae": one.sae.state_dict(), "optimizer": optimizer.state_dict()}
+    with tempfile.TemporaryDirectory() as folder:
+        write = functools.partial(store.save_checkpoint, Path(folder, "checkpoint"), state)
+        note("checkpoint", ms=milliseconds(write, 0, 3))
 
 
 @contextlib.contextmanager
