@@ -20,9 +20,9 @@
 # %% tags=["remove-cell"]
 import pandas as pd
 
-from mlsae_core import charts
-from mlsae_core.analysis import definitions
-from mlsae_core.charts import definitions as draw
+from mlsae_book import charts
+from mlsae_book.charts import definitions as draw
+from mlsae_book.tables import definitions
 
 charts.use_book_theme()
 pd.set_option("display.max_colwidth", None)

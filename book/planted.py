@@ -26,8 +26,8 @@
 # by the same loop as on a language model.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, planted
-from mlsae_core.charts import planted as draw
+from mlsae_book import charts, planted
+from mlsae_book.charts import planted as draw
 
 charts.use_book_theme()
 world = planted.PlantedSpec()

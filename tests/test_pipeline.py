@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from workers import sentences, write_jsonl
 
-from mlsae_core import experiments, keys, pipeline, spec, store, text, train
+from mlsae_book import experiments
+from mlsae_core import keys, pipeline, spec, store, text, train
 from mlsae_core.lens import Lens
 from mlsae_core.spec import EvaluateSpec, Experiment, SpecError
 
@@ -266,13 +267,12 @@ def test_a_gpus_memory_decides_what_fits_it(inputs, data, monkeypatch):
     assert pipeline.batch_tokens(pythia) == 2048
 
 
-@pytest.mark.parametrize("stage", pipeline.ANY_BATCH)
+@pytest.mark.parametrize("stage", ["evaluate", "transfer", "drift", "examples", "duplicates"])
 def test_a_larger_batch_changes_nothing_but_the_rounding(inputs, data, stage, monkeypatch):
     run, settings, found = run_of(inputs), EvaluateSpec(tokens=2048), []
     for tokens in (64, 1024):
         monkeypatch.setattr(pipeline, "batch_tokens", lambda _, tokens=tokens: tokens)
-        session = pipeline.Session("force")
-        made = getattr(session, stage)(run, settings)
+        made = pipeline.Session("force").make(stage, run, settings)
         found.append(columns(made))
     assert found[0].keys() == found[1].keys()
     for name, column in found[0].items():
