@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from workers import sentences
 
 from mlsae_book import pretrain
+from mlsae_book.__main__ import main
 from mlsae_core import spec, store, text
-from mlsae_core.__main__ import main
 from mlsae_core.lm import LanguageModel
 from mlsae_core.spec import ModelSpec, SpecError
 
