@@ -137,7 +137,7 @@ definitions.shown(definitions.dictionary(seed=0))
 # ## How this page was made
 #
 # Computed when the page is built, from seed 0, without a language model. The variants are in
-# `mlsae_core/released.py`, written from descriptions of the released code's behaviour and tested against numbers worked
+# `book/mlsae_book/as_released.py`, written from descriptions of the released code's behaviour and tested against numbers worked
 # out by hand (`tests/test_released.py`); nothing but this page calls them. That each function and test
 # of the first table exists is itself a test (`tests/test_definitions.py`).
 #

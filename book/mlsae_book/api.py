@@ -36,6 +36,8 @@ PACKAGES = {
             "lens",
             "activations",
             "kernels",
+            "triton_kernels",
+            "optimizer",
             "sae",
             "objective",
             "train",
