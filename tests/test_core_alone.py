@@ -57,7 +57,8 @@ def work(spec):
     import mlsae_core
 
     for module in pkgutil.walk_packages(mlsae_core.__path__, "mlsae_core."):
-        importlib.import_module(module.name)
+        if not module.name.endswith("triton_kernels"):  # which a GPU's torch brings triton for
+            importlib.import_module(module.name)
     from mlsae_core import pipeline
     from mlsae_core.__main__ import main
     from mlsae_core.spec import EvaluateSpec, load_run
