@@ -35,6 +35,7 @@ PACKAGES = {
             "lm",
             "lens",
             "activations",
+            "pairs",
             "kernels",
             "triton_kernels",
             "optimizer",
