@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mlsae_core import store, text
-from mlsae_core.keys import keyed, later, run_settings, stored, stored_run
+from mlsae_core.keys import keyed, run_settings, stored, stored_run
 from mlsae_core.spec import (
     DataSpec,
     EvaluateSpec,
@@ -531,7 +531,7 @@ def _as_today(spec: dict) -> dict:
 
 
 def _spec_of(part: str) -> type[Spec]:
-    """What stands beside the run in an artefact's spec: settings of a stage, or a part of its own."""
+    """What a part of an artefact's spec is: settings of a stage, or a part of its own."""
     if part in STAGES:
         return EvaluateSpec
     return next(own[part] for stage in STAGES.values() if part in (own := stage.parts()))

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from workers import sentences, write_jsonl
 
 from mlsae_book import experiments
-from mlsae_book import experiments
 from mlsae_core import keys, pipeline, spec, status, store, text, train
 from mlsae_core.lens import Lens
 from mlsae_core.spec import EvaluateSpec, Experiment, SpecError
