@@ -47,7 +47,7 @@ book: $(BUILT)
 $(BUILT): $(STAMP) $(INPUTS)
 	@test -e $@ || rm -rf _build/.doctrees
 	@rm -f $@
-	@$(BIN)/jupyter-book build -n -W --keep-going book/ && $(BIN)/python -m mlsae_core.book || { \
+	@$(BIN)/jupyter-book build -n -W --keep-going book/ && $(BIN)/python -m mlsae_book.sphinx_ext || { \
 	  $(BIN)/python -m pip check >/dev/null || echo "A package is missing: run \`rm -r $(VENV)\` and try again."; \
 	  echo "The book was not built: the messages above say which page and why." >&2; exit 1; }
 	@touch $@
@@ -73,7 +73,7 @@ processors: $(STAMP)
 # Everything that is shipped, from nothing: hours. EXPERIMENTS=book/experiments/live.yml: a minute.
 EXPERIMENTS ?= $(wildcard book/experiments/*.yml)
 reproduce: $(STAMP)
-	@$(BIN)/python -m mlsae_core reproduce $(EXPERIMENTS)
+	@$(BIN)/python -m mlsae_book reproduce $(EXPERIMENTS)
 
 lab: $(STAMP)
 	@$(BIN)/jupyter lab book/
@@ -94,7 +94,7 @@ notebooks: $(STAMP)
 
 # The README's picture is the landing page's chart.
 figure: $(STAMP)
-	@$(BIN)/python -m mlsae_core.book figure
+	@$(BIN)/python -m mlsae_book.sphinx_ext figure
 
 clean:
 	rm -rf _build book/.ipynb_checkpoints .pytest_cache .ruff_cache

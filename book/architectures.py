@@ -23,10 +23,11 @@
 #   and embeddings multiplied by $\sqrt{d}$.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, experiments, pipeline, widgets
-from mlsae_core.analysis import layers, spread, sweeps
-from mlsae_core.charts import layers as layer_charts
-from mlsae_core.charts import sweeps as sweep_charts
+from mlsae_book import charts, experiments, stages, widgets
+from mlsae_book.charts import layers as layer_charts
+from mlsae_book.charts import sweeps as sweep_charts
+from mlsae_book.tables import layers, spread, sweeps
+from mlsae_core import pipeline
 from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
@@ -75,7 +76,7 @@ spread.at_the_ends(read).set_index("model").round(3)
 # The counterparts of Figures 14, 16 and 18, with the paper's prompt.
 
 # %% tags=["hide-input"]
-prompt = pipeline.PROMPTS[0]
+prompt = stages.PROMPTS[0]
 single = experiments.tables(results.artefacts["prompts"], "prompts.csv")
 layer_charts.prompts(
     layers.name_prompts(single, [prompt]),

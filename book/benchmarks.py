@@ -21,8 +21,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from mlsae_core import charts
-from mlsae_core.charts import benchmarks as draw
+from mlsae_book import charts
+from mlsae_book.charts import benchmarks as draw
 
 charts.use_book_theme()
 found = json.loads(Path("../benchmarks/results.json").read_text(encoding="utf-8"))

@@ -20,9 +20,9 @@
 # %% tags=["remove-cell"]
 import pandas as pd
 
-from mlsae_core import charts
-from mlsae_core.analysis import definitions
-from mlsae_core.charts import definitions as draw
+from mlsae_book import charts
+from mlsae_book.charts import definitions as draw
+from mlsae_book.tables import definitions
 
 charts.use_book_theme()
 pd.set_option("display.max_colwidth", None)
@@ -137,7 +137,7 @@ definitions.shown(definitions.dictionary(seed=0))
 # ## How this page was made
 #
 # Computed when the page is built, from seed 0, without a language model. The variants are in
-# `mlsae_core/released.py`, written from descriptions of the released code's behaviour and tested against numbers worked
+# `book/mlsae_book/as_released.py`, written from descriptions of the released code's behaviour and tested against numbers worked
 # out by hand (`tests/test_released.py`); nothing but this page calls them. That each function and test
 # of the first table exists is itself a test (`tests/test_definitions.py`).
 #

@@ -30,9 +30,10 @@
 # - **Gaussian input**: the dictionary encodes vectors of random direction, as long as the real ones.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, experiments, pipeline, widgets
-from mlsae_core.analysis import layers
-from mlsae_core.charts import layers as layer_charts
+from mlsae_book import charts, experiments, stages, widgets
+from mlsae_book.charts import layers as layer_charts
+from mlsae_book.tables import layers
+from mlsae_core import pipeline
 from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
@@ -111,7 +112,7 @@ layer_charts.prompts(
 # In JupyterLab, type one of your own:
 
 # %% tags=["nbval-ignore-output", "remove-output"]
-widgets.prompt_layers(pipeline.Session(), experiment.runs[0][1], pipeline.PROMPTS[0])
+widgets.prompt_layers(pipeline.Session(), experiment.runs[0][1], stages.PROMPTS[0])
 
 # %% [markdown]
 # But a prompt of ten tokens gives most latents one or two tokens to be active at, so its picture would be

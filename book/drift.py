@@ -29,9 +29,9 @@
 # dictionary takes part in this chapter: these are facts about the language models.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, experiments
-from mlsae_core.analysis import drift
-from mlsae_core.charts import drift as drift_charts
+from mlsae_book import charts, experiments
+from mlsae_book.charts import drift as drift_charts
+from mlsae_book.tables import drift
 from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()

@@ -23,9 +23,9 @@
 # Figure 29.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, experiments, widgets
-from mlsae_core.analysis import spread, sweeps
-from mlsae_core.charts import sweeps as sweep_charts
+from mlsae_book import charts, experiments, widgets
+from mlsae_book.charts import sweeps as sweep_charts
+from mlsae_book.tables import spread, sweeps
 
 charts.use_book_theme()
 read = experiments.swept_distributions()

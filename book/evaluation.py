@@ -34,9 +34,9 @@
 # $$ (eq-fvu-delta-ce)
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, experiments, widgets
-from mlsae_core.analysis import fidelity, sweeps
-from mlsae_core.charts import fidelity as fidelity_charts
+from mlsae_book import charts, experiments, widgets
+from mlsae_book.charts import fidelity as fidelity_charts
+from mlsae_book.tables import fidelity, sweeps
 from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()

@@ -27,9 +27,10 @@
 # %% tags=["remove-cell"]
 from IPython.display import HTML
 
-from mlsae_core import charts, experiments, pipeline, widgets
-from mlsae_core.analysis import examples, interventions, latents
-from mlsae_core.charts import latents as latent_charts
+from mlsae_book import charts, experiments, widgets
+from mlsae_book.charts import latents as latent_charts
+from mlsae_book.tables import examples, interventions, latents
+from mlsae_core import pipeline
 from mlsae_core.lens import Lens
 from mlsae_core.spec import load_experiment
 

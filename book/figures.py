@@ -19,7 +19,7 @@
 # %% tags=["remove-cell"]
 import pandas as pd
 
-from mlsae_core.charts import links
+from mlsae_book.charts import links
 
 table = pd.read_csv("figures.csv")
 

@@ -19,16 +19,16 @@
 # latter an empty cell is a layer at which the latent is never active.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, experiments, pipeline, widgets
-from mlsae_core.analysis import spread, sweeps
-from mlsae_core.charts import sweeps as sweep_charts
+from mlsae_book import charts, experiments, stages, widgets
+from mlsae_book.charts import sweeps as sweep_charts
+from mlsae_book.tables import spread, sweeps
 
 charts.use_book_theme()
 every = experiments.SWEEPS | experiments.LENS_SWEEPS
 read = experiments.swept_distributions(every)
 single = experiments.swept("prompts", every)
 prompts = sweeps.across(experiments.tables, single, "prompts.csv")
-cells = spread.galleries(read, prompts, pipeline.PROMPTS[0], most=80)
+cells = spread.galleries(read, prompts, stages.PROMPTS[0], most=80)
 sample = "At most 80 latents of each dictionary, evenly spaced in the order of their mean layer"
 
 # %% [markdown]
@@ -147,7 +147,7 @@ sweep_charts.gallery(
 
 # %% tags=["hide-input"]
 spreads = sweeps.across(experiments.tables, single, "spread.csv")
-spreads = spreads[spreads.prompt == pipeline.PROMPTS[0]]
+spreads = spreads[spreads.prompt == stages.PROMPTS[0]]
 spreads.pivot_table("one_layer", ["sweep", "position", "run"], "of").droplevel("position").round(3)
 
 # %% [markdown]

@@ -20,10 +20,10 @@
 # which it is $k$ at the most. And theirs have a dictionary per layer, ours one for all.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, experiments
-from mlsae_core.analysis import fidelity, transfer
-from mlsae_core.charts import fidelity as fidelity_charts
-from mlsae_core.charts import latents as latent_charts
+from mlsae_book import charts, experiments
+from mlsae_book.charts import fidelity as fidelity_charts
+from mlsae_book.charts import latents as latent_charts
+from mlsae_book.tables import fidelity, transfer
 from mlsae_core.spec import DataSpec, EvaluateSpec, load_experiment
 
 charts.use_book_theme()

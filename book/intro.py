@@ -22,7 +22,8 @@
 # %% tags=["remove-cell"]
 import pandas as pd
 
-from mlsae_core import analysis, charts, experiments, pipeline
+from mlsae_book import charts, experiments, tables
+from mlsae_core import pipeline
 from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
@@ -47,7 +48,7 @@ _, run = experiment.runs[0]
 distributions = session.distributions(run, experiment.evaluate)
 arrays, numbers = experiments.read_distributions(distributions)
 charts.heatmap(
-    analysis.latent_table(arrays),
+    tables.latent_table(arrays),
     title="Most latents are spread over several layers; few belong to one",
     subtitle="A column is a latent, 600 of 2,048 evenly spaced in the order of their mean layer. Move "
     "the slider to keep the sharply located ones.",
@@ -70,7 +71,7 @@ charts.heatmap(
 # sequences. {cite:t}`lawson2025` report 54–88 % and 1–10 % for models from 70 M to 3 B parameters.
 
 # %% tags=["hide-input"]
-analysis.variance_table(numbers).set_index("quantity")
+tables.variance_table(numbers).set_index("quantity")
 
 # %% [markdown]
 # The first ratio says that more than half of the spread over layers is found *within* single

@@ -22,9 +22,9 @@
 #   like.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, experiments, widgets
-from mlsae_core.analysis import geometry, sweeps
-from mlsae_core.charts import sweeps as sweep_charts
+from mlsae_book import charts, experiments, widgets
+from mlsae_book.charts import sweeps as sweep_charts
+from mlsae_book.tables import geometry, sweeps
 
 charts.use_book_theme()
 made = experiments.swept("geometry")

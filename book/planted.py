@@ -26,8 +26,8 @@
 # by the same loop as on a language model.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, planted
-from mlsae_core.charts import planted as draw
+from mlsae_book import charts, planted
+from mlsae_book.charts import planted as draw
 
 charts.use_book_theme()
 world = planted.PlantedSpec()
@@ -121,7 +121,7 @@ planted.by_kind(features).set_index(["drift", "kind"]).round(3)
 #
 # Each angle is a world of its own with a training run of 400,000 tokens and 32,768 tokens of comparison;
 # the results are shipped. `planted.find_or_compute(PlantedSpec(drift=45))` computes another; fields are
-# described in `mlsae_core/planted.py`.
+# described in `book/mlsae_book/planted.py`.
 
 # %% tags=["hide-input"]
 provenance.set_index("drift")

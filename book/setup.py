@@ -26,7 +26,8 @@
 # %% tags=["remove-cell", "nbval-ignore-output"]
 from pathlib import Path
 
-from mlsae_core import analysis, charts, experiments, pipeline, widgets
+from mlsae_book import charts, experiments, tables, widgets
+from mlsae_core import pipeline
 from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
@@ -42,7 +43,7 @@ blocks = session.blocks(run, "test")  # on a bare clone with progress bars
 # the Pythia suite, in three sizes, and GPT-2, Llama and Gemma 2 in the middle one. Each learned to write docstrings from
 # the text below; one, `-qa`, was then fine-tuned to answer questions about them. The book studies
 # `neox-6l-128d` unless it says otherwise. The script that trained them is part of the project:
-# `python -m mlsae_core pretrain NAME`.
+# `python -m mlsae_book pretrain NAME`.
 
 # %% tags=["hide-input"]
 experiments.suite().set_index("model").T
@@ -93,7 +94,7 @@ prompts = [
 ]
 lm = session.lm(run.model)
 charts.prompt_norms(
-    analysis.prompt_norms(lm, prompts),
+    tables.prompt_norms(lm, prompts),
     title="Every vector is longer after the last layer than after the first",
     subtitle="Each cell is the L2 norm of the vector after one block at one token.",
 )

@@ -27,9 +27,9 @@
 # takes as many optimiser steps as one of them, on batches with $n_L$ times the vectors.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, experiments
-from mlsae_core.analysis import fidelity, transfer
-from mlsae_core.charts import transfer as transfer_charts
+from mlsae_book import charts, experiments
+from mlsae_book.charts import transfer as transfer_charts
+from mlsae_book.tables import fidelity, transfer
 from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()

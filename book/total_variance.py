@@ -39,9 +39,10 @@
 # for a million.
 
 # %% tags=["remove-cell", "nbval-ignore-output"]
-from mlsae_core import charts, experiments, pipeline, widgets
-from mlsae_core.analysis import total_variance
-from mlsae_core.charts import sweeps as sweep_charts
+from mlsae_book import charts, experiments, widgets
+from mlsae_book.charts import sweeps as sweep_charts
+from mlsae_book.tables import total_variance
+from mlsae_core import pipeline
 from mlsae_core.lens import Lens
 from mlsae_core.spec import EvaluateSpec, load_experiment
 

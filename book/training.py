@@ -47,7 +47,8 @@
 # %% tags=["remove-cell"]
 import pandas as pd
 
-from mlsae_core import analysis, charts, experiments, pipeline, widgets
+from mlsae_book import charts, experiments, tables, widgets
+from mlsae_core import pipeline
 from mlsae_core.spec import flat, load_experiment
 
 charts.use_book_theme()
@@ -66,7 +67,7 @@ live_log = pd.read_csv(live_artefact.file("log.csv"))
 
 # %% tags=["hide-input", "nbval-ignore-output"]
 charts.training_curves(
-    analysis.long_log(live_log),
+    tables.long_log(live_log),
     title="A dictionary for six layers, trained just now",
     subtitle="Choose a layer to follow its curve.",
 )
@@ -95,7 +96,7 @@ widgets.live_training(live_run, k=[4, 8, 16, 32], factors=[2, 4, 8, 16])
 experiment = load_experiment("experiments/default.yml")
 results = experiments.materialise(experiment)
 charts.training_curves(
-    analysis.long_log(results.log),
+    tables.long_log(results.log),
     title="The earlier the layer, the better it is reconstructed",
     subtitle="FVU of each training batch, global variance; choose a layer to follow its curve.",
 )

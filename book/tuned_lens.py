@@ -31,23 +31,23 @@
 # block $\ell$, *as released*. This page compares both with the residual stream as it is (*identity*).
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, experiments, pipeline
-from mlsae_core.analysis import layers, lenses
-from mlsae_core.charts import layers as layer_charts
-from mlsae_core.charts import lenses as lens_charts
+from mlsae_book import charts, experiments, stages
+from mlsae_book.charts import layers as layer_charts
+from mlsae_book.charts import lenses as lens_charts
+from mlsae_book.tables import layers, lenses
+from mlsae_core import pipeline
 from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
 results = experiments.materialise(load_experiment("experiments/lens.yml"))
 read = experiments.all_distributions(results)
-session = pipeline.Session()
-(_, run) = results.runs[0]
+session, (_, run) = pipeline.Session(), results.runs[0]
 lm = session.lm(run.model)
 
 # %% [markdown]
 # ## What a lens reads
 #
-# The paper used lenses that others had trained. Ours come from `python -m mlsae_core lens`, with the package's objective: the
+# The paper used lenses that others had trained. Ours come from `python -m mlsae_book lens`, with the package's objective: the
 # Kullback–Leibler divergence from the model's own prediction to what is read at the layer, summed over layers
 # that share no parameter. All translators start at zero, where reading is the *logit lens*.
 
@@ -165,7 +165,7 @@ lenses.spread(read).set_index("case").round(3)
 # %% tags=["hide-input"]
 single = experiments.tables(results.artefacts["prompts"], "prompts.csv")
 layer_charts.prompts(
-    layers.name_prompts(single, [pipeline.PROMPTS[0], pipeline.PROMPTS[2]]),
+    layers.name_prompts(single, [stages.PROMPTS[0], stages.PROMPTS[2]]),
     title="In single prompts, too, the aligned lens spreads latents",
     subtitle="A column is a latent, sorted by its mean layer in this prompt. Choose lens and prompt.",
 )

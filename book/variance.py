@@ -37,9 +37,10 @@
 # token it is active at one layer.
 
 # %% tags=["remove-cell"]
-from mlsae_core import charts, experiments, pipeline
-from mlsae_core.analysis import layers, sweeps
-from mlsae_core.charts import layers as layer_charts
+from mlsae_book import charts, experiments
+from mlsae_book.charts import layers as layer_charts
+from mlsae_book.tables import layers, sweeps
+from mlsae_core import pipeline
 from mlsae_core.lens import Lens
 from mlsae_core.spec import EvaluateSpec, load_experiment
 

@@ -19,14 +19,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mlsae_core import store, text
-from mlsae_core.keys import keyed, later, run_settings, stored, stored_run
-from mlsae_core.spec import EvaluateSpec, ModelSpec, RunSpec, SpecError, canonical, flat, to_dict
+from mlsae_core.keys import keyed, run_settings, stored, stored_run
+from mlsae_core.spec import (
+    DataSpec,
+    EvaluateSpec,
+    ModelSpec,
+    RunSpec,
+    Spec,
+    SpecError,
+    canonical,
+    flat,
+    to_dict,
+)
 from mlsae_core.store import Artefact, Stopped, StoreError
 
 if TYPE_CHECKING:
     import torch
 
-    from mlsae_core.analysis.transfer import Target
     from mlsae_core.kernels import Kernel
     from mlsae_core.lens import Lens
     from mlsae_core.lm import LanguageModel
@@ -34,23 +43,15 @@ if TYPE_CHECKING:
 
 Mode = Literal["cached", "force", "read-only"]
 EVALUATION_BATCH_TOKENS = 2048
-#: Analyses whose result is the same to rounding however the text is cut into batches. The others
-#: draw random numbers batch by batch, or hold a graph of what they read.
-ANY_BATCH = ("evaluate", "transfer", "drift", "examples", "duplicates")
-#: Of single-prompt heatmaps: the MLSAE paper's, and three of the sort of text our models know.
-PROMPTS = (
-    "When John and Mary went to the store, John gave",
-    "Return the number of elements along the given axis.",
-    "x : array_like, optional",
-    "Raises ValueError if the input is empty.",
-)
+#: Key, spec and parents of a result.
+Keyed = tuple[str, dict, dict]
 
 
 def _hash(value) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
 
 
-def run_key(run: RunSpec) -> tuple[str, dict, dict]:
+def run_key(run: RunSpec) -> Keyed:
     """Key, spec and parents of a run's training: content, never paths, so it holds anywhere."""
     parents = input_parents(run)
     return store.key("train", run_settings(run), parents), flat(run), parents
@@ -61,20 +62,14 @@ def input_parents(run: RunSpec) -> dict[str, str]:
     basis = run.site.basis
     return {
         "model": store.model_key(run.model.path, run.model.revision),
-        "data": _hash(text.data_key(run.data)),
+        "data": text_key(run.data),
         "lens": "identity" if basis == "identity" else _lens_key(basis),
     }
 
 
-def drift_key(run: RunSpec, settings: EvaluateSpec) -> tuple[str, dict, dict]:
-    """Key, spec and parents of the drift: of the model and the text, whatever was trained."""
-    names = ("layers", "source", "alignment", "dtype", "random_weights", "context_length")
-    fields, parents = run_settings(run), input_parents(run)
-    read = {"tokens": settings.tokens, "split": settings.split} | later(settings)
-    own = {name: fields[name] for name in names}
-    own |= later(run) | later(run.model) | later(run.site) | read
-    identity = store.key("drift", own, parents)
-    return identity, {"run": flat(run), "drift": read}, parents
+def text_key(data: DataSpec) -> str:
+    """Content of a text."""
+    return _hash(text.data_key(data))
 
 
 def _lens_key(basis: str) -> str:
@@ -89,21 +84,14 @@ def _lens_key(basis: str) -> str:
     return _hash({file.name: store.source_hash(file) for file in files})
 
 
-def analysis_key(
-    stage: str, run: RunSpec, settings: EvaluateSpec | None = None, target: Target | None = None
-) -> tuple[str, dict, dict]:
-    """Key, spec and parents of an analysis of a trained run; target: of another model than its.
+def analysis_key(stage: str, run: RunSpec, settings: EvaluateSpec | None = None) -> Keyed:
+    """Key, spec and parents of an analysis of a trained run.
 
     settings: none for stages that read no text of the run.
     """
-    spec, parents = {"run": flat(run)}, {"train": run_key(run)[0]}
-    own = {"prompts": PROMPTS} if stage == "prompts" else {}
+    spec, own, parents = {"run": flat(run)}, {}, {"train": run_key(run)[0]}
     if settings is not None:
         own, spec[stage] = keyed(settings), to_dict(settings)
-    if target is not None:
-        own, spec["target"] = {**own, "target": target.settings()}, to_dict(target)
-        parents["model"] = store.model_key(target.model.path, target.model.revision)
-        parents["data"] = _hash(text.data_key(target.data))
     return store.key(stage, own, parents), spec, parents
 
 
@@ -161,16 +149,20 @@ class Session:
 
     # --- stages -------------------------------------------------------------------------------
 
+    def make(self, stage: str, run: RunSpec, settings: EvaluateSpec | None = None) -> Artefact:
+        """The result of a run at the stage of that name, found or computed."""
+        return STAGES[stage].make(self, run, settings)
+
     def train(self, run: RunSpec) -> Artefact:
         """The trained dictionary: `model.safetensors`, `config.json` and `log.csv`."""
         identity, spec, parents = run_key(run)
-        if found := self._find("train", identity, spec):
+        if found := self.find("train", identity, spec):
             return found
         from mlsae_core import train
 
         accelerator = train.make_accelerator(run, self.trackers, project_dir=store.STORE)
         train.check_kernel(self.kernel, accelerator.device)
-        lm, lens = self._inputs(run)
+        lm, lens = self.inputs(run)
         if self.compile:
             lm = _compiled(lm, run)
         blocks = self.blocks(run, "train")
@@ -200,7 +192,7 @@ class Session:
             speed = int(last.tokens_per_second)
             return {"tokens": int(last.tokens), "seconds": seconds, "tokens_per_second": speed}
 
-        made = self._write("train", identity, spec, parents, fill)
+        made = self.write("train", identity, spec, parents, fill)
         checkpoint.unlink(missing_ok=True)
         return made
 
@@ -216,7 +208,7 @@ class Session:
             table.to_csv(folder / "evaluation.csv", index=False, float_format="%.8g")
             return int(table.tokens.iloc[0])
 
-        return self._analysis("evaluate", run, settings, fill)
+        return self.analysis("evaluate", run, settings, fill, any_batch=True)
 
     def distributions(self, run: RunSpec, settings: EvaluateSpec) -> Artefact:
         """Distributions over layers: `distributions.safetensors` and `variances.json`."""
@@ -233,128 +225,7 @@ class Session:
             (folder / "variances.json").write_text(json.dumps(numbers, indent=1) + "\n")
             return numbers["tokens"]
 
-        return self._analysis("distributions", run, settings, fill)
-
-    def transfer(
-        self, run: RunSpec, settings: EvaluateSpec, target: Target | None = None
-    ) -> Artefact:
-        """The dictionary at every layer of its model, or of another one: `transfer.csv`.
-
-        target: the other model and what it reads; a model of the same width.
-        """
-        if run.site.stacked:
-            raise SpecError("stacked: expected false for transfer between layers, got true")
-
-        def fill(folder: Path, lm, sae, lens, batches) -> int:
-            from mlsae_core.analysis import transfer
-
-            start = target.start if target else 0
-            batches = target.batches(lm, batches) if target else batches
-            table = transfer.across_layers(
-                lm, sae, lens, run.site, batches, ablations=settings.ablations, start=start
-            )
-            table.to_csv(folder / "transfer.csv", index=False, float_format="%.8g")
-            return int(table.tokens.iloc[0])
-
-        return self._analysis("transfer", run, settings, fill, target)
-
-    def geometry(self, run: RunSpec, settings: EvaluateSpec | None = None) -> Artefact:
-        """How similar decoder rows are: `mmcs.csv` and `cosines.csv`; reads no text."""
-        identity, spec, parents = analysis_key("geometry", run)
-        if found := self._find("geometry", identity, spec):
-            return found
-        check(run)
-        sae = self.sae(run)
-
-        def fill(folder: Path) -> dict:
-            from mlsae_core.analysis import geometry
-
-            layers = run.site.indices(model_config(run.model).num_hidden_layers)
-            summary, cosines = geometry.geometry(sae.decoder.detach(), len(layers))
-            summary.to_csv(folder / "mmcs.csv", index=False, float_format="%.8g")
-            cosines.to_csv(folder / "cosines.csv", index=False, float_format="%.8g")
-            return {}
-
-        return self._write("geometry", identity, spec, parents, fill)
-
-    def drift(self, run: RunSpec, settings: EvaluateSpec) -> Artefact:
-        """Norms and similarities of the layers' vectors: `layers.csv` and `pairs.csv`.
-
-        Needs no trained dictionary: of the run, only the model, the text and the site count.
-        """
-        identity, spec, parents = drift_key(run, settings)
-        if found := self._find("drift", identity, spec):
-            return found
-        lm, lens = self._inputs(run)
-        batches = Batches(self.blocks(run, settings.split), run, settings, batch_tokens(lm))
-
-        def fill(folder: Path) -> dict:
-            from mlsae_core.analysis import drift
-
-            layers, pairs = drift.drift(lm, lens, run.site, batches)
-            layers.to_csv(folder / "layers.csv", index=False, float_format="%.8g")
-            pairs.to_csv(folder / "pairs.csv", index=False, float_format="%.8g")
-            return {"tokens": int(layers.tokens.iloc[0])}
-
-        return self._write("drift", identity, spec, parents, fill)
-
-    def prompts(self, run: RunSpec, settings: EvaluateSpec | None = None) -> Artefact:
-        """Latents over layers for each of `PROMPTS` alone: `prompts.csv` and `spread.csv`."""
-        identity, spec, parents = analysis_key("prompts", run)
-        if found := self._find("prompts", identity, spec):
-            return found
-        lm, lens = self._inputs(run)
-        inputs = lm, self.sae(run), lens, run.site, PROMPTS
-
-        def fill(folder: Path) -> dict:
-            from mlsae_core.analysis import layers
-
-            table, spread = layers.prompt_distributions(*inputs), layers.prompt_spread(*inputs)
-            table.to_csv(folder / "prompts.csv", index=False, float_format="%.4g")
-            spread.to_csv(folder / "spread.csv", index=False, float_format="%.6g")
-            return {}
-
-        return self._write("prompts", identity, spec, parents, fill)
-
-    def examples(self, run: RunSpec, settings: EvaluateSpec) -> Artefact:
-        """Top activating examples of every latent and layer: `examples.safetensors`."""
-        if run.site.stacked:
-            raise SpecError("stacked: expected false for examples per layer, got true")
-
-        def fill(folder: Path, lm, sae, lens, batches) -> int:
-            from mlsae_core.analysis import examples
-
-            arrays = examples.examples(lm, sae, lens, run.site, batches)
-            examples.save(arrays, folder / "examples.safetensors")
-            return batches.sequences * run.data.context_length
-
-        return self._analysis("examples", run, settings, fill)
-
-    def importance(self, run: RunSpec, settings: EvaluateSpec) -> Artefact:
-        """Uniformity of active latent importance, of a part of the text: `importance.csv`."""
-
-        def fill(folder: Path, lm, sae, lens, batches) -> int:
-            from mlsae_core.analysis import importance
-
-            table = importance.importance(lm, sae, lens, run.site, batches)
-            table.to_csv(folder / "importance.csv", index=False, float_format="%.8g")
-            return int(table.vectors.iloc[0])
-
-        return self._analysis("importance", run, settings, fill)
-
-    def duplicates(self, run: RunSpec, settings: EvaluateSpec) -> Artefact:
-        """Every latent's most similar other latent, and whether it takes over: `duplicates.csv`."""
-        if run.site.stacked:
-            raise SpecError("stacked: expected false for layers of a latent, got true")
-
-        def fill(folder: Path, lm, sae, lens, batches) -> int:
-            from mlsae_core.analysis import latents
-
-            table = latents.duplicates(lm, sae, lens, run.site, batches)
-            table.to_csv(folder / "duplicates.csv", index=False, float_format="%.6g")
-            return int(table.tokens.iloc[0])
-
-        return self._analysis("duplicates", run, settings, fill)
+        return self.analysis("distributions", run, settings, fill)
 
     def sae(self, run: RunSpec) -> MLSAE:
         """The trained dictionary of a run as a module; `force` does not reach back to it."""
@@ -380,19 +251,34 @@ class Session:
             )
         return Session("force").train(run)
 
-    def _analysis(
-        self, stage: str, run: RunSpec, settings: EvaluateSpec, measure, target=None
+    # --- what stages are made of --------------------------------------------------------------
+
+    def analysis(
+        self,
+        stage: str,
+        run: RunSpec,
+        settings: EvaluateSpec,
+        measure: Callable[..., int],
+        key: Keyed | None = None,
+        read: RunSpec | None = None,
+        any_batch: bool = False,
     ) -> Artefact:
-        """`measure(folder, lm, sae, lens, batches)` writes its files and returns the tokens."""
-        identity, spec, parents = analysis_key(stage, run, settings, target)
-        if found := self._find(stage, identity, spec):
+        """A result of a trained dictionary on some text.
+
+        measure: called with (folder, lm, sae, lens, batches), writes the files of the result and
+        returns the number of tokens. key: where it differs from `analysis_key`. read: the run
+        whose model and text are read, where it is not the one whose dictionary is measured.
+        any_batch: whether the result is the same to rounding however the text is cut into batches;
+        other analyses draw random numbers batch by batch, or hold a graph of what they read.
+        """
+        identity, spec, parents = key or analysis_key(stage, run, settings)
+        if found := self.find(stage, identity, spec):
             return found
         from mlsae_core.activations import ActivationError
 
-        read = target.read(run) if target else run
-        lm, lens = self._inputs(read)
-        samples = target is not None and target.text == "rollouts"
-        size = batch_tokens(lm) if stage in ANY_BATCH and not samples else EVALUATION_BATCH_TOKENS
+        read = read or run
+        lm, lens = self.inputs(read)
+        size = batch_tokens(lm) if any_batch else EVALUATION_BATCH_TOKENS
         batches = Batches(self.blocks(read, settings.split), read, settings, size)
         sae = self.sae(run)
 
@@ -402,9 +288,9 @@ class Session:
             except ActivationError as error:
                 raise Stopped(f"{stage}: {error}") from error
 
-        return self._write(stage, identity, spec, parents, fill)
+        return self.write(stage, identity, spec, parents, fill)
 
-    def _inputs(self, run: RunSpec) -> tuple[LanguageModel, Lens]:
+    def inputs(self, run: RunSpec) -> tuple[LanguageModel, Lens]:
         """Language model and lens of a run, after a look at whether they fit it and each other."""
         from mlsae_core import activations
 
@@ -415,7 +301,7 @@ class Session:
         lm.capture(lm.special_ids.new_zeros(1, 2), layers, points)
         return lm, _load_lens(run, lm)
 
-    def _find(self, stage: str, identity: str, spec: dict) -> Artefact | None:
+    def find(self, stage: str, identity: str, spec: dict) -> Artefact | None:
         """What exists and may be used; all processes look before any of them computes."""
         _wait()
         found = self._made.get((stage, identity))
@@ -426,13 +312,46 @@ class Session:
             raise StoreError(_missing(stage, identity, spec))
         return found
 
-    def _write(self, stage, identity, spec, parents, fill: Callable[[Path], dict]) -> Artefact:
+    def write(self, stage, identity, spec, parents, fill: Callable[[Path], dict]) -> Artefact:
         """The main process calls `fill` and writes the artefact; the others wait for it."""
         if is_main_process():
             store.write(stage, identity, spec, parents, fill, replace=self.mode == "force")
         _wait()
         made = self._made[stage, identity] = store.read(store.STORE / stage / identity)
         return made
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A kind of result of a run.
+
+    name, version: as keys and folders have them; the version is raised when its numbers change.
+    make: called with (session, run, settings), finds or computes the artefact.
+    parts: gives the specs that stand in that of the artefact beside the run and the settings.
+    """
+
+    name: str
+    version: int
+    make: Callable[[Session, RunSpec, EvaluateSpec | None], Artefact]
+    parts: Callable[[], dict[str, type[Spec]]] = dict
+
+
+#: The stages by name, of this package and of others that build on it.
+STAGES: dict[str, Stage] = {}
+
+
+def register(*stages: Stage):
+    """Make stages known to `Session.make` and to the store."""
+    for stage in stages:
+        STAGES[stage.name] = stage
+        store.STAGES[stage.name] = stage.version
+
+
+register(
+    Stage("train", store.STAGES["train"], lambda session, run, _: session.train(run)),
+    Stage("evaluate", store.STAGES["evaluate"], Session.evaluate),
+    Stage("distributions", store.STAGES["distributions"], Session.distributions),
+)
 
 
 def _processes() -> int:
@@ -487,7 +406,7 @@ class Batches:
 
 
 def batch_tokens(lm: LanguageModel) -> int:
-    """Tokens of a batch of an analysis of `ANY_BATCH`: on a GPU as many as fit a quarter of it.
+    """Tokens of a batch where any will do: on a GPU as many as fit a quarter of it.
 
     The largest thing held is `analysis.evaluate`'s growing batch: three choices for each layer, and
     of each what a block makes of it, about 16 float32 vectors.
@@ -608,11 +527,14 @@ def _as_today(spec: dict) -> dict:
         return flat(stored_run(spec))
     parts = dict(spec)
     today = {"run": flat(stored_run(parts.pop("run")))}
-    if "target" in parts:
-        from mlsae_core.analysis.transfer import Target
+    return today | {name: to_dict(stored(_spec_of(name), part)) for name, part in parts.items()}
 
-        today["target"] = to_dict(stored(Target, parts.pop("target")))
-    return today | {stage: to_dict(stored(EvaluateSpec, part)) for stage, part in parts.items()}
+
+def _spec_of(part: str) -> type[Spec]:
+    """What a part of an artefact's spec is: settings of a stage, or a part of its own."""
+    if part in STAGES:
+        return EvaluateSpec
+    return next(own[part] for stage in STAGES.values() if part in (own := stage.parts()))
 
 
 def _missing(stage: str, identity: str, spec: dict) -> str:
@@ -635,7 +557,9 @@ def _missing(stage: str, identity: str, spec: dict) -> str:
             "lens, or of another version of this stage"
         )
     shown = ("train", "evaluate")  # what the command line computes by itself
-    command = f"{stage} SPEC.yml" if stage in shown else "materialise EXPERIMENT.yml"
-    return (
-        f"{stage} {identity} does not exist: {hint}; `python -m mlsae_core {command}` computes it"
+    command = (
+        f"mlsae_core {stage} SPEC.yml"
+        if stage in shown
+        else "mlsae_book materialise EXPERIMENT.yml"
     )
+    return f"{stage} {identity} does not exist: {hint}; `python -m {command}` computes it"

@@ -347,8 +347,8 @@ class Experiment:
     """Runs that belong together: `cases` or a `sweep` over a base run, and what to do with each.
 
     title: one line. runs: (labels, run) pairs, labels being the swept fields or the case. evaluate:
-    settings of the analyses, or none for training alone. analyses: which ones, names of methods of
-    `pipeline.Session`. weights: whether the trained dictionaries are shipped with their tables.
+    settings of the analyses, or none for training alone. analyses: which ones, names in
+    `pipeline.STAGES`. weights: whether the trained dictionaries are shipped with their tables.
     """
 
     title: str

@@ -19,10 +19,10 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,7 +32,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from mlsae_core import questions, store
+from mlsae_core import store
 from mlsae_core.keys import keyed, later
 from mlsae_core.spec import DataSpec, SpecError, read_yaml
 
@@ -42,17 +42,31 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 DOCUMENTS_PER_CHUNK = 1024  # Appendix A: so many documents are joined before cutting
 DOCSTRINGS = "docstrings"  # the path of the embedded corpus
-QUESTIONS = "docstring-questions"  # questions and answers about it
 _FORMATS = (".jsonl", ".json", ".txt", ".parquet")  # all but the last also with .zst
+
+
+class Source(NamedTuple):
+    """A text that neither a file nor a hub holds.
+
+    documents: gives every document with its split. identity: gives what these depend on.
+    """
+
+    documents: Callable[[], dict[str, str]]
+    identity: Callable[[], dict]
+
+
+#: Further texts by their path; other packages add theirs.
+SOURCES: dict[str, Source] = {}
 
 
 def split_of(document: str) -> str:
     """The split a document belongs to: 1/8 test, 1/32 validation, the rest train, by its hash."""
-    first = _digest(document)[0]
+    first = document_hash(document)[0]
     return "test" if first < 32 else "validation" if first < 40 else "train"
 
 
-def _digest(document: str) -> bytes:
+def document_hash(document: str) -> bytes:
+    """SHA-256 of a document, which decides its split and its place."""
     return hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
 
 
@@ -64,15 +78,15 @@ def documents(data: DataSpec) -> Iterable[str]:
     """
     if data.path == DOCSTRINGS:
         return docstrings()
-    if data.path == QUESTIONS:
-        return list(_questions())
+    if data.path in SOURCES:
+        return list(SOURCES[data.path].documents())
     return _distinct_documents(data)
 
 
 def split_documents(data: DataSpec) -> Iterable[tuple[str, str]]:
-    """(split, document): each by its own hash, a question in the split of what it is about."""
-    if data.path == QUESTIONS:
-        return [(split, question) for question, split in _questions().items()]
+    """(split, document): each by its own hash, or as one of `SOURCES` says."""
+    if data.path in SOURCES:
+        return [(split, text) for text, split in SOURCES[data.path].documents().items()]
     found = documents(data)
     pairs = ((split_of(text), text) for text in found)
     return list(pairs) if isinstance(found, list) else pairs
@@ -84,7 +98,7 @@ def _distinct_documents(data: DataSpec) -> Iterator[str]:
     for text in rows:
         if not text.isascii():  # halves of surrogate pairs, which no tokenizer takes
             text = text.encode("utf-8", "replace").decode()
-        if text.strip() and (digest := _digest(text)) not in seen:
+        if text.strip() and (digest := document_hash(text)) not in seen:
             if files:
                 seen.add(digest)
             yield text
@@ -93,26 +107,13 @@ def _distinct_documents(data: DataSpec) -> Iterator[str]:
 # --- the docstring corpus -----------------------------------------------------------------------
 
 
-def _questions() -> dict[str, str]:
-    """Question → split, in the order of their hashes: no answer stands beside its docstring's next.
-
-    One that several docstrings give goes to train, so that test has none that was trained on.
-    """
-    found: dict[str, str] = {}
-    for docstring in docstrings():
-        split = split_of(docstring)
-        for question in questions.questions(docstring):
-            if split == "train" or question not in found:
-                found[question] = split
-    return dict(sorted(found.items(), key=lambda pair: _digest(pair[0])))
-
-
 def corpus_pins() -> dict[str, str]:
     """Distribution → release of the packages whose docstrings are the embedded corpus."""
-    return {name: str(pin) for name, pin in _corpus()["packages"].items()}
+    return {name: str(pin) for name, pin in corpus()["packages"].items()}
 
 
-def _corpus() -> dict:
+def corpus() -> dict:
+    """What identifies the embedded corpus: its pins, and the least length of a document."""
     return read_yaml(store.DATA / "docstrings.yml", typed=True)
 
 
@@ -171,7 +172,7 @@ def _docstrings_of(paths: list[Path]) -> list[list[str]]:
 def docstrings() -> list[str]:
     """The embedded corpus in the order of its documents' hashes; extracted once per machine."""
     installed = {name: _installed(name) for name in corpus_pins()}
-    spec = {"corpus": _corpus(), "installed": installed}
+    spec = {"corpus": corpus(), "installed": installed}
     identity = store.key("documents", spec, {})
     artefact = store.find("documents", identity)
     if artefact is None:
@@ -220,7 +221,7 @@ def extract_docstrings() -> tuple[list[str], dict[str, int]]:
     with ProcessPoolExecutor(os.cpu_count() or 1) as pool:
         read = pool.map(_docstrings_of, batches)
         found = list(tqdm(read, "reading docstrings", len(batches)))
-    least, owner = _corpus()["minimum_characters"], {}
+    least, owner = corpus()["minimum_characters"], {}
     for number, (package, _) in enumerate(files):
         batch, position = number % 64, number // 64
         for text in found[batch][position]:
@@ -229,7 +230,7 @@ def extract_docstrings() -> tuple[list[str], dict[str, int]]:
     characters: collections.Counter[str] = collections.Counter()
     for text, package in owner.items():
         characters[package] += len(text)
-    return sorted(owner, key=_digest), dict(characters)
+    return sorted(owner, key=document_hash), dict(characters)
 
 
 # --- files and hub data sets --------------------------------------------------------------------
@@ -349,16 +350,15 @@ def _reason(error: Exception) -> str:
 
 def is_streamed(data: DataSpec) -> bool:
     """Whether the text comes from a hub data set, whose length is not known."""
-    return data.path not in (DOCSTRINGS, QUESTIONS) and not local_files(data)
+    return data.path not in (DOCSTRINGS, *SOURCES) and not local_files(data)
 
 
 def data_key(data: DataSpec) -> dict:
     """What identifies the text: package pins, hashes of local files, or a hub id and revision."""
     if data.path == DOCSTRINGS:
-        return {DOCSTRINGS: _corpus()} | later(data)
-    if data.path == QUESTIONS:
-        code = store.source_hash(Path(questions.__file__))
-        return {QUESTIONS: _corpus(), "code": code} | later(data)
+        return {DOCSTRINGS: corpus()} | later(data)
+    if data.path in SOURCES:
+        return SOURCES[data.path].identity() | later(data)
     if files := local_files(data):
         hashes = [[_format(file), store.source_hash(file)] for file in files]
         return {"files": hashes, "text_column": data.text_column} | later(data)

@@ -33,7 +33,7 @@ def inputs(tmp_path_factory):
     from tiny_lm import CONFIGS
     from transformers import AutoModelForCausalLM
 
-    from mlsae_core.pretrain import train_tokenizer
+    from mlsae_book.pretrain import train_tokenizer
 
     folder = tmp_path_factory.mktemp("inputs")
     documents = sentences(300)

@@ -6,9 +6,10 @@ import torch
 from test_lens import random_lens
 from tiny_lm import D_MODEL, N_LAYERS, tiny_lm, tiny_tokens
 
-from mlsae_core import experiments, pipeline, spec
+from mlsae_book import experiments, stages
+from mlsae_book.tables import drift
+from mlsae_core import pipeline, spec
 from mlsae_core.activations import stream
-from mlsae_core.analysis import drift
 from mlsae_core.lens import Lens
 from mlsae_core.metrics import Drift, LayerMoments
 from mlsae_core.spec import EvaluateSpec, SiteSpec
@@ -111,14 +112,14 @@ def test_the_stage_needs_no_dictionary_and_knows_what_it_depends_on(inputs, data
         "batch_tokens": 64,
     }
     run, settings = spec.run_from_dict(fields), EvaluateSpec(tokens=64)
-    made = pipeline.Session().drift(run, settings)
+    made = stages.drift(pipeline.Session(), run, settings)
     assert not (data / "store" / "train").exists()
     table = experiments.tables([({"model": "m"}, made)], "layers.csv")
     assert list(table.model) == ["m"] * 3
     assert len(experiments.tables([({}, made)], "pairs.csv")) == 3
 
     def key(settings=settings, **changes):
-        return pipeline.drift_key(spec.run_from_dict(fields | changes), settings)[0]
+        return stages.drift_key(spec.run_from_dict(fields | changes), settings)[0]
 
     same = [key(k=2), key(seed=3), key(stacked=True), key(EvaluateSpec(64, ablations=False))]
     assert set(same) == {made.key}

@@ -5,8 +5,8 @@ import torch
 from test_analysis import dense, tiny_sae
 from tiny_lm import EOS, N_LAYERS, tiny_lm, tiny_tokens
 
+from mlsae_book.tables import examples
 from mlsae_core.activations import stream
-from mlsae_core.analysis import examples
 from mlsae_core.lens import Lens
 from mlsae_core.spec import SiteSpec, SpecError
 from mlsae_core.text import TokenBlocks

@@ -7,8 +7,9 @@ import pytest
 import torch
 from test_pipeline import SETTINGS, run_of
 
+from mlsae_book import stages
+from mlsae_book.tables.geometry import QUANTILES, dictionaries, geometry
 from mlsae_core import pipeline, text
-from mlsae_core.analysis.geometry import QUANTILES, dictionaries, geometry
 
 
 def brute_force(rows):
@@ -92,14 +93,14 @@ def test_the_stage_reads_no_text_and_is_one_result_whatever_is_evaluated(inputs,
     pipeline.Session().train(run)
     monkeypatch.setattr(text, "packed", None)
     monkeypatch.setattr(pipeline.Session, "lm", None)
-    made = pipeline.Session().geometry(run, SETTINGS)
+    made = stages.geometry(pipeline.Session(), run, SETTINGS)
     decoder = pipeline.Session().sae(run).decoder.detach()
     expected, cosines = geometry(decoder, n_layers=3)
     stored = pd.read_csv(made.file("mmcs.csv"))
     pd.testing.assert_frame_equal(stored, expected, rtol=1e-6)
     stored = pd.read_csv(made.file("cosines.csv"))
     pd.testing.assert_frame_equal(stored, cosines, rtol=1e-6, atol=1e-9)
-    assert pipeline.Session("read-only").geometry(run).key == made.key
+    assert stages.geometry(pipeline.Session("read-only"), run).key == made.key
     assert made.meta["parents"] == {"train": pipeline.run_key(run)[0]}
     with pytest.raises(pipeline.StoreError, match="materialise EXPERIMENT"):
-        pipeline.Session("read-only").geometry(run_of(inputs, seed=1))
+        stages.geometry(pipeline.Session("read-only"), run_of(inputs, seed=1))

@@ -9,9 +9,10 @@ from test_analysis import dense, tiny_sae
 from tiny_lm import N_LAYERS, tiny_lm, tiny_tokens
 from torch.nn import functional
 
+from mlsae_book import stages
+from mlsae_book.tables import examples, latents
 from mlsae_core import pipeline, spec
 from mlsae_core.activations import stream
-from mlsae_core.analysis import examples, latents
 from mlsae_core.lens import Lens
 from mlsae_core.sae import TopK
 from mlsae_core.spec import SiteSpec, SpecError
@@ -166,15 +167,15 @@ def test_a_session_writes_each_result_once(inputs, data):
         }
     )
     settings, session = spec.EvaluateSpec(tokens=128), pipeline.Session()
-    found = session.examples(run, settings)
+    found = stages.examples(session, run, settings)
     arrays = examples.load(found.file("examples.safetensors"))
     n_latents = session.sae(run).n_latents
     assert arrays["tokens"].shape == (N_LAYERS, n_latents, 3, 16)
     assert int(arrays["sequence"].max()) < 128 // 16
-    pairs = pd.read_csv(session.duplicates(run, settings).file("duplicates.csv"))
+    pairs = pd.read_csv(stages.duplicates(session, run, settings).file("duplicates.csv"))
     live = (arrays["sequence"] >= 0).any(-1).any(0).nonzero()[:, 0]
     assert pairs.latent.tolist() == live.tolist()
-    table = pd.read_csv(session.importance(run, settings).file("importance.csv"))
+    table = pd.read_csv(stages.importance(session, run, settings).file("importance.csv"))
     assert table.layer.tolist() == list(range(N_LAYERS))
     again = pipeline.Session("read-only")
-    assert again.examples(run, settings).key == found.key
+    assert stages.examples(again, run, settings).key == found.key

@@ -5,9 +5,10 @@ import pytest
 import torch
 from tiny_lm import D_MODEL, N_LAYERS, tiny_lm, tiny_tokens
 
-from mlsae_core import analysis, released
+from mlsae_book import as_released
+from mlsae_book.tables import layers, sweeps
+from mlsae_core import analysis
 from mlsae_core.activations import stream
-from mlsae_core.analysis import layers, sweeps
 from mlsae_core.lens import Lens
 from mlsae_core.metrics import LayerDistribution, gaussian_like, permute_layers
 from mlsae_core.sae import MLSAE
@@ -258,5 +259,5 @@ def test_definitions_are_compared_on_the_same_tokens():
         dense += codes.split(5, 1)
     ours, theirs = table[["Eq. 11", "Eq. 12"]].to_numpy().tolist()
     assert ours == pytest.approx([found.ratio_latent, found.ratio_token])
-    assert theirs == pytest.approx(list(released.ratios(dense)))
+    assert theirs == pytest.approx(list(as_released.ratios(dense)))
     assert table.tokens.tolist() == [found.tokens] * 2

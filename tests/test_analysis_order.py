@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from mlsae_core.analysis import latent_table, latents, layers, total_variance
-from mlsae_core.analysis.order import ascending, evenly
+from mlsae_book.tables import latent_table, latents, layers, total_variance
+from mlsae_book.tables.order import ascending, evenly
 
 #: Three groups of equal values, in an order of their own.
 TIED = torch.tensor([2.0, 0.1, 2.0, 0.1, 1.5] * 40, dtype=torch.float64)

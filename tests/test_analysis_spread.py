@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from mlsae_core.analysis import geometry, spread, sweeps
+from mlsae_book.tables import geometry, spread, sweeps
 from mlsae_core.metrics import LayerDistribution
 
 

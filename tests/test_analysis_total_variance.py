@@ -8,8 +8,8 @@ import torch
 from test_analysis import BATCHES, tiny_sae
 from tiny_lm import tiny_lm
 
+from mlsae_book.tables import total_variance
 from mlsae_core.activations import stream
-from mlsae_core.analysis import total_variance
 from mlsae_core.lens import Lens
 from mlsae_core.spec import SiteSpec
 

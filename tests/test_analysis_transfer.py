@@ -10,9 +10,10 @@ from test_lens import random_lens
 from test_pipeline import SETTINGS, run_of
 from tiny_lm import D_MODEL, N_LAYERS, tiny_lm, tiny_tokens
 
-from mlsae_core import analysis, experiments, pipeline
-from mlsae_core.analysis import transfer
-from mlsae_core.analysis.transfer import Rollouts, Target
+from mlsae_book import experiments, stages
+from mlsae_book.tables import transfer
+from mlsae_book.tables.transfer import Rollouts, Target
+from mlsae_core import analysis, pipeline
 from mlsae_core.lens import Lens
 from mlsae_core.spec import SiteSpec, SpecError
 
@@ -61,7 +62,7 @@ def test_a_transcoder_keeps_its_source_and_target():
 def test_the_stage_measures_every_layer_and_the_row_of_an_mlsae_is_its_evaluation(inputs, data):
     session = pipeline.Session()
     single = run_of(inputs, layers=[1])
-    table = pd.read_csv(session.transfer(single, SETTINGS).file("transfer.csv"))
+    table = pd.read_csv(stages.transfer(session, single, SETTINGS).file("transfer.csv"))
     assert list(table.layer) == [0, 1, 2]
     own = pd.read_csv(session.evaluate(single, SETTINGS).file("evaluation.csv"))
     names = ["fvu_global", "fvu_per_dimension", "delta_ce", "kl", "l0", "ce_recovered_mean"]
@@ -69,7 +70,7 @@ def test_the_stage_measures_every_layer_and_the_row_of_an_mlsae_is_its_evaluatio
     pd.testing.assert_frame_equal(diagonal[names], own[names], atol=1e-6, rtol=1e-6)
 
     everything = run_of(inputs)
-    row = pd.read_csv(session.transfer(everything, SETTINGS).file("transfer.csv"))
+    row = pd.read_csv(stages.transfer(session, everything, SETTINGS).file("transfer.csv"))
     evaluation = pd.read_csv(session.evaluate(everything, SETTINGS).file("evaluation.csv"))
     pd.testing.assert_frame_equal(row.drop(columns="trained_here"), evaluation)
     assert row.trained_here.all()
@@ -77,7 +78,7 @@ def test_the_stage_measures_every_layer_and_the_row_of_an_mlsae_is_its_evaluatio
 
 def test_stacked_dictionaries_are_refused_before_anything_is_computed(inputs, data):
     with pytest.raises(SpecError, match="stacked: expected false for transfer"):
-        pipeline.Session().transfer(run_of(inputs, stacked=True), SETTINGS)
+        stages.transfer(pipeline.Session(), run_of(inputs, stacked=True), SETTINGS)
     assert not any(data.rglob("*.json"))
     with pytest.raises(SpecError, match="stacked: a dictionary of concatenated layers"):
         transfer.across_layers(
@@ -185,8 +186,8 @@ def target_of(inputs, architecture="gpt_neox", **fields):
 
 def test_a_model_is_a_target_of_itself(inputs, data):
     session, run = pipeline.Session(), run_of(inputs)
-    own = pd.read_csv(session.transfer(run, SETTINGS).file("transfer.csv"))
-    same = session.transfer(run, SETTINGS, target_of(inputs))
+    own = pd.read_csv(stages.transfer(session, run, SETTINGS).file("transfer.csv"))
+    same = stages.transfer(session, run, SETTINGS, target_of(inputs))
     pd.testing.assert_frame_equal(pd.read_csv(same.file("transfer.csv")), own)
     assert same.meta["parents"].keys() == {"train", "model", "data"}
 
@@ -194,7 +195,7 @@ def test_a_model_is_a_target_of_itself(inputs, data):
 def test_the_dictionary_is_measured_in_the_target_on_its_rollouts(inputs, data):
     session, run = pipeline.Session(), run_of(inputs)
     target = target_of(inputs, "gpt2", text="rollouts", prompt_tokens=3)
-    table = pd.read_csv(session.transfer(run, SETTINGS, target).file("transfer.csv"))
+    table = pd.read_csv(stages.transfer(session, run, SETTINGS, target).file("transfer.csv"))
     lm, read = session.lm(target.model), target.read(run)
     given = pipeline.Batches(session.blocks(read, "test"), read, SETTINGS)
     expected = analysis.evaluate(
@@ -210,7 +211,9 @@ def test_the_key_has_what_the_target_depends_on_and_no_places(inputs, data, tmp_
     shutil.copytree(inputs / "gpt2", tmp_path / "moved")
 
     def key(target=None):
-        return pipeline.analysis_key("transfer", run, SETTINGS, target)[0]
+        if target is None:
+            return pipeline.analysis_key("transfer", run, SETTINGS)[0]
+        return stages.transfer_key(run, SETTINGS, target)[0]
 
     def other(**text):
         text = {"path": str(inputs / "text.jsonl"), "context_length": 8} | text

@@ -12,7 +12,7 @@ import vl_convert
 
 from benchmarks import bench_loop, bench_train, common, gpu, reference
 from benchmarks.common import LIMIT, OURS, Case, Implementation
-from mlsae_core.charts import benchmarks as charts
+from mlsae_book.charts import benchmarks as charts
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,10 +15,11 @@ import yaml
 from packaging.requirements import Requirement
 from sphinx_external_toc.parsing import parse_toc_yaml
 
-from mlsae_core import api, book
+from mlsae_book import api, sphinx_ext
 
 ROOT = Path(__file__).parents[1]
 BOOK = ROOT / "book"
+PACKAGE = BOOK / "mlsae_book"
 CHAPTERS = sorted(p for p in BOOK.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -44,7 +45,8 @@ def test_both_halves_of_a_pair_say_the_same(chapter):
 
 
 def test_every_script_has_its_notebook():
-    assert {p.with_suffix(".ipynb") for p in BOOK.rglob("*.py")} == set(CHAPTERS)
+    scripts = {p for p in BOOK.rglob("*.py") if PACKAGE not in p.parents}
+    assert {p.with_suffix(".ipynb") for p in scripts} == set(CHAPTERS)
 
 
 @every_chapter
@@ -106,7 +108,7 @@ def test_a_chapter_without_page_is_missed(tmp_path):
     html = tmp_path / "_build" / "html"
     html.mkdir(parents=True)
     (html / "a.html").touch()
-    assert book.missing_pages(tmp_path) == ["part/b"]
+    assert sphinx_ext.missing_pages(tmp_path) == ["part/b"]
 
 
 # Pins -------------------------------------------------------------------------------------------
@@ -150,12 +152,13 @@ def test_outputs_are_cached_under_what_they_depend_on(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        return book.fingerprint(tmp_path)
+        return sphinx_ext.fingerprint(tmp_path)
 
     keys = [
         write("mlsae_core/sae.py", "a"),
         write("mlsae_core/sae.py", "b"),
         write("mlsae_core/metrics/fvu.py", "a"),
+        write("book/mlsae_book/charts/layers.py", "a"),
         write("book/experiments/one.yml", "a"),
         write("data/docstrings.yml", "a"),
         write("data/models/one/config.json", "a"),
@@ -164,7 +167,7 @@ def test_outputs_are_cached_under_what_they_depend_on(tmp_path):
     ]
     assert len(set(keys)) == len(keys)
     assert write("mlsae_core/sae.py", "b") == keys[-1]
-    for irrelevant in ("mlsae_core/book.py", "data/store/runs/1/meta.json", "README.md"):
+    for irrelevant in ("book/mlsae_book/sphinx_ext.py", "data/store/runs/1/meta.json", "README.md"):
         assert write(irrelevant, "a") == keys[-1], irrelevant
 
 
@@ -173,7 +176,7 @@ def test_outputs_are_cached_under_what_they_depend_on(tmp_path):
 
 def test_a_chart_cannot_break_out_of_its_script():
     spec = {"title": {"text": "1 < 2"}, "description": "</script><b>", "mark": "bar"}
-    html = book.figure(spec)
+    html = sphinx_ext.figure(spec)
     assert html.count("</script>") == 1
     assert '<p class="chart-title">1 &lt; 2</p>' in html
     [stored] = re.findall("<script[^>]*>(.*?)</script>", html)
@@ -190,7 +193,7 @@ def test_a_chart_cannot_break_out_of_its_script():
     ],
 )
 def test_letters_of_an_equation(tex, text):
-    math = ElementTree.fromstring(book.mathml(tex))
+    math = ElementTree.fromstring(sphinx_ext.mathml(tex))
     annotation = math.find(".//{*}annotation")
     assert annotation.text == tex
     assert "".join(math.itertext()).removesuffix(tex) == text
@@ -198,8 +201,9 @@ def test_letters_of_an_equation(tex, text):
 
 
 def test_columns_of_an_equation_are_aligned_by_css():
-    math = ElementTree.fromstring(book.mathml(r"\begin{split}a &= b \\ c &= d\end{split}", True))
-    cells = list(math.iter(f"{{{book.MATHML}}}mtd"))
+    tex = r"\begin{split}a &= b \\ c &= d\end{split}"
+    math = ElementTree.fromstring(sphinx_ext.mathml(tex, True))
+    cells = list(math.iter(f"{{{sphinx_ext.MATHML}}}mtd"))
     assert len(cells) == 4
     assert [re.match("text-align:(.*?);", c.get("style"))[1] for c in cells] == [
         "right",
@@ -212,18 +216,18 @@ def test_columns_of_an_equation_are_aligned_by_css():
     ("tex", "spaces"), [(r"\ln 4096", 1), (r"\max_j x_j", 1), (r"\ln(4096) + \max_j\{x_j\}", 0)]
 )
 def test_a_function_stands_apart_from_an_argument_without_parentheses(tex, spaces):
-    assert book.mathml(tex).count("<mspace") == spaces
+    assert sphinx_ext.mathml(tex).count("<mspace") == spaces
 
 
 def test_a_prime_is_no_superscript_and_keeps_its_order():
-    math = ElementTree.fromstring(book.mathml(r"x'_t + \ell'"))
+    math = ElementTree.fromstring(sphinx_ext.mathml(r"x'_t + \ell'"))
     assert not {"msup", "msubsup"} & {e.tag.split("}")[1] for e in math.iter()}
     assert "".join(math[0][0].itertext()) == "x′t+ℓ′"
 
 
 def test_a_mistake_in_an_equation_is_an_error_that_says_where():
     with pytest.raises(ValueError, match=r"Undefined control sequence: \\relu at position 1"):
-        book.mathml(r"\relu(x)")
+        sphinx_ext.mathml(r"\relu(x)")
 
 
 @pytest.mark.slow
@@ -245,15 +249,26 @@ def test_a_failing_cell_fails_the_build(tmp_path):
 
 # The house --------------------------------------------------------------------------------------
 
-#: A module imports only what stands above it.
-MODULES = (*api.ORDER, "__main__")
+#: A module imports only what stands above it, and `mlsae_core` nothing of the book.
+FOLDERS = {package: folder for package, (folder, _) in api.PACKAGES.items()}
+MODULES = {package: (*order, "__main__") for package, (_, order) in api.PACKAGES.items()}
 ALONE = {"spec", "metrics", "charts"}
-PACKAGE = ROOT / "mlsae_core"
+#: Imported where it is chosen, by what it is written with.
+CHOSEN = {"kernels": {"triton_kernels"}}
+SOURCES = [
+    (package, path)
+    for package, folder in FOLDERS.items()
+    for path in sorted(folder.rglob("*.py"))
+    if path != folder / "__init__.py"
+]
+every_source = pytest.mark.parametrize(
+    ("package", "path"), SOURCES, ids=[p.relative_to(ROOT).as_posix() for _, p in SOURCES]
+)
 
 
-def imports(path):
-    """Names that a source file imports, absolute: "torch.nn", "mlsae_core.sae"."""
-    here = ["mlsae_core", *path.relative_to(PACKAGE).parent.parts]
+def imports(package, path):
+    """Names that a source file imports, wherever in it, absolute: "torch.nn", "mlsae_core.sae"."""
+    here = [package, *path.relative_to(FOLDERS[package]).parent.parts]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -263,30 +278,43 @@ def imports(path):
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def module_of(path):
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def module_of(package, path):
+    return path.relative_to(FOLDERS[package]).with_suffix("").parts[0]
 
 
-SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+def test_the_tables_of_modules_are_complete():
+    for package, modules in MODULES.items():
+        assert {module_of(p, path) for p, path in SOURCES if p == package} == set(modules)
 
 
-def test_the_table_of_modules_is_complete():
-    assert {module_of(path) for path in SOURCES} <= set(MODULES)
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
-def test_a_module_imports_only_what_stands_above_it(path):
-    module = module_of(path)
-    ours = {name.split(".")[1] for name in imports(path) if name.startswith("mlsae_core.")}
-    ours -= {module, "__version__"}
-    above = set() if module in ALONE else set(MODULES[: MODULES.index(module)])
+@every_source
+def test_a_module_imports_only_what_stands_above_it(package, path):
+    module, order = module_of(package, path), MODULES[package]
+    found = set(imports(package, path))
+    ours = {name.split(".")[1] for name in found if name.startswith(f"{package}.")}
+    ours -= {module, "__version__"} | CHOSEN.get(module, set())
+    above = set() if module in ALONE else set(order[: order.index(module)])
     assert ours <= above, f"{module} imports {', '.join(sorted(ours - above))}"
 
 
+@every_source
+def test_the_core_knows_nothing_of_the_book(package, path):
+    """Nor do its lazy imports, nor names that are given to importlib."""
+    if package == "mlsae_core":
+        assert not [name for name in imports(package, path) if name.startswith("mlsae_book")]
+        strings = [
+            node.value
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        assert not [text for text in strings if re.fullmatch(r"mlsae_book[\w.:]*", text)]
+
+
 def test_statistics_know_no_drawing_and_drawing_knows_no_models():
-    names = {module: set() for module in MODULES}
-    for path in SOURCES:
-        names[module_of(path)] |= {name.split(".")[0] for name in imports(path)}
+    names = {}
+    for package, path in SOURCES:
+        found = {name.split(".")[0] for name in imports(package, path)}
+        names.setdefault(module_of(package, path), set()).update(found)
     assert not names["metrics"] & {"altair", "pandas"}
     assert not names["charts"] & {"torch", "transformers"}
     assert not names["spec"] & {"torch", "transformers"}

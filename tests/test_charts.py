@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import vl_convert
 
-from mlsae_core import charts
+from mlsae_book import charts
 
 LAYERS, LATENTS, STEPS = 6, 40, 12
 
@@ -215,11 +215,11 @@ def test_the_book_renderer_emits_one_mime_type_beside_plain_text(monkeypatch):
 
 def test_importing_charts_imports_neither_torch_nor_the_rest_of_the_package():
     code = (
-        "import sys, mlsae_core.charts; "
-        "print([m for m in sys.modules if m == 'torch' or m.startswith('mlsae_core')])"
+        "import sys, mlsae_book.charts; "
+        "print([m for m in sys.modules if m == 'torch' or m.startswith('mlsae')])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "['mlsae_core', 'mlsae_core.charts']"
+    assert run.stdout.strip() == "['mlsae_book', 'mlsae_book.charts']"
 
 
 # Colours ----------------------------------------------------------------------------------------

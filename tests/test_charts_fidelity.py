@@ -9,10 +9,10 @@ import pytest
 import vl_convert
 from test_charts import drawn_marks
 
-from mlsae_core import charts
-from mlsae_core.analysis import fidelity as tables
-from mlsae_core.analysis import sweeps
-from mlsae_core.charts import fidelity, transfer
+from mlsae_book import charts
+from mlsae_book.charts import fidelity, transfer
+from mlsae_book.tables import fidelity as tables
+from mlsae_book.tables import sweeps
 
 LAYERS, FACTORS = 12, (1, 2, 64)  # twelve: "10" comes after "9", not after "1"
 

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 import vl_convert
 
-from mlsae_core import charts
-from mlsae_core.charts import latents
+from mlsae_book import charts
+from mlsae_book.charts import latents
 
 SVG = "{http://www.w3.org/2000/svg}"
 PROFILE = pd.DataFrame(

@@ -8,7 +8,7 @@ import pytest
 import vl_convert
 from test_charts import drawn_marks
 
-from mlsae_core.charts import drift, layers
+from mlsae_book.charts import drift, layers
 
 SOURCES = {"probs": "mean over tokens", "probs_gaussian": "null model"}
 LATENTS, LAYERS = 4, 3

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import vl_convert
 
-from mlsae_core.charts import sweeps
+from mlsae_book.charts import sweeps
 
 RUNS = pd.DataFrame(
     {

@@ -14,10 +14,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from workers import sentences, write_jsonl
 
+from mlsae_book.__main__ import main as book
 from mlsae_core import activations, lm, pipeline, store, text
-from mlsae_core.__main__ import main
+from mlsae_core.__main__ import main as core
 
 CONTEXT = 8
+OF_THE_BOOK = ("materialise", "pretrain", "lens", "reproduce")
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def call(data, inputs, capsys):
         (data / "spec.yml").write_text(yaml.safe_dump(values) if raw is None else raw)
         arguments = [str(data / "spec.yml") if a == "SPEC" else a for a in arguments]
         try:
-            code = main(arguments)
+            code = (book if {*arguments[:1]} & {*OF_THE_BOOK} else core)(arguments)
         except SystemExit as stop:  # argparse
             code = stop.code
         captured = capsys.readouterr()
@@ -132,22 +134,29 @@ def test_an_interrupt_is_one_line_and_its_own_exit_code(call, monkeypatch):
     assert err.startswith("interrupted; the same command continues")
 
 
+def help_of(package):
+    ran = [sys.executable, "-m", package, "--help"]
+    return subprocess.run(ran, capture_output=True, text=True, check=True).stdout
+
+
 def test_help_tells_a_newcomer_what_to_write():
-    ran = subprocess.run(
-        [sys.executable, "-m", "mlsae_core", "--help"], capture_output=True, text=True, check=True
-    )
-    words = (
-        "train evaluate materialise status pretrain SPEC.yml layers: expansion_factor MLSAE_DATA"
-    )
+    shown = help_of("mlsae_core")
+    words = "train evaluate status SPEC.yml layers: expansion_factor MLSAE_DATA"
     for word in [*words.split(), "working directory", "Exit codes"]:
-        assert word in ran.stdout
-    fields = ran.stdout[ran.stdout.index("  model:") : ran.stdout.index("All other")]
+        assert word in shown
+    fields = shown[shown.index("  model:") : shown.index("All other")]
     from mlsae_core.spec import run_from_dict
 
     assert run_from_dict(yaml.safe_load(fields)).sae.k == 16  # the example is a spec
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "materialise", "status", "pretrain"])
+def test_help_of_the_book_names_its_commands():
+    shown = help_of("mlsae_book")
+    for word in [*OF_THE_BOOK, "EXPERIMENT.yml", "analyses", "Exit codes"]:
+        assert word in shown
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "status", *OF_THE_BOOK])
 def test_every_command_has_help(call, command):
     code, out, _ = call(command, "--help")
     assert code == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mlsae_core.analysis import definitions
+from mlsae_book.tables import definitions
 
 ROOT = Path(__file__).parents[1]
 TABLE = pd.read_csv(ROOT / "book" / "definitions.csv")

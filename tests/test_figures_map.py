@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from sphinx_external_toc.parsing import parse_toc_yaml
 
-from mlsae_core.charts import links
+from mlsae_book.charts import links
 
 ROOT = Path(__file__).parents[1]
 TABLE = pd.read_csv(ROOT / "book/figures.csv")

@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 from workers import sentences
 
-from mlsae_core import analysis, experiments, pipeline, planted, spec, store, text
+from mlsae_book import experiments, planted, stages
+from mlsae_book.pretrain import train_tokenizer
+from mlsae_core import analysis, pipeline, spec, store, text
 from mlsae_core.lens import Lens
-from mlsae_core.pretrain import train_tokenizer
 
 # stage → its version when these numbers were written, and the numbers
 GOLDEN = {
@@ -96,13 +97,13 @@ def numbers(inputs, data, tmp_path, monkeypatch):
     log = pd.read_csv(session.train(run).file("log.csv")).iloc[-1]
     table = pd.read_csv(session.evaluate(run, settings).file("evaluation.csv"))
     _, variances = experiments.read_distributions(session.distributions(run, settings))
-    monkeypatch.setattr(pipeline, "PROMPTS", ("w1 w2 w3 w4",))
-    prompts = pd.read_csv(session.prompts(run).file("spread.csv"))
-    geometry = pd.read_csv(session.geometry(run).file("mmcs.csv"))
-    drift = pd.read_csv(session.drift(run, settings).file("layers.csv"))
-    transfer = pd.read_csv(session.transfer(run, settings).file("transfer.csv"))
-    importance = pd.read_csv(session.importance(run, settings).file("importance.csv"))
-    duplicates = pd.read_csv(session.duplicates(run, settings).file("duplicates.csv"))
+    monkeypatch.setattr(stages, "PROMPTS", ("w1 w2 w3 w4",))
+    prompts = pd.read_csv(stages.prompts(session, run).file("spread.csv"))
+    geometry = pd.read_csv(stages.geometry(session, run).file("mmcs.csv"))
+    drift = pd.read_csv(stages.drift(session, run, settings).file("layers.csv"))
+    transfer = pd.read_csv(stages.transfer(session, run, settings).file("transfer.csv"))
+    importance = pd.read_csv(stages.importance(session, run, settings).file("importance.csv"))
+    duplicates = pd.read_csv(stages.duplicates(session, run, settings).file("duplicates.csv"))
     world = planted.find_or_compute(
         planted.PlantedSpec(
             n_features=16, d_model=16, n_layers=3, active=4, training_tokens=8192, tokens=2048, k=2

@@ -10,7 +10,7 @@ from test_lens import random_lens
 from tiny_lm import CONFIGS, N_LAYERS, tiny_lm, tiny_tokens
 from torch.nn import functional
 
-from mlsae_core.analysis import importance, interventions
+from mlsae_book.tables import importance, interventions
 from mlsae_core.lens import Lens
 from mlsae_core.spec import SiteSpec, SpecError
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 from tiny_lm import VOCAB, tiny_lm
 
-from mlsae_core import keys, pipeline, planted, pretrain, spec, store, text, train, tune
-from mlsae_core.analysis.transfer import Target
+from mlsae_book import planted, pretrain, stages, tune
+from mlsae_book.tables.transfer import Target
+from mlsae_core import keys, pipeline, spec, store, text, train
 from mlsae_core.spec import DataSpec, EvaluateSpec, Removed, Renamed, Spec, SpecError, added
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,7 @@ def record():
     recipes = sorted(path.parent.name for path in store.MODELS.glob("*/recipe.yml"))
     return {
         "fields": {name: began_with(cls) for name, cls in subclasses().items()},
-        "prompts": pipeline.PROMPTS,
+        "prompts": stages.PROMPTS,
         "texts": [[spec.to_dict(d), pipeline._hash(text.data_key(d))] for d in hub],
         "recipes": {name: keys.keyed(pretrain.read_recipe(name)[0]) for name in recipes},
         "lenses": {
@@ -71,7 +72,7 @@ def key_of(stage, entry, recorded, monkeypatch, **changes):
     with monkeypatch.context() as patched:
         for name, of in (("train", trained), (stage, entry)):
             patched.setitem(store.STAGES, name, of["version"])
-        patched.setattr(pipeline, "PROMPTS", recorded["prompts"])
+        patched.setattr(stages, "PROMPTS", recorded["prompts"])
         patched.setattr(pipeline, "input_parents", lambda run: trained["parents"])
         patched.setattr(store, "model_key", lambda *a: parents["model"])
         patched.setattr(pipeline, "_hash", lambda value: parents["data"])
@@ -89,11 +90,15 @@ def key_of(stage, entry, recorded, monkeypatch, **changes):
             return pipeline.run_key(run)[0]
         settings = keys.stored(EvaluateSpec, content[stage]) if stage in content else None
         if stage == "drift":
-            return pipeline.drift_key(run, changed(settings, changes))[0]
-        target = keys.stored(Target, content["target"]) if "target" in content else None
-        identity, _, found = pipeline.analysis_key(
-            stage, run, settings and changed(settings, changes), target
-        )
+            return stages.drift_key(run, changed(settings, changes))[0]
+        settings = settings and changed(settings, changes)
+        if stage == "prompts":
+            identity, _, found = stages.prompts_key(run)
+        elif "target" in content:
+            target = keys.stored(Target, content["target"])
+            identity, _, found = stages.transfer_key(run, settings, target)
+        else:
+            identity, _, found = pipeline.analysis_key(stage, run, settings)
         assert changes or found == parents
         return identity
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_lm import D_MODEL, N_LAYERS, tiny_lm, tiny_tokens
 
-from mlsae_core import tune
-from mlsae_core.analysis import lenses
-from mlsae_core.charts import lenses as charts
+from mlsae_book import tune
+from mlsae_book.charts import lenses as charts
+from mlsae_book.tables import lenses
 from mlsae_core.lens import Lens
 
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from workers import sentences, write_jsonl
 
-from mlsae_core import experiments, keys, pipeline, spec, store, text, train
+from mlsae_book import experiments
+from mlsae_core import keys, pipeline, spec, status, store, text, train
 from mlsae_core.lens import Lens
 from mlsae_core.spec import EvaluateSpec, Experiment, SpecError
 
@@ -266,13 +267,12 @@ def test_a_gpus_memory_decides_what_fits_it(inputs, data, monkeypatch):
     assert pipeline.batch_tokens(pythia) == 2048
 
 
-@pytest.mark.parametrize("stage", pipeline.ANY_BATCH)
+@pytest.mark.parametrize("stage", ["evaluate", "transfer", "drift", "examples", "duplicates"])
 def test_a_larger_batch_changes_nothing_but_the_rounding(inputs, data, stage, monkeypatch):
     run, settings, found = run_of(inputs), EvaluateSpec(tokens=2048), []
     for tokens in (64, 1024):
         monkeypatch.setattr(pipeline, "batch_tokens", lambda _, tokens=tokens: tokens)
-        session = pipeline.Session("force")
-        made = getattr(session, stage)(run, settings)
+        made = pipeline.Session("force").make(stage, run, settings)
         found.append(columns(made))
     assert found[0].keys() == found[1].keys()
     for name, column in found[0].items():
@@ -319,13 +319,13 @@ def test_a_session_refuses_trackers_before_anything_else():
 def test_an_experiment_becomes_tables_with_its_labels(inputs, data):
     runs = tuple(({"k": k}, run_of(inputs, k=k)) for k in (2, 4))
     experiment = Experiment("t", runs, SETTINGS)
-    before = experiments.status(experiment)
+    before = status.status(experiment)
     assert set(before.state) == {"missing"}
     assert len(before) == 6
     made = experiments.materialise(experiment, ship=True)
     assert list(made.log.k.unique()) == list(made.evaluation.k.unique()) == [2, 4]
     assert list(made.provenance.stage) == ["train", "evaluate", "distributions"] * 2
-    after = experiments.status(experiment)
+    after = status.status(experiment)
     assert set(after.state) == {"shipped"}
     assert set(after.seconds) == {0}
     shutil.rmtree(store.STORE)
@@ -336,7 +336,7 @@ def test_an_experiment_becomes_tables_with_its_labels(inputs, data):
 def test_an_experiment_says_which_analyses_and_whether_weights_are_shipped(inputs, data):
     runs = (({}, run_of(inputs)),)
     slim = Experiment("t", runs, SETTINGS, analyses=("distributions",), weights=False)
-    assert list(experiments.status(slim).stage) == ["train", "distributions"]
+    assert list(status.status(slim).stage) == ["train", "distributions"]
     made = experiments.materialise(slim, ship=True)
     assert made.evaluation.empty
     assert list(made.artefacts) == ["train", "distributions"]
@@ -364,7 +364,7 @@ def test_an_unknown_analysis_is_refused(inputs, data):
 def test_stacked_runs_are_evaluated_and_have_no_distribution(inputs, data):
     stacked = run_of(inputs, stacked=True, layers=[0, 2])
     experiment = Experiment("t", (({}, stacked),), SETTINGS)
-    assert list(experiments.status(experiment).stage) == ["train", "evaluate"]
+    assert list(status.status(experiment).stage) == ["train", "evaluate"]
     made = experiments.materialise(experiment)
     assert list(made.evaluation.layer) == [0, 2]
     assert "fvu_stacked" in made.log
@@ -375,13 +375,13 @@ def test_stacked_runs_are_evaluated_and_have_no_distribution(inputs, data):
 def test_status_knows_what_is_begun_and_estimates_the_rest(inputs, data):
     run = run_of(inputs, tokens=10**9)
     experiment = Experiment("t", (({}, run),), None)
-    small = experiments.status(Experiment("t", (({}, run_of(inputs)),), None))
-    (row,) = experiments.status(experiment).to_dict("records")
+    small = status.status(Experiment("t", (({}, run_of(inputs)),), None))
+    (row,) = status.status(experiment).to_dict("records")
     assert row["seconds"] > 100 * max(small.seconds[0], 1)
     checkpoint = pipeline.checkpoint_path(row["key"])
     checkpoint.parent.mkdir(parents=True)
     checkpoint.touch()
-    (again,) = experiments.status(experiment).to_dict("records")
+    (again,) = status.status(experiment).to_dict("records")
     assert again["state"] == "begun"
     assert again["seconds"] > 0
 

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
-from mlsae_core import metrics, planted, store
-from mlsae_core.planted import PlantedSpec, World
+from mlsae_book import planted
+from mlsae_book.planted import PlantedSpec, World
+from mlsae_core import metrics, store
 from mlsae_core.spec import SpecError
 
 SMALL = PlantedSpec(

@@ -10,8 +10,9 @@ import yaml
 from safetensors.torch import load_file
 from workers import sentences
 
-from mlsae_core import pretrain, spec, store, text
-from mlsae_core.__main__ import main
+from mlsae_book import pretrain
+from mlsae_book.__main__ import main
+from mlsae_core import spec, store, text
 from mlsae_core.lm import LanguageModel
 from mlsae_core.spec import ModelSpec, SpecError
 

@@ -2,8 +2,9 @@
 
 import pytest
 
+from mlsae_book import corpus
+from mlsae_book.questions import parameters, questions, summary
 from mlsae_core import store, text
-from mlsae_core.questions import parameters, questions, summary
 from mlsae_core.spec import DataSpec
 
 GOOGLE = """pad(values, width)
@@ -74,12 +75,12 @@ def test_questions_by_hand():
 
 def test_a_question_is_in_the_split_of_its_docstring(data, monkeypatch):
     (data / "docstrings.yml").write_text("minimum_characters: 32\npackages: {none: 1.0}\n")
-    corpus = [f"Task {i} of the list.\n\n:param a{i}: number {i}" for i in range(60)]
+    tasks = [f"Task {i} of the list.\n\n:param a{i}: number {i}" for i in range(60)]
     shared = [f"Shared by several.\n\n:param x: the same\n\nNote {i}." for i in range(40)]
-    monkeypatch.setattr(text, "docstrings", lambda: corpus + shared)
-    spec = DataSpec("docstring-questions")
+    monkeypatch.setattr(text, "docstrings", lambda: tasks + shared)
+    spec = DataSpec(corpus.QUESTIONS)
     found = {question: split for split, question in text.split_documents(spec)}
-    for i, docstring in enumerate(corpus):
+    for i, docstring in enumerate(tasks):
         assert found[f"Q: What does a function of a{i} do?\nA: Task {i} of the list."] == (
             text.split_of(docstring)
         )

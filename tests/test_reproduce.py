@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mlsae_core import pipeline, reproduce, store
+from mlsae_book import reproduce
+from mlsae_core import pipeline, store
 from mlsae_core.spec import load_experiment
 
 LIVE = store.ROOT / "book" / "experiments" / "live.yml"

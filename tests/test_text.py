@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from workers import sentences, write_jsonl
 
+from mlsae_book.pretrain import END_OF_TEXT, train_tokenizer
 from mlsae_core import store, text
-from mlsae_core.pretrain import END_OF_TEXT, train_tokenizer
 from mlsae_core.spec import DataSpec, SpecError
 
 CONTEXT = 8
@@ -413,7 +413,7 @@ def packages(data, monkeypatch):
 def test_the_corpus_is_every_distinct_long_docstring_in_the_order_of_hashes(packages, capsys):
     documents = text.docstrings()
     assert len(documents) == 7  # five of the source, one of each package; no test, nothing twice
-    assert documents == sorted(documents, key=text._digest)
+    assert documents == sorted(documents, key=text.document_hash)
     assert "Only in one, and long enough to be kept." in documents
     assert "differ" not in capsys.readouterr().err
     (made,) = store.artefacts("documents")

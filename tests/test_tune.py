@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny_lm import D_MODEL, EOS, N_LAYERS, VOCAB, tiny_lm, tiny_tokens
 
-from mlsae_core import pipeline, store, tune
-from mlsae_core.__main__ import main
+from mlsae_book import tune
+from mlsae_book.__main__ import main
+from mlsae_core import pipeline, store
 from mlsae_core.lens import Lens
 from mlsae_core.spec import DataSpec, SiteSpec, SpecError, run_from_dict
 from mlsae_core.store import Stopped

@@ -1,0 +1,208 @@
+"""Name → experiment: every result of a declared experiment, as tables that chapters show.
+
+Also the facts that chapters quote about their inputs.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, NamedTuple
+
+import pandas as pd
+
+from mlsae_book import stages
+from mlsae_core import pipeline, status, store, text
+from mlsae_core.pipeline import Mode
+from mlsae_core.spec import EvaluateSpec, Experiment, RunSpec, SpecError, load_experiment
+from mlsae_core.status import provenance
+from mlsae_core.store import Artefact
+
+if TYPE_CHECKING:
+    import torch
+
+    from mlsae_book.tables.transfer import Target
+
+
+class Materialised(NamedTuple):
+    """The finished tables of an experiment, each with the swept fields as its first columns.
+
+    log: training, one row per interval. evaluation: one row per run and layer. provenance: one row
+    per artefact with key, tokens, seconds and commit. runs: (labels, run) as declared. artefacts:
+    stage -> (labels, artefact) of every run that has it.
+    """
+
+    log: pd.DataFrame
+    evaluation: pd.DataFrame
+    provenance: pd.DataFrame
+    runs: tuple[tuple[dict, RunSpec], ...]
+    artefacts: dict[str, list[tuple[dict, Artefact]]]
+
+
+def materialise(experiment: Experiment, mode: Mode = "cached", ship: bool = False) -> Materialised:
+    """Find or compute every result of an experiment; `ship` copies them to the tracked ones."""
+    session = pipeline.Session(mode)
+    everything = []
+    for labels, run in experiment.runs:
+        for stage in ("train", *analyses(experiment, run)):
+            artefact = session.make(stage, run, experiment.evaluate)
+            everything.append((labels, artefact))
+            if ship and pipeline.is_main_process():
+                slim = stage == "train" and not experiment.weights
+                if stage == "train" and not slim:  # another experiment may have shipped its log
+                    artefact = session.with_weights(run, artefact)
+                store.ship(artefact, ("log.csv",) if slim else None)
+    made: dict[str, list[tuple[dict, Artefact]]] = {}
+    for labels, artefact in everything:
+        made.setdefault(artefact.meta["stage"], []).append((labels, artefact))
+    return Materialised(
+        log=tables(made["train"], "log.csv"),
+        evaluation=tables(made.get("evaluate", []), "evaluation.csv"),
+        provenance=notes(everything),
+        runs=experiment.runs,
+        artefacts=made,
+    )
+
+
+def measure(experiment: Experiment, stage: str, **labels) -> list[tuple[dict, Artefact]]:
+    """One stage of every run of an experiment, for `tables`; nothing that it does not need.
+
+    labels: further ones, after those of the experiment, such as what sets it apart from others.
+    """
+    session, made = pipeline.Session(), []
+    for swept, run in experiment.runs:
+        made.append((swept | labels, session.make(stage, run, experiment.evaluate)))
+    return made
+
+
+#: The book's sweeps: what a reader is to see → path from the book's folder.
+SWEEPS = {
+    "Sparsity k": "experiments/sparsity.yml",
+    "Expansion factor R": "experiments/factors.yml",
+    "Model": "experiments/models.yml",
+    "Tuned lens": "experiments/lens.yml",
+    "Random weights": "experiments/random.yml",
+}
+#: Two of them again, through the tuned lens.
+LENS_SWEEPS = {
+    "Sparsity k, tuned lens": "experiments/lens_sparsity.yml",
+    "Expansion factor R, tuned lens": "experiments/lens_factors.yml",
+}
+
+
+def swept(
+    stage: str, experiments: dict[str, str] = SWEEPS
+) -> dict[str, list[tuple[dict, Artefact]]]:
+    """`measure` for several experiments: name of the sweep → path becomes name → results."""
+    return {name: measure(load_experiment(path), stage) for name, path in experiments.items()}
+
+
+def analyses(experiment: Experiment, run: RunSpec) -> list[str]:
+    """The analyses of one run of an experiment; an unknown one is refused."""
+    found = status.analyses(experiment, run)
+    for name in found:
+        if name not in pipeline.STAGES:
+            known = ", ".join(pipeline.STAGES)
+            raise SpecError(f"analyses: expected some of {known}, got {name}")
+    return found
+
+
+def transfers(
+    run: RunSpec,
+    settings: EvaluateSpec,
+    targets: dict[str, Target],
+    mode: Mode = "cached",
+    ship: bool = False,
+) -> list[tuple[dict, Artefact]]:
+    """One dictionary measured in several models: (label, artefact) for :func:`tables`."""
+    session, made = pipeline.Session(mode), []
+    for name, target in targets.items():
+        artefact = stages.transfer(session, run, settings, target)
+        made.append(({"target": name}, artefact))
+        if ship and pipeline.is_main_process():
+            store.ship(artefact)
+    return made
+
+
+def tables(made: list[tuple[dict, Artefact]], file: str) -> pd.DataFrame:
+    """One CSV file of several results as one table, the labels as its first columns."""
+    return _stack((labels, pd.read_csv(artefact.file(file))) for labels, artefact in made)
+
+
+def notes(made: list[tuple[dict, Artefact]]) -> pd.DataFrame:
+    """How several results were made, one row each, the labels as its first columns."""
+    return _stack((labels, pd.DataFrame([provenance(artefact)])) for labels, artefact in made)
+
+
+def _stack(parts) -> pd.DataFrame:
+    parts = [_labelled(table, labels) for labels, table in parts]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _labelled(table: pd.DataFrame, labels: dict) -> pd.DataFrame:
+    fixed = {name: str(v) if isinstance(v, list | dict) else v for name, v in labels.items()}
+    return table.assign(**fixed)[[*fixed, *[c for c in table.columns if c not in fixed]]]
+
+
+def read_distributions(artefact: Artefact) -> tuple[dict[str, torch.Tensor], dict]:
+    """Arrays of a `distributions` result, as `layers.derived` lists them, and its numbers."""
+    from safetensors.torch import load_file
+
+    from mlsae_book.tables import layers
+
+    arrays = layers.derived(load_file(artefact.file("distributions.safetensors")))
+    return arrays, json.loads(artefact.file("variances.json").read_text())
+
+
+def all_distributions(results: Materialised) -> list[tuple[dict, dict, dict]]:
+    """Labels, arrays and numbers of every `distributions` result, as `read_distributions` reads."""
+    return _read_all(results.artefacts.get("distributions", []))
+
+
+def swept_distributions(
+    experiments: dict[str, str] = SWEEPS,
+) -> dict[str, list[tuple[dict, dict, dict]]]:
+    """`all_distributions` of several experiments: name of the sweep → path, as for `swept`."""
+    made = swept("distributions", experiments)
+    return {name: _read_all(results) for name, results in made.items()}
+
+
+def _read_all(made: list[tuple[dict, Artefact]]) -> list[tuple[dict, dict, dict]]:
+    return [(labels, *read_distributions(artefact)) for labels, artefact in made]
+
+
+# --- facts about the inputs -----------------------------------------------------------------------
+
+
+def suite() -> pd.DataFrame:
+    """The shipped language models, one row each: size, training tokens, loss, seconds, commit."""
+    names = ("parameters", "training_tokens", "validation_loss", "bigram_loss", "unigram_loss")
+    names += ("seconds", "seed", "commit")
+    rows = []
+    for model in store.shipped_models():
+        facts = json.loads((store.MODELS / model / "training.json").read_text())
+        rows.append({"model": model, **{name: facts[name] for name in names}})
+    return pd.DataFrame(rows)
+
+
+def model_logs() -> pd.DataFrame:
+    """How the shipped models' losses fell: ``loss`` (nats per token) by model, tokens, split."""
+    logs = []
+    for model in store.shipped_models():
+        log = pd.read_csv(store.MODELS / model / "log.csv")
+        long = log.melt("tokens", ["train", "validation"], "split", "loss").dropna()
+        logs.append(long.assign(model=model))
+    return pd.concat(logs, ignore_index=True)
+
+
+def corpus(session: pipeline.Session, run: RunSpec) -> pd.DataFrame:
+    """Documents, characters and tokens of each split of a run's text."""
+    meta = text.packed(run.data, session.lm(run.model).tokenizer).meta
+    columns = ("documents", "characters", "tokens")
+    return pd.DataFrame(
+        [{"split": split, **{name: meta[name][split] for name in columns}} for split in text.SPLITS]
+    )
+
+
+def published(table: str) -> pd.DataFrame:
+    """Numbers printed in a paper, from ``data/published``; `source` says where they stand."""
+    return pd.read_csv(store.DATA / "published" / f"{table}.csv")

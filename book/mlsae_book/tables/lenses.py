@@ -1,0 +1,114 @@
+"""Tuned lenses: how well they read each layer, how safely they are inverted, and what they change.
+
+Layers are blocks, so layer l is the residual stream after block l.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+from torch import Tensor
+
+from mlsae_book.tables import layers
+from mlsae_book.tune import layer_divergences
+from mlsae_core import store
+from mlsae_core.lens import Lens
+from mlsae_core.lm import LanguageModel
+
+ALIGNMENTS = ("aligned", "as-released")
+
+
+def shipped() -> list[str]:
+    """Names of the language models with a lens under ``data/lenses``."""
+    return sorted(path.parent.name for path in (store.DATA / "lenses").glob("*/training.json"))
+
+
+def conditions(models: Sequence[str] | None = None) -> pd.DataFrame:
+    """How much inverting each layer's translator may amplify an error, for every shipped lens.
+
+    Returns:
+        One row per model, alignment and layer: ``model``, ``alignment``, ``layer``, ``condition``
+        (ratio of the extreme singular values of I + W, Eq. 9; 1 for the identity).
+    """
+    return pd.DataFrame(
+        {"model": model, "alignment": alignment, "layer": layer, "condition": float(condition)}
+        for model in (shipped() if models is None else models)
+        for alignment in ALIGNMENTS
+        for layer, condition in enumerate(
+            Lens.read(store.lens_folder(model), alignment).condition_numbers
+        )
+    )
+
+
+def divergences(lm: LanguageModel, name: str, batches: Iterable[Tensor]) -> pd.DataFrame:
+    """KL from the model's prediction to what is read at each layer, through each kind of lens.
+
+    Args:
+        name: the lens under ``data/lenses``.
+        batches: (batch, position) int64 tokens, read three times.
+
+    Returns:
+        One row per lens and layer: ``lens`` (``logit lens``, ``aligned``, ``as-released``),
+        ``layer``, ``kl`` (nats per token).
+    """
+    batches = list(batches)
+    lenses = {"logit lens": Lens.identity()}
+    lenses |= {a: Lens.read(store.lens_folder(name), a).to(lm.device) for a in ALIGNMENTS}
+    return pd.DataFrame(
+        {"lens": label, "layer": layer, "kl": float(kl)}
+        for label, lens in lenses.items()
+        for layer, kl in enumerate(layer_divergences(lm, lens, batches))
+    )
+
+
+def training(models: Sequence[str] | None = None) -> pd.DataFrame:
+    """What training changed, as stored beside each shipped lens.
+
+    Returns:
+        One row per model and translator: ``model``, ``translator`` (i acts on the input of block
+        i), ``logit_lens`` and ``tuned_lens`` (KL on validation text, nats per token), ``tokens``
+        (of training), ``commit``.
+    """
+    rows = []
+    for model in shipped() if models is None else models:
+        facts = json.loads((store.lens_folder(model) / "training.json").read_text())
+        about = {"tokens": facts["spec"]["tokens"], "commit": facts["commit"]}
+        pairs = zip(facts["kl_before"], facts["kl_after"], strict=True)
+        rows += [
+            {"model": model, "translator": i, "logit_lens": before, "tuned_lens": after, **about}
+            for i, (before, after) in enumerate(pairs)
+        ]
+    return pd.DataFrame(rows)
+
+
+def aggregates(read: Sequence[tuple[dict, dict, dict]], most: int = 400) -> pd.DataFrame:
+    """`layers.aggregate_table` of each case, beside each other, for `charts.layers.aggregate`.
+
+    Args:
+        read: labels, arrays and numbers of an experiment's cases (`experiments.all_distributions`).
+
+    Returns:
+        One row per (order, layer): ``order``, ``layer``, and for each case its probability, mean
+        over active tokens, and the latent: ``aligned``, ``latent_aligned``, …
+    """
+    tables = []
+    for labels, arrays, _ in read:
+        table = layers.aggregate_table(arrays, most)
+        name = column(labels["case"])
+        table = table.rename(columns={"probs": name, "latent_probs": f"latent_{name}"})
+        tables.append(table.set_index(["order", "layer"])[[name, f"latent_{name}"]])
+    return pd.concat(tables, axis=1).reset_index()
+
+
+def column(case: str) -> str:
+    """The name of a case as a column that Vega-Lite can look up."""
+    return case.replace("-", "_")
+
+
+def spread(read: Sequence[tuple[dict, dict, dict]]) -> pd.DataFrame:
+    """`layers.spread_table` of the trained dictionaries alone, one row per case."""
+    tables = [layers.spread_table(arrays).iloc[:1].assign(**labels) for labels, arrays, _ in read]
+    table = pd.concat(tables, ignore_index=True).drop(columns="of")
+    return table[["case", *table.columns.drop("case")]]

@@ -1,0 +1,213 @@
+"""Controls for JupyterLab: panels that call analysis and charts when the reader chooses.
+
+Each panel has a static twin beside it in the book, made of parameters bound in the chart itself,
+because a page without a kernel cannot run these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import altair as alt
+import ipywidgets
+import pandas as pd
+from torch import Tensor
+
+from mlsae_book import charts, tables
+from mlsae_core import pipeline
+from mlsae_core.lm import LanguageModel
+from mlsae_core.sae import MLSAE
+from mlsae_core.spec import RunSpec, SpecError
+
+
+def _panel(draw: Callable[..., alt.TopLevelMixin], **controls: ipywidgets.Widget):
+    """Controls above a chart that is drawn again on every change; bad input becomes one line."""
+    output = ipywidgets.Output()
+
+    def redraw(_=None):
+        # Set, not captured (`with output:`): a captured chart of some size makes nbclient wait for
+        # ever for the cell's reply.
+        try:
+            chart = draw(**{name: control.value for name, control in controls.items()})
+        except SpecError as error:
+            output.outputs = ()
+            output.append_stdout(f"{error}\n")
+        else:
+            output.outputs = ()
+            output.append_display_data(chart)
+
+    for control in controls.values():
+        control.observe(redraw, names="value")
+    redraw()
+    return ipywidgets.VBox([*controls.values(), output])
+
+
+def prompt_norms(lm: LanguageModel, prompt: str) -> ipywidgets.VBox:
+    """Type a prompt; see the norm of the residual stream at its tokens and layers."""
+
+    def draw(prompt: str):
+        title = f"Residual-stream norms of {lm.name}"
+        return charts.prompt_norms(tables.prompt_norms(lm, [prompt]), title)
+
+    box = ipywidgets.Text(
+        prompt, description="Prompt", continuous_update=False, layout={"width": "95%"}
+    )
+    return _panel(draw, prompt=box)
+
+
+def metric_by_layer(table: pd.DataFrame, metrics: Sequence[str], title: str) -> ipywidgets.VBox:
+    """Choose a metric of an evaluation; see it by layer."""
+
+    def draw(metric: str):
+        return charts.metric_by_layer(table[["layer", metric]], title)
+
+    choice = ipywidgets.Dropdown(
+        options=[(charts.METRICS[name], name) for name in metrics], description="Metric"
+    )
+    return _panel(draw, metric=choice)
+
+
+def live_training(run: RunSpec, k: Sequence[int], factors: Sequence[int]) -> ipywidgets.VBox:
+    """Choose k and the expansion factor, press the button, and see the FVU of that run by layer.
+
+    A run that was trained before is shown at once: results are kept under their key.
+    """
+    choose_k = ipywidgets.Dropdown(options=k, value=run.sae.k, description="k")
+    choose_factor = ipywidgets.Dropdown(
+        options=factors, value=run.sae.expansion_factor, description="R"
+    )
+    button = ipywidgets.Button(description="Train", button_style="primary")
+    output = ipywidgets.Output()
+
+    def train(_):
+        sae = replace(run.sae, k=choose_k.value, expansion_factor=choose_factor.value)
+        button.disabled = True
+        output.outputs = ()
+        try:
+            artefact = pipeline.Session().train(replace(run, sae=sae))
+        except SpecError as error:
+            output.append_stdout(f"{error}\n")
+        else:
+            log = tables.long_log(pd.read_csv(artefact.file("log.csv")))
+            title = f"k = {sae.k}, R = {sae.expansion_factor}"
+            output.append_display_data(charts.training_curves(log, title))
+        finally:
+            button.disabled = False
+
+    button.on_click(train)
+    return ipywidgets.VBox([ipywidgets.HBox([choose_k, choose_factor, button]), output])
+
+
+def heatmaps(read: Sequence[tuple[dict, dict, dict]]) -> ipywidgets.VBox:
+    """Choose a run, a weighting and how many latents; see its heatmap at that resolution.
+
+    read: what `experiments.all_distributions` returns.
+    """
+    names = [", ".join(f"{k} = {v}" for k, v in labels.items()) or "run" for labels, _, _ in read]
+
+    def draw(run: int, weighting: str, most: int):
+        table = tables.latent_table(read[run][1], weighting, most)
+        return charts.heatmap(table, f"Distributions over layers, {names[run]}")
+
+    weightings = [("every token alike", "probs"), ("by activation", "probs_by_total")]
+    return _panel(
+        draw,
+        run=ipywidgets.Dropdown(options=[(n, i) for i, n in enumerate(names)], description="Run"),
+        weighting=ipywidgets.Dropdown(options=weightings, description="Tokens"),
+        most=ipywidgets.IntSlider(300, 50, 600, 50, description="Latents", continuous_update=False),
+    )
+
+
+def cosines(table: pd.DataFrame) -> ipywidgets.VBox:
+    """Choose a run, pairs or maxima, and the width of the bins; see the histogram.
+
+    table: what `analysis.sweeps.stack` makes of several `cosines.csv`.
+    """
+    from mlsae_book.charts import sweeps
+    from mlsae_book.tables import geometry
+
+    def draw(run: str, column: str, merge: int):
+        found = geometry.densities(table[table["run"] == run], column, merge)
+        title = f"Cosine similarities of decoder rows, {run}"
+        return sweeps.histogram(found, "Cosine similarity", title, series="rows", logarithmic=True)
+
+    kinds = [("all pairs", "pairs"), ("each row's largest", "maxima")]
+    return _panel(
+        draw,
+        run=ipywidgets.Dropdown(options=list(table["run"].unique()), description="Run"),
+        column=ipywidgets.Dropdown(options=kinds, description="Which"),
+        merge=ipywidgets.Dropdown(
+            options=[(f"{m / 100:.2f}", m) for m in (1, 2, 4)], value=2, description="Bin width"
+        ),
+    )
+
+
+def total_variance(
+    session: pipeline.Session, run: RunSpec, tokens: Sequence[int]
+) -> ipywidgets.VBox:
+    """Choose how many test tokens; see every latent's variance and its two parts (Eq. 14)."""
+    from mlsae_book.charts import sweeps
+    from mlsae_book.tables import total_variance
+    from mlsae_core.lens import Lens
+    from mlsae_core.spec import EvaluateSpec
+
+    lm, sae = session.lm(run.model), session.sae(run)
+
+    def draw(tokens: int):
+        batches = pipeline.Batches(session.blocks(run, "test"), run, EvaluateSpec(tokens=tokens))
+        codes = total_variance.codes(lm, sae, Lens.identity(), run.site, batches)
+        latents = total_variance.terms(*codes, sae.n_latents).latents
+        table = total_variance.by_rank(latents)
+        return sweeps.variance_by_rank(table, f"Eq. 14 on {tokens:,} tokens")
+
+    return _panel(draw, tokens=ipywidgets.Dropdown(options=list(tokens), description="Tokens"))
+
+
+def prompt_layers(session: pipeline.Session, run: RunSpec, prompt: str) -> ipywidgets.VBox:
+    """Type a prompt; see the distributions over layers of the latents that it makes active."""
+    from mlsae_book.charts import layers as layer_charts
+    from mlsae_book.tables import layers
+    from mlsae_core.lens import Lens
+
+    lm, sae = session.lm(run.model), session.sae(run)
+    lens = Lens.load(run.site, lm.device)
+
+    def draw(prompt: str):
+        table = layers.prompt_distributions(lm, sae, lens, run.site, [prompt])
+        return layer_charts.prompts(table, "Latents of one prompt", "One column a latent.")
+
+    box = ipywidgets.Text(
+        prompt, description="Prompt", continuous_update=False, layout={"width": "95%"}
+    )
+    return _panel(draw, prompt=box)
+
+
+def explorer(
+    lm: LanguageModel,
+    sae: MLSAE,
+    distributions: dict[str, Tensor],
+    found: dict[str, Tensor],
+    latent: int,
+) -> ipywidgets.VBox:
+    """Choose any latent by its number; see its layers, top examples and nearest tokens.
+
+    distributions: arrays of `analysis.distributions`. found: arrays of `examples.examples`.
+    """
+    from mlsae_book.charts import latents as latent_charts
+    from mlsae_book.tables import examples, latents
+
+    def draw(latent: int):
+        if not distributions["active_tokens"][latent]:
+            raise SpecError(f"latent {latent} is never active in this text")
+        return latent_charts.explorer(
+            latents.profile(distributions, [latent]),
+            examples.example_table(found, lm.tokenizer, [latent]),
+            latents.nearest_tokens(lm, sae, [latent]),
+            f"Latent {latent}",
+        )
+
+    box = ipywidgets.BoundedIntText(
+        latent, min=0, max=sae.n_latents - 1, description="Latent", continuous_update=False
+    )
+    return _panel(draw, latent=box)

@@ -1,0 +1,80 @@
+"""What exists of an experiment, how it was made, and what the rest would cost."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pandas as pd
+
+from mlsae_core import pipeline, store
+from mlsae_core.spec import EvaluateSpec, Experiment, RunSpec
+from mlsae_core.store import Artefact
+
+
+def provenance(artefact: Artefact) -> dict:
+    """How a result was made, in one row: stage, key, tokens, seconds, commit, date."""
+    names = ("stage", "tokens", "seconds", "commit", "written")
+    row = {name: artefact.meta.get(name) for name in names}
+    return {"stage": row.pop("stage"), "key": artefact.key, **row}
+
+
+def analyses(experiment: Experiment, run: RunSpec) -> list[str]:
+    """The analyses of one run of an experiment, also those that other packages compute."""
+    if experiment.evaluate is None:
+        return []
+    # One vector a token has no layers to be distributed over.
+    return [n for n in experiment.analyses if not (run.site.stacked and n == "distributions")]
+
+
+def status(experiment: Experiment) -> pd.DataFrame:
+    """One row per result: shipped, stored, begun or missing, and the seconds it would still take.
+
+    The estimate counts floating-point operations and divides by the measured speed of a matrix
+    product on this machine; expect it to be right within a factor of two. A run that was begun
+    continues from its checkpoint and takes less.
+    """
+    rows, speed = [], None
+    for labels, run in experiment.runs:
+        keys = {"train": pipeline.run_key(run)[0]}
+        for stage in ("evaluate", "distributions"):
+            if stage in analyses(experiment, run):
+                keys[stage] = pipeline.analysis_key(stage, run, experiment.evaluate)[0]
+        for stage, identity in keys.items():
+            state, seconds = _state(stage, identity), 0.0
+            if state in ("begun", "missing"):
+                speed = speed or _speed()
+                seconds = _operations(stage, run, experiment.evaluate) / speed
+            row = {"stage": stage, "key": identity, "state": state, "seconds": round(seconds)}
+            rows.append(labels | row)
+    return pd.DataFrame(rows)
+
+
+def _state(stage: str, identity: str) -> str:
+    for name, root in (("shipped", store.SHIPPED), ("stored", store.STORE)):
+        if (root / stage / identity / "meta.json").is_file():
+            return name
+    return "begun" if pipeline.checkpoint_path(identity).exists() else "missing"
+
+
+def _operations(stage: str, run: RunSpec, settings: EvaluateSpec | None) -> float:
+    """Floating-point operations of a stage, at the share of peak speed that was measured."""
+    config = pipeline.model_config(run.model)
+    width, depth, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    model = 24 * depth * width**2 + 4 * depth * width * run.data.context_length
+    layers = len(run.site.indices(depth))
+    encode = 2 * layers * width * width * run.sae.expansion_factor
+    if stage == "train":  # decoding and the gradients touch k latents: a tenth of it
+        return run.train.tokens * (model + 1.1 * encode) * 2
+    replaced = layers * (model / 2 + 8 * vocabulary * width) if stage == "evaluate" else 0
+    return settings.tokens * (model + encode + replaced) * 2
+
+
+def _speed() -> float:
+    """Floating-point operations per second of this machine's matrix product, in float32."""
+    a = np.ones((768, 768), np.float32)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(5):
+        a @ a
+    return 5 * 2 * 768**3 / (time.perf_counter() - start)
