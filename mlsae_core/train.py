@@ -336,7 +336,8 @@ class _Loop:
                 parameter.grad = accelerator.reduce(parameter.grad, "mean")
             log = accelerator.reduce(log, "mean")
             fired = accelerator.reduce(fired.int(), "sum") > 0
-            kept = accelerator.reduce(torch.tensor(kept, device=fired.device), "sum")
+            # Not torch.tensor, which makes the host wait for the device.
+            kept = accelerator.reduce(torch.full((), kept, device=fired.device), "sum")
         optimizer.step()
         optimizer.zero_grad()
         sae.count_tokens(fired, kept)
