@@ -1,0 +1,298 @@
+"""On an accelerator, if a pretended one: the CPU's results, and how often the host waits for it."""
+
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pretend_device
+import pytest
+import test_pipeline
+import test_train
+import torch
+from pretend_device import waits
+from tiny_lm import EOS, VOCAB, tiny_network, tiny_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from workers import use_data
+
+from mlsae_book import stages
+from mlsae_core import activations, metrics, objective, pipeline, store, train
+from mlsae_core.lens import Lens
+from mlsae_core.lm import LanguageModel
+from mlsae_core.spec import EvaluateSpec
+from mlsae_core.text import TokenBlocks
+
+ROUNDING = {"rtol": 1e-3, "atol": 1e-5}
+ANALYSES = (
+    "evaluate",
+    "distributions",
+    "transfer",
+    "geometry",
+    "drift",
+    "prompts",
+    "examples",
+    "importance",
+    "duplicates",
+)
+
+
+@pytest.fixture(scope="module")
+def there(processes):
+    """Calls a function of this module in a process whose machine has the pretend device."""
+    with ProcessPoolExecutor(1, processes, pretend_device.install) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result(300)
+
+
+# --- the device itself --------------------------------------------------------------------------
+
+
+def refusals():
+    """What is said to operations that mix devices; and what one is given that may."""
+    ours, cpus = torch.arange(3, device="pretend"), torch.arange(3)
+    mixed = {
+        "sum": lambda: ours + cpus,
+        "index": lambda: cpus[ours],
+        "in place": lambda: cpus.index_add_(0, ours, ours),
+        "mask": lambda: ours.masked_fill(cpus > 1, 0),
+        "generator": lambda: torch.rand(2, device="pretend", generator=torch.Generator()),
+        "its generator": lambda: torch.rand(2, generator=pretend_device.Generator()),
+    }
+    said = dict.fromkeys(mixed, "nothing")
+    for name, operation in mixed.items():
+        try:
+            operation()
+        except RuntimeError as error:
+            said[name] = str(error)
+    return said, (ours + torch.tensor(1)).tolist()
+
+
+def counted():
+    """What is counted for operations that need not wait; and by name, for each that must."""
+    ours, cpus = torch.arange(3, device="pretend"), torch.arange(3)
+    queued = (
+        lambda: ours + 1,
+        lambda: ours[ours],
+        lambda: ours[1:].flip(0),
+        lambda: torch.ones(2, device="pretend"),
+        lambda: ours.masked_fill(ours > 1, 0),
+        lambda: cpus.to("pretend", non_blocking=True),
+    )
+    waited_for = {
+        "_to_copy": (ours.cpu, ours.tolist, lambda: cpus.to("pretend"), lambda: ours[[0]]),
+        "copy_": (lambda: cpus.copy_(ours),),
+        "index": (lambda: ours[ours > 1], lambda: ours[cpus]),
+        "index_put_": (lambda: ours.index_put_((ours > 1,), ours[0]),),
+        "nonzero": (ours.nonzero,),
+        "_local_scalar_dense": (ours[0].item, lambda: bool(ours.any()), lambda: float(ours[1])),
+        "equal": (lambda: ours.equal(ours),),
+        "bincount": (ours.bincount,),
+        "repeat_interleave": (lambda: ours.repeat_interleave(ours),),
+    }
+
+    def waits_of(operation):
+        waits.clear()
+        operation()
+        return dict(waits)
+
+    return (
+        [waits_of(operation) for operation in queued],
+        {name: list(map(waits_of, operations)) for name, operations in waited_for.items()},
+    )
+
+
+def test_the_device_is_as_strict_as_a_gpu(there):
+    said, allowed = there(refusals)
+    assert [name for name, message in said.items() if "device" not in message] == []
+    assert allowed == [1, 2, 3]  # a single number may be the CPU's
+
+
+def test_waits_are_counted(there):
+    queued, waited_for = there(counted)
+    assert queued == [{}] * 6
+    for name, found in waited_for.items():
+        assert found == [{f"elsewhere {name}": 1}] * len(found)
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def inputs_on(device, **changes):
+    tokens = torch.randint(2, VOCAB, (40, test_train.CONTEXT), generator=torch.Generator())
+    tokens[::3, 2] = EOS
+    lm = LanguageModel(tiny_network().to(device), tiny_tokenizer())
+    return test_train.run_of(**changes), lm, TokenBlocks(tokens.int().numpy())
+
+
+def train_on(device, checkpoint=None):
+    """The log and the weights; with a checkpoint, of a run that was stopped and continued."""
+    inputs = inputs_on(device)
+    if checkpoint is not None:
+        with pytest.raises(store.Stopped, match="after step 5 of 12"):
+            train.train(*inputs, checkpoint=checkpoint, should_stop={5}.__contains__)
+    sae, log, _ = train.train(*inputs, checkpoint=checkpoint)
+    assert sae.encoder.device.type == device
+    weights = {name: x.cpu().numpy() for name, x in sae.state_dict().items()}
+    return log.drop(columns="tokens_per_second"), weights
+
+
+def test_training_gives_the_cpus_numbers_and_continues_exactly(there, tmp_path):
+    log, weights = there(train_on, "pretend")
+    continued, same = there(train_on, "pretend", tmp_path / "checkpoint")
+    pd.testing.assert_frame_equal(continued, log)
+    assert all(np.array_equal(same[name], weights[name]) for name in weights)
+    expected, others = train_on("cpu")
+    assert (expected.auxk > 0).any()
+    pd.testing.assert_frame_equal(log, expected, check_exact=False, **ROUNDING)
+    for name, other in others.items():
+        np.testing.assert_allclose(weights[name], other, **ROUNDING, err_msg=name)
+
+
+def waits_of_steps(micro_batches, ranks=1, put_back=None):
+    """Of every step between the first, which begins the run, and the last, which ends the log."""
+    seen = []
+
+    def note(_):
+        seen.append(dict(waits))
+        waits.clear()
+        return False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "LOG_ROWS", 1)
+        if ranks > 1:  # as one of several, with nobody to add up with
+            of = train._Plan.of
+            patch.setattr(train._Plan, "of", lambda *a: replace(of(*a), every=ranks))
+        if put_back == "the look at activations":
+            stream = activations.stream
+            patch.setattr(activations, "stream", lambda *a: stream(*a[:-1], True))
+        if put_back == "the question which are dead":
+            loss = objective.loss
+            patch.setattr(objective, "loss", lambda *a: loss(*a[:-1], None))
+        run, *rest = inputs_on("pretend", micro_batch_tokens=64 // micro_batches)
+        log = train.train(run, *rest, should_stop=note).log
+    assert log.auxk.item() > 0
+    return seen[1:]
+
+
+ONE = {"train.py:_Loop.steps _to_copy": 1}
+
+
+@pytest.mark.parametrize(("micro_batches", "ranks"), [(1, 1), (4, 1), (4, 2)])
+def test_the_host_waits_once_a_step_however_many_micro_batches(there, micro_batches, ranks):
+    assert there(waits_of_steps, micro_batches, ranks) == [ONE] * 10
+
+
+@pytest.mark.parametrize(
+    ("put_back", "wait"),
+    [
+        ("the look at activations", "activations.py:gather.<locals>.read _local_scalar_dense"),
+        ("the question which are dead", "objective.py:loss nonzero"),
+    ],
+)
+def test_a_wait_that_is_put_back_is_seen(there, put_back, wait):
+    assert there(waits_of_steps, 4, 1, put_back) == [ONE | {wait: 4}] * 10
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+def compute(run, folder, names):
+    """The numbers of some stages, computed anew with the dictionary that lies in the folder."""
+    use_data(folder)
+    session, found = pipeline.Session("force"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "PROMPTS", ("latent resid.", "milens"))
+        for name in names:
+            made = session.make(name, run, EvaluateSpec(tokens=1024))
+            found[name] = test_pipeline.columns(made)
+    return session.device.type, found
+
+
+def settled(examples, expected):
+    """All values, and the rest of those examples that rounding cannot exchange for another."""
+    values = "examples.safetensors values"
+    clear = np.diff(expected[values]) < -1e-4  # from the next one; the last's is not kept
+    first = np.ones_like(clear[..., :1])
+    chosen = clear & np.concatenate([first, clear[..., :-1]], -1)
+    assert chosen.mean() > 0.5
+    kept = {name: array[:, :, :-1][chosen] for name, array in examples.items()}
+    return kept | {values: examples[values]}
+
+
+def test_every_analysis_gives_the_cpus_numbers(there, inputs, data, monkeypatch):
+    """Their random numbers are the CPU's on every device but CUDA, where others are drawn."""
+    generator = torch.Generator().manual_seed(0)
+    lens = Lens(torch.randn(3, 16, 16, generator=generator) / 16, torch.ones(3, 16) / 8)
+    lens.write(data / "lens")
+    run = test_pipeline.run_of(inputs, basis=str(data / "lens"))
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        device, expected = compute(run, data, ("train", *ANALYSES))
+    assert device == "cpu"
+    device, found = there(compute, run, data, ANALYSES)
+    assert device == "pretend"
+    for results in (expected, found):
+        results["examples"] = settled(results["examples"], expected["examples"])
+    for stage, numbers in found.items():
+        assert numbers.keys() == expected[stage].keys()
+        for name, column in expected[stage].items():
+            if column.dtype.kind in "OTU":
+                np.testing.assert_array_equal(numbers[name], column, err_msg=name)
+            else:
+                np.testing.assert_allclose(numbers[name], column, **ROUNDING, err_msg=name)
+
+
+def draw(device, generator):
+    waits.clear()
+    values = torch.arange(24.0).view(2, 3, 4).to(device, non_blocking=True)
+    _, permuted = metrics.permute_layers(values.long(), values, generator.manual_seed(0))
+    drawn = permuted, metrics.gaussian_like(values, generator)
+    waited = sum(waits.values())
+    return waited, [x.cpu().numpy() for x in drawn]
+
+
+def draw_on_the_device():
+    return draw("pretend", pretend_device.Generator()), draw("pretend", torch.Generator())
+
+
+def test_null_models_are_drawn_on_the_device_of_their_generator(there):
+    (waited, here), (waited_for_cpu, elsewhere) = there(draw_on_the_device)
+    _, expected = draw("cpu", torch.Generator())
+    assert (waited, waited_for_cpu) == (0, 2)
+    for ours, moved, cpus in zip(here, elsewhere, expected, strict=True):
+        np.testing.assert_allclose(ours, cpus, **ROUNDING)
+        np.testing.assert_allclose(moved, cpus, **ROUNDING)
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+class Copies(TorchDispatchMode):
+    """Counts operations that copy a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.count[name] += name in ("_to_copy", "clone", "copy_")
+        return function(*args, **(kwargs or {}))
+
+
+def write_checkpoint(path, device):
+    tensor = torch.arange(6.0, device=device).view(2, 3)
+    state = {"weights": {"a": tensor, "b": tensor[1:]}, "moments": [tensor + 1], "step": 3}
+    waits.clear()
+    with Copies() as copies:
+        store.save_checkpoint(path, state)
+    return sum(waits.values()), +copies.count
+
+
+@pytest.mark.parametrize(("device", "waited"), [("pretend", 3), ("cpu", 0)])
+def test_a_checkpoint_copies_every_tensor_once(there, tmp_path, device, waited):
+    path = tmp_path / "checkpoint"
+    assert there(write_checkpoint, path, device) == (waited, {"_to_copy": 3})
+    read = store.load_checkpoint(path)
+    assert read["weights"]["b"].tolist() == [[3, 4, 5]]
+    assert read["step"] == 3
