@@ -1,10 +1,17 @@
 """Fixtures: a data folder of its own for a test, tiny model folders, and processes to be killed."""
 
 import multiprocessing
+import os
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from workers import sentences, use_data, write_jsonl
+
+# Where there is no CUDA device, Triton's kernels run in its interpreter. It looks when it is first
+# imported, which PyTorch's compiler may do.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A loaded machine is no failure. One commit draws one set of examples, so CI says the same twice.
 slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -29,7 +36,6 @@ def data(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
     """A folder with `text.jsonl` and models of all architectures with a 300-token tokenizer."""
-    import torch
     from tiny_lm import CONFIGS
     from transformers import AutoModelForCausalLM
 

@@ -1,7 +1,7 @@
 """The kernels for CUDA devices: the dense definition is their judge.
 
-On a CPU they run in Triton's interpreter. `pip install triton` is needed for that; without it these
-tests are skipped, in CI they fail.
+On a CPU they run in Triton's interpreter (see conftest.py). `pip install triton` is needed for
+that; without it these tests are skipped, in CI they fail.
 """
 
 import functools
@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from mlsae_core import kernels, pairs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 if importlib.util.find_spec("triton") is None:
     if "CI" in os.environ:
         raise ModuleNotFoundError('triton: pip install -c constraints.txt -e ".[gpu]"')

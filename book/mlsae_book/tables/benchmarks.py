@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -28,9 +29,8 @@ COLUMNS = {
 
 def gpu(path: str | Path) -> pd.DataFrame:
     """The rows of the file, by phase: `what` was measured, and a column for each quantity."""
-    return pd.read_json(path, dtype={"commit": str, "torch": str}, convert_dates=False).set_index(
-        "phase"
-    )
+    rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    return pd.DataFrame(rows).set_index("phase")
 
 
 def shown(rows: pd.DataFrame, *phases: str) -> pd.DataFrame:
