@@ -58,6 +58,13 @@ class Code(NamedTuple):
     aux_indices: Tensor | None = None
 
 
+Keep = Callable[[Tensor], Tensor]
+"""Values (n, k) of the largest latents of n vectors, with 0 for those that are not kept after all.
+
+It is differentiable, and makes nobody wait for a device.
+"""
+
+
 def check(kernel: str, device: torch.device) -> None:
     """Raise ValueError where a kernel cannot run on that device."""
     if kernel != "triton":
@@ -86,6 +93,7 @@ def autoencode(
     dead: Tensor | None = None,
     aux_k: int = 0,
     kernel: Kernel = "sparse",
+    keep: Keep | None = None,
 ) -> tuple[Tensor, Tensor | None, Code]:
     """Encode and decode, and reconstruct with the dead latents from the same scores.
 
@@ -97,6 +105,7 @@ def autoencode(
     k : latents kept for each vector
     dead : indices (n_dead,) of the latents among which `aux_k` more are selected, or None
     aux_k : at most n_dead
+    keep : which of the k are kept; None keeps all
 
     Returns
     -------
@@ -107,7 +116,7 @@ def autoencode(
     """
     centred = x - pre_bias
     if kernel == "dense":
-        code = _dense_code(centred @ encoder.T, k, dead, aux_k)
+        code = _thinned(_dense_code(centred @ encoder.T, k, dead, aux_k), keep)
         y = _dense_decode(code.values, code.indices, decoder)
         y_dead = None
         if code.aux_values is not None:
@@ -116,11 +125,11 @@ def autoencode(
     if kernel == "triton":
         from mlsae_core import triton_kernels
 
-        return triton_kernels.autoencode(x, encoder, decoder, pre_bias, k, dead, aux_k)
+        return triton_kernels.autoencode(x, encoder, decoder, pre_bias, k, dead, aux_k, keep)
     if dead is not None and not pairs.is_cpu(x.device):
-        y, _, code = autoencode(x, encoder, decoder, pre_bias, k, kernel=kernel)
+        y, _, code = autoencode(x, encoder, decoder, pre_bias, k, kernel=kernel, keep=keep)
         return y, decode_dead(x, pre_bias, encoder, decoder, dead, aux_k, keep_largest), code
-    code = select(centred, encoder, k, dead, aux_k, kernel)
+    code = _thinned(select(centred, encoder, k, dead, aux_k, kernel), keep)
     chosen = pairs.Pairs(
         [code.indices] if dead is None else [code.indices, code.aux_indices], encoder
     )
@@ -130,12 +139,30 @@ def autoencode(
     return y.add_(pre_bias), rest[0] if rest else None, code._replace(values=values[0])
 
 
-def encode(x: Tensor, encoder: Tensor, pre_bias: Tensor, k: int, kernel: Kernel = "sparse") -> Code:
-    """The k largest latents of each vector: x (n, d) to values and indices (n, k)."""
+def encode(
+    x: Tensor,
+    encoder: Tensor,
+    pre_bias: Tensor,
+    k: int,
+    kernel: Kernel = "sparse",
+    keep: Keep | None = None,
+) -> Code:
+    """The k largest latents of each vector: x (n, d) to values and indices (n, k); or fewer, as
+    `keep` says."""
     centred = x - pre_bias
     if kernel == "dense":
-        return _dense_code(centred @ encoder.T, k)
-    code = select(centred, encoder, k, kernel=kernel)
+        return _thinned(_dense_code(centred @ encoder.T, k), keep)
+    code = _thinned(select(centred, encoder, k, kernel=kernel), keep)
+    return differentiable(code, x, encoder, pre_bias, centred)
+
+
+def differentiable(
+    code: Code, x: Tensor, encoder: Tensor, pre_bias: Tensor, centred: Tensor
+) -> Code:
+    """The selected values, positive or 0, with the gradient of their scores <x - b, encoder>.
+
+    centred : x - pre_bias.
+    """
     chosen = pairs.Pairs([code.indices], encoder)
     (values,) = pairs.Encode.apply(x, pre_bias, encoder, centred.detach(), chosen, code.values)
     return Code(values, code.indices)
@@ -146,6 +173,18 @@ def decode(values: Tensor, indices: Tensor, decoder: Tensor, kernel: Kernel = "s
     if kernel == "dense":
         return _dense_decode(values, indices, decoder)
     return pairs.Decode.apply(decoder, pairs.Pairs([indices], decoder), values)[0]
+
+
+def _thinned(code: Code, keep: Keep | None) -> Code:
+    """What is kept of a code; on a CPU without the columns that nobody needs, else there would be a
+    device to wait for."""
+    if keep is None:
+        return code
+    values, indices = keep(code.values), code.indices
+    if pairs.is_cpu(values.device):
+        values, order = values.topk(max(1, int(values.count_nonzero(1).max())), sorted=False)
+        indices = indices.gather(1, order)
+    return code._replace(values=values, indices=indices)
 
 
 # --- dense ------------------------------------------------------------------------------------

@@ -9,6 +9,9 @@ conventions that the equations leave open:
   reconstruction ê' = W_dec h_dead by the dead latents. The error is a constant to it (detached:
   Gao et al. 2024, Appendix A.2), and no second bias is added. So a layer's AuxK does not depend on
   the scale of its activations. It is 0, and costs nothing, where no latent is dead.
+- With the activation ``jumprelu`` the mean number of active latents is penalised as well. FVU is
+  what the squared error is for inputs of mean square norm 1, so the coefficient is on the scale of
+  Rajamanoharan et al. (2024).
 """
 
 from typing import NamedTuple
@@ -23,15 +26,22 @@ ALPHA = 1 / 32
 """The coefficient of AuxK (Gao et al. 2024, Appendix A.2)."""
 
 
+L0_COEFFICIENT = 1e-3
+"""The coefficient of the mean number of active latents, where they are penalised."""
+
+
 class Loss(NamedTuple):
     """What one batch gives.
 
-    total : scalar, mean of `fvu` over layers + alpha * `auxk`; differentiate this.
+    total : scalar, mean of `fvu` over layers + alpha * `auxk`, and for ``jumprelu`` l0_coefficient
+        times the mean number of active latents; differentiate this.
     fvu : (layer,), global FVU, over tokens and dimensions, in the target's own space.
     mse : (layer,), mean squared error over tokens and dimensions, in the target's own space.
     auxk : scalar, mean over layers; 0 where no latent is dead.
     n_dead : number of dead latents before this batch.
-    topk : values and indices of shape (layer, token, k).
+    topk : values and indices of shape (layer, token, k); None for ``jumprelu``.
+    fired : (n_latents,) bool, for `MLSAE.count_tokens`.
+    seen : (s,), for `Activation.update`.
     """
 
     total: Tensor
@@ -39,7 +49,9 @@ class Loss(NamedTuple):
     mse: Tensor
     auxk: Tensor
     n_dead: int
-    topk: TopK
+    topk: TopK | None
+    fired: Tensor
+    seen: Tensor
 
 
 def loss(
@@ -47,9 +59,11 @@ def loss(
     source: Tensor,
     target: Tensor | None = None,
     alpha: float = ALPHA,
+    l0_coefficient: float = L0_COEFFICIENT,
     dead: Tensor | None = None,
 ) -> Loss:
-    """The loss of one batch. Nothing is changed: count its tokens with `sae.count_tokens`.
+    """The loss of one batch. Nothing is changed: count its tokens with `sae.count_tokens`,
+    and after an optimiser step call `sae.activation.update`.
 
     Parameters
     ----------
@@ -58,6 +72,7 @@ def loss(
         The prediction is made in the target's standardised space and mapped back with the
         target's statistics (see `MLSAE.forward`).
     alpha : coefficient of AuxK.
+    l0_coefficient : of the mean number of active latents, for ``jumprelu``.
     dead : indices (n_dead,) of the dead latents; None asks `sae.dead`, for which the host waits.
 
     Raises
@@ -87,17 +102,10 @@ def loss(
     if dead is None:
         dead = sae.dead.nonzero().squeeze(1)
     n_dead = len(dead) if sae.aux_k else 0
-    y, y_dead, code = kernels.autoencode(
-        scaled.flatten(0, 1),
-        sae.encoder,
-        sae.decoder,
-        sae.pre_bias,
-        sae.k,
-        dead=dead if n_dead else None,
-        aux_k=min(sae.aux_k, n_dead),
-        kernel=sae.kernel,
+    coded = sae.activation.autoencode(
+        sae, scaled.flatten(0, 1), dead if n_dead else None, min(sae.aux_k, n_dead)
     )
-    y = y.view_as(scaled)
+    y, y_dead = coded.y.view_as(scaled), coded.y_dead
     mse, fvu = kernels.fused(_unexplained, sae.kernel, y.device)(target, y, *stats)
     total = fvu.mean()
     auxk = torch.zeros_like(total)
@@ -105,8 +113,13 @@ def loss(
         left = kernels.fused(_left_unexplained, sae.kernel, y.device)
         auxk = left(expected, y.detach(), y_dead.view_as(y)).mean()
         total = total + alpha * auxk
-    topk = TopK(*(part.view(*scaled.shape[:2], -1) for part in code[:2]))
-    return Loss(total, fvu.detach(), mse.detach(), auxk.detach(), n_dead, topk)
+    if coded.l0 is not None:
+        total = total + l0_coefficient * coded.l0
+    topk = None
+    if coded.code is not None:
+        topk = TopK(*(part.view(*scaled.shape[:2], -1) for part in coded.code[:2]))
+    measured = (fvu.detach(), mse.detach(), auxk.detach())
+    return Loss(total, *measured, n_dead, topk, coded.fired, coded.seen)
 
 
 def _unexplained(

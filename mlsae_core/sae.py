@@ -1,4 +1,4 @@
-"""The multi-layer sparse autoencoder: one TopK autoencoder for the vectors of every layer.
+"""The multi-layer sparse autoencoder: one autoencoder for the vectors of every layer.
 
 Lawson et al. (2025), "Residual Stream Analysis with Multi-Layer SAEs", Eqs. 1 and 2, after
 Makhzani & Frey (2014) and Gao et al. (2024):
@@ -7,6 +7,8 @@ Makhzani & Frey (2014) and Gao et al. (2024):
     h = ReLU(TopK_k(W_enc (x' - b_pre)))
     y = W_dec h + b_pre
     x̂ = y σ + μ
+
+The activation of the second line is one of several: `mlsae_core.activation`.
 
 The paper prints W_enc x - b_pre; b_pre has the model's dimension, so the bracket is meant. There
 is no encoder bias. Both matrices are stored as (n_latents, d_model): row j of each is what latent
@@ -26,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mlsae_core import kernels
+from mlsae_core.activation import ACTIVATIONS
 from mlsae_core.optimizer import ProjectedAdam
 
 STD_EPS = 1e-5
@@ -42,10 +45,11 @@ PAPER_BATCH_TOKENS = 131_072
 
 
 class TopK(NamedTuple):
-    """The k latents that were selected: `values` ≥ 0 and `indices`, both of shape (…, k).
+    """The latents that were selected: `values` ≥ 0 and `indices`, both of shape (…, k).
 
-    Indices are distinct. Where fewer than k scores are positive, the rest have the value 0, and
-    which latents they name means nothing.
+    Indices are distinct. Where fewer than k are active, the rest have the value 0, and which
+    latents they name means nothing. Other activations than ``topk`` select more or fewer than the
+    dictionary's k: as many as the vector with the most of them needs.
     """
 
     values: Tensor
@@ -71,18 +75,20 @@ class Output(NamedTuple):
 
 
 class MLSAE(nn.Module):
-    """A TopK autoencoder whose inputs are vectors of any layer.
+    """An autoencoder whose inputs are vectors of any layer.
 
     Parameters
     ----------
     n_inputs : dimension d_model of a vector.
     n_latents : number of latents; n_latents / n_inputs is the expansion factor R.
-    k : latents kept for each vector.
+    k : latents kept for each vector; on average, for ``batchtopk``, and with ``jumprelu`` when its
+        training starts.
     aux_k : dead latents that AuxK uses for each vector; None takes the power of two nearest to
         n_inputs / 2 on the logarithmic scale (Gao et al. 2024, Appendix A.2), 0 switches AuxK off.
     standardize : whether each vector is standardised before, and mapped back after.
     dead_tokens, dead_threshold : a latent is dead when it had no activation above the threshold,
         at any layer, within this many training tokens.
+    activation : "topk", "batchtopk" or "jumprelu", see `mlsae_core.activation`.
     kernel : "sparse", "candidates" or "dense", see `mlsae_core.kernels`; an attribute, so it can be
         changed.
     generator : source of the random initial weights; None takes PyTorch's global one.
@@ -92,6 +98,7 @@ class MLSAE(nn.Module):
     encoder, decoder : parameters (n_latents, n_inputs). Equal at first, with rows of unit norm;
         the optimiser of `make_optimizer` keeps the decoder's rows so.
     pre_bias : parameter (n_inputs,), in the standardised space.
+    activation : the module with what the activation learns; nothing for ``topk``.
     tokens_since_active : buffer (n_latents,), int64. Only `count_tokens` changes it.
     """
 
@@ -105,6 +112,7 @@ class MLSAE(nn.Module):
         *,
         dead_tokens: int = DEAD_TOKENS,
         dead_threshold: float = DEAD_THRESHOLD,
+        activation: str = "topk",
         kernel: kernels.Kernel = "sparse",
         generator: torch.Generator | None = None,
     ):
@@ -116,6 +124,10 @@ class MLSAE(nn.Module):
             raise ValueError(
                 f"expected k between 1 and n_latents = {n_latents}, got {k}: "
                 "choose a smaller k or a larger expansion factor"
+            )
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"expected an activation of {', '.join(ACTIVATIONS)}, got {activation!r}"
             )
         if aux_k is None:
             aux_k = 2 ** max(0, round(math.log2(n_inputs / 2)))
@@ -130,6 +142,8 @@ class MLSAE(nn.Module):
         self.encoder = nn.Parameter(rows)
         self.decoder = nn.Parameter(rows.clone())
         self.pre_bias = nn.Parameter(torch.zeros(n_inputs))
+        unit = math.sqrt(n_inputs) if standardize else 1.0
+        self.activation = ACTIVATIONS[activation](n_latents, unit)
         self.tokens_since_active: Tensor
         self.register_buffer("tokens_since_active", torch.zeros(n_latents, dtype=torch.int64))
 
@@ -173,15 +187,13 @@ class MLSAE(nn.Module):
         return scaled, Stats(mean, std)
 
     def encode(self, x: Tensor) -> TopK:
-        """The k largest latents of each vector, in no particular order.
+        """The active latents of each vector, in no particular order.
 
         x (…, n_inputs) gives values and indices (…, k); values are ≥ 0. Changes no state.
         """
         scaled, _ = self.standardise(x)
-        code = kernels.encode(
-            scaled.reshape(-1, self.n_inputs), self.encoder, self.pre_bias, self.k, self.kernel
-        )
-        shape = (*x.shape[:-1], self.k)
+        code = self.activation.encode(self, scaled.reshape(-1, self.n_inputs))
+        shape = (*x.shape[:-1], code.values.shape[1])
         return TopK(code.values.view(shape), code.indices.view(shape))
 
     def decode(self, topk: TopK, stats: Stats | None = None) -> Tensor:
@@ -211,7 +223,7 @@ class MLSAE(nn.Module):
         return Output(self.decode(topk, stats), topk)
 
     @torch.no_grad()
-    def fired(self, topk: TopK) -> Tensor:
+    def fired(self, topk: TopK | kernels.Code) -> Tensor:
         """(n_latents,) bool: the latents with an activation above `dead_threshold` in `topk`."""
         spare = self.n_latents  # where indices of inactive pairs go
         indices = topk.indices.masked_fill(topk.values <= self.dead_threshold, spare)
@@ -223,7 +235,7 @@ class MLSAE(nn.Module):
     def count_tokens(self, fired: Tensor, n_tokens: int) -> None:
         """Advance the dead-latent counters by an optimiser step of n_tokens tokens.
 
-        fired is `fired(topk)`, or the disjunction of several: of the step's micro-batches, and of
+        fired is `Loss.fired`, or the disjunction of several: of the step's micro-batches, and of
         all processes. n_tokens counts a token once, not once for each layer.
         """
         self.tokens_since_active += n_tokens
@@ -231,7 +243,8 @@ class MLSAE(nn.Module):
 
     def make_optimizer(self, learning_rate: float = 1e-4, eps: float = 6.25e-10) -> ProjectedAdam:
         """Adam for all parameters, which keeps the decoder's rows at unit norm."""
-        free = {"params": [self.encoder, self.pre_bias], "unit_rows": False}
+        learnt = [self.encoder, self.pre_bias, *self.activation.parameters()]
+        free = {"params": learnt, "unit_rows": False}
         unit = {"params": [self.decoder], "unit_rows": True}
         return ProjectedAdam([free, unit], lr=learning_rate, eps=eps)
 
@@ -241,7 +254,8 @@ class MLSAE(nn.Module):
         """Write config.json and model.safetensors, each atomically, as published MLSAEs have them.
 
         encoder.weight (n_latents, n_inputs), decoder.weight (n_inputs, n_latents) and
-        pre_encoder_bias (n_inputs,). The counters of dead latents are not part of the format.
+        pre_encoder_bias (n_inputs,). The counters of dead latents are not part of the format. Only
+        for another activation than ``topk`` there are its name and its tensors, activation.*.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -255,7 +269,9 @@ class MLSAE(nn.Module):
             "dead_threshold": self.dead_threshold,
             "standardize": self.standardize,
         }
-        tensors = {
+        if self.activation.name != "topk":
+            config["activation"] = self.activation.name
+        tensors = self._activation_tensors() | {
             "encoder.weight": self.encoder.detach(),
             "decoder.weight": self.decoder.detach().T.contiguous(),
             "pre_encoder_bias": self.pre_bias.detach(),
@@ -266,6 +282,9 @@ class MLSAE(nn.Module):
             settings.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             os.replace(weights, directory / "model.safetensors")
             os.replace(settings, directory / "config.json")
+
+    def _activation_tensors(self) -> dict[str, Tensor]:
+        return {f"activation.{name}": t for name, t in self.activation.state_dict().items()}
 
     @classmethod
     def from_pretrained(
@@ -294,15 +313,19 @@ class MLSAE(nn.Module):
             config["k"],
             aux_k=config.get("auxk") or 0,
             standardize=config.get("standardize", True),
+            activation=config.get("activation", "topk"),
             **settings,
         )
         n, d = sae.n_latents, sae.n_inputs
         shapes = {"encoder.weight": (n, d), "decoder.weight": (d, n), "pre_encoder_bias": (d,)}
+        shapes |= {name: tuple(t.shape) for name, t in sae._activation_tensors().items()}
         tensors = _read_tensors(folder, shapes)
         with torch.no_grad():
             sae.encoder.copy_(tensors["encoder.weight"])
             sae.decoder.copy_(tensors["decoder.weight"].T)
             sae.pre_bias.copy_(tensors["pre_encoder_bias"])
+            for name, tensor in sae._activation_tensors().items():
+                tensor.copy_(tensors[name])
         return sae
 
 

@@ -207,13 +207,18 @@ class SiteSpec(Spec):
 
 @dataclass(frozen=True)
 class SaeSpec(Spec):
-    """The TopK autoencoder (MLSAE paper, Section 3.2).
+    """The autoencoder (MLSAE paper, Section 3.2).
 
-    expansion_factor: n_latents / width of the input. k: active latents per vector.
+    expansion_factor: n_latents / width of the input. k: active latents per vector; see activation.
     aux_k: dead latents used by AuxK; default the power of two nearest half the input's width.
     aux_alpha: weight of AuxK. dead_tokens: a latent is dead after this many training tokens
         without an activation above dead_threshold at any layer; default 10 million, or a tenth of
         the run where the run is shorter than 100 million.
+    activation: ``topk``, with k active latents for every vector; ``batchtopk``, with k on average
+        over a batch; ``jumprelu``, with a threshold per latent, which is trained, and k on average
+        at its beginning (`mlsae_core.activation`). How many are active is then a result.
+    l0_coefficient: weight of the mean number of active latents in the loss, for jumprelu alone;
+        default 1e-3.
     """
 
     expansion_factor: int
@@ -223,12 +228,19 @@ class SaeSpec(Spec):
     dead_tokens: int | None = None
     dead_threshold: float = 1e-3
     standardize: bool = True
+    activation: Literal["topk", "batchtopk", "jumprelu"] = added("topk")
+    l0_coefficient: float | None = added(None)
 
     def __post_init__(self):
         super().__post_init__()
         self._positive("expansion_factor", "k", "dead_tokens")
-        for name in ("aux_k", "aux_alpha", "dead_threshold"):
+        for name in ("aux_k", "aux_alpha", "dead_threshold", "l0_coefficient"):
             self._require((getattr(self, name) or 0) >= 0, name, "0 or more")
+        if self.activation != "jumprelu":
+            expected = f"none with activation: {self.activation}"
+            self._require(self.l0_coefficient is None, "l0_coefficient", expected)
+        elif self.l0_coefficient is None:
+            object.__setattr__(self, "l0_coefficient", 1e-3)
 
 
 @dataclass(frozen=True)

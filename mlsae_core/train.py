@@ -116,6 +116,7 @@ def build_sae(run: RunSpec, lm: LanguageModel) -> MLSAE:
         run.sae.standardize,
         dead_tokens=run.sae.dead_tokens,
         dead_threshold=run.sae.dead_threshold,
+        activation=run.sae.activation,
         generator=torch.Generator().manual_seed(run.train.seed),
     )
 
@@ -146,7 +147,7 @@ def train(
     Returns:
         The autoencoder on the device of `lm`, and the log, at most 400 rows. Each is of
         the interval that ends with optimiser step ``step``, when ``tokens`` training tokens were
-        read; means over its steps of ``loss`` (mean FVU over layers + aux_alpha · AuxK), ``auxk``
+        read; means over its steps of ``loss`` (see `objective.Loss.total`), ``auxk``
         (0 while no latent is dead), ``fvu`` (mean over layers) and ``fvu_<layer>`` (one per layer,
         or ``fvu_stacked``), all global FVU (see `objective`); ``dead_fraction`` of latents at
         its end; ``tokens_per_second`` since the start.
@@ -306,9 +307,11 @@ class _Loop:
 
     @torch.no_grad()
     def set_bias(self, batch: Batch):
-        """Start the bias at the geometric median of the first batch's standardised vectors."""
-        scaled, _ = self.sae.standardise(batch.source)
-        self.sae.pre_bias.copy_(metrics.geometric_median(scaled.flatten(0, 1)))
+        """Start the bias at the geometric median of the first batch's standardised vectors, and the
+        activation with them."""
+        scaled = self.sae.standardise(batch.source)[0].flatten(0, 1)
+        self.sae.pre_bias.copy_(metrics.geometric_median(scaled))
+        self.sae.activation.start(self.sae, scaled)
 
     def step(self, batches: Iterator[Batch], optimizer, dead: Tensor) -> tuple[Tensor, Tensor]:
         """One optimiser step with the dead latents given, queued: nothing in it waits for a device.
@@ -322,13 +325,15 @@ class _Loop:
             self.plan.micro_batches // self.plan.every,
         )
         logs, fired, kept = [], torch.zeros_like(sae.tokens_since_active, dtype=torch.bool), 0
+        coefficients = (self.run.sae.aux_alpha, self.run.sae.l0_coefficient or 0.0)
         for batch in itertools.islice(batches, own):
             target = None if batch.target is batch.source else batch.target
             with accelerator.autocast():
-                loss = objective.loss(sae, batch.source, target, self.run.sae.aux_alpha, dead)
+                loss = objective.loss(sae, batch.source, target, *coefficients, dead)
             accelerator.backward(loss.total / own)
-            logs.append(torch.cat([loss.total.detach()[None], loss.auxk[None], loss.fvu]))
-            fired |= sae.fired(loss.topk)
+            logged = [loss.total.detach()[None], loss.auxk[None], loss.fvu]
+            logs.append(torch.cat([*logged, loss.seen]))
+            fired |= loss.fired
             kept += len(batch.tokens)
         log = torch.stack(logs).mean(0)
         if self.plan.every > 1:
@@ -340,6 +345,8 @@ class _Loop:
             kept = accelerator.reduce(torch.full((), kept, device=fired.device), "sum")
         optimizer.step()
         optimizer.zero_grad()
+        log, seen = log.tensor_split([len(log) - len(loss.seen)])
+        sae.activation.update(seen)
         sae.count_tokens(fired, kept)
         dead = sae.dead
         order = dead.byte().argsort(descending=True, stable=True)

@@ -312,11 +312,14 @@ def autoencode(
     k: int,
     dead: Tensor | None = None,
     aux_k: int = 0,
+    keep: kernels.Keep | None = None,
 ) -> tuple[Tensor, Tensor | None, Code]:
     """As `kernels.autoencode`; the code has no `aux_values` and `aux_indices`."""
     precision = kernels.score_precision(encoder)
     centred = (x.detach() - pre_bias.detach()).to(precision)
     code = kernels.select(centred, encoder, k, kernel="triton")
+    if keep is not None:
+        code = code._replace(values=keep(code.values))
     y, values = _Autoencode.apply(x, pre_bias, encoder, decoder, centred, code.values, code.indices)
     y_dead = None
     if dead is not None:
