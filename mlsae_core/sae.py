@@ -125,7 +125,7 @@ class MLSAE(nn.Module):
                 f"expected k between 1 and n_latents = {n_latents}, got {k}: "
                 "choose a smaller k or a larger expansion factor"
             )
-        if activation not in ACTIVATIONS:
+        if activation not in tuple(ACTIVATIONS):
             raise ValueError(
                 f"expected an activation of {', '.join(ACTIVATIONS)}, got {activation!r}"
             )

@@ -68,6 +68,25 @@ def largest_error(found, expected):
     }
 
 
+def test_what_is_not_kept_counts_for_nothing():
+    """As with batchtopk: a choice among the largest, in one result and its gradients."""
+
+    def keep(values):
+        return torch.where(values > 2, values, 0)
+
+    results = []
+    for kernel in ("dense", "triton"):
+        device = "cpu" if kernel == "dense" else DEVICE
+        tensors = [t.to(device).requires_grad_() for t in problem(23, 24, 512, 1)[:-1]]
+        y, _, code = kernels.autoencode(*tensors, 8, kernel=kernel, keep=keep)
+        (y.sin().sum() + code.values.square().sum()).backward()
+        active = (code.values > 0).sum(1)
+        results.append([t.detach().cpu() for t in (y, active, *(t.grad for t in tensors))])
+    assert 0 < results[0][1].sum() < 23 * 8
+    for dense, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_values_and_gradients_are_those_of_the_definition(size, monkeypatch):
     monkeypatch.setattr(triton_kernels, "RUN", 4)  # runs of the busy latents are cut
