@@ -62,11 +62,11 @@ def file_hash(path: Path) -> str:
 def source_hash(path: Path) -> str:
     """SHA-256 of an input (weights, text), computed once per process while it does not change."""
     state = path.stat()
-    return _source_hash(path, state.st_mtime_ns, state.st_size)
+    return _source_hash(path, state.st_ino, state.st_mtime_ns, state.st_size)
 
 
 @functools.cache
-def _source_hash(path: Path, modified: int, size: int) -> str:
+def _source_hash(path: Path, node: int, modified: int, size: int) -> str:
     return file_hash(path)
 
 
