@@ -179,7 +179,7 @@ class Session:
         identity, spec, parents = run_key(run)
         if found := self.find("train", identity, spec):
             return found
-        from mlsae_core import train
+        from mlsae_core import activations, train
 
         accelerator = train.make_accelerator(run, self.trackers, project_dir=store.STORE)
         train.check_kernel(self.kernel, accelerator.device)
@@ -195,9 +195,7 @@ class Session:
         _wait()
         trained = train.train(
             run,
-            lm,
-            blocks,
-            lens,
+            activations.TextSource(lm, blocks, run.site, lens),
             accelerator=accelerator,
             checkpoint=checkpoint,
             description=f"training {identity}",
