@@ -20,7 +20,9 @@ a minimal SPEC.yml:
   tokens: 2_000_000
   seed: 0
 
-All other fields have defaults, documented in mlsae_core/spec.py. An EXPERIMENT.yml has `title`,
+All other fields have defaults, documented in mlsae_core/spec.py. In the place of the last four,
+`dictionary: PATH` names weights that are there, a folder or a hub id (`{path: owner/name,
+revision: …}`): they are measured as those of a run are. An EXPERIMENT.yml has `title`,
 `run` (the fields above), `sweep` (field: [values]) and `evaluate` (tokens, split).
 
 Relative paths in these files start at the working directory. Results are looked up in data/shipped,

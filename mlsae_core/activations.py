@@ -1,21 +1,31 @@
 """Activations as the autoencoder sees them: a stream of (layer, token, d_model) batches.
 
-Nothing is cached: activations are recomputed from text (MLSAE paper, Appendix A). Vectors at
+They are recomputed from text (MLSAE paper, Appendix A) unless somebody saved them. Vectors at
 special tokens are removed along the token axis, the same ones at every layer, so they are in no
 mean, count or batch.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from mlsae_core import store
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
-from mlsae_core.spec import SiteSpec
+from mlsae_core.spec import SiteSpec, SpecError, canonical
+from mlsae_core.text import StreamedBlocks, TokenBlocks
 
 
 class ActivationError(RuntimeError):
@@ -38,6 +48,28 @@ class Batch:
     tokens: Tensor
     sequence: Tensor
     position: Tensor
+
+
+class ActivationSource(Protocol):
+    """Where activations come from: all that training knows of a model and a text.
+
+    n_layers: of the model, of which a site chooses some. d_model: length of a layer's vector.
+    device: where batches are.
+    """
+
+    n_layers: int
+    d_model: int
+    device: torch.device
+
+    def batches(
+        self, size: int, seed: int | None = None, start: int = 0, every: int = 1
+    ) -> Iterator[Batch]:
+        """Activations of `size` sequences each: of every `every`-th batch from `start` on.
+
+        Batch n is a pure function of (seed, n). Without a seed: one pass in order, the last batch
+        may be smaller. With one: endless passes.
+        """
+        ...
 
 
 def site_layers(site: SiteSpec, n_layers: int) -> list[int]:
@@ -96,12 +128,16 @@ def gather(
                     f"batch {index}: {point} has NaN or infinite values at layers {bad}; try "
                     "model.dtype: float32 or bfloat16"
                 )
-        x = lens.apply(x, layers)
-        return x.transpose(0, 1).flatten(1)[None] if site.stacked else x
+        return _stack(lens.apply(x, layers), site)
 
     source = read(site.source)
     target = source if site.target in ("same", site.source) else read(site.target)
     return Batch(source, target, tokens.flatten()[rows], sequence, position)
+
+
+def _stack(x: Tensor, site: SiteSpec) -> Tensor:
+    """(layer, token, d_model), or (1, token, n_layers · d_model) where the site is stacked."""
+    return x.transpose(0, 1).flatten(1)[None] if site.stacked else x
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -140,3 +176,131 @@ def stream(
         tokens = to_device(tokens, lm.device)
         captured = lm.capture(tokens, layers, hook_points(site))
         yield gather(captured, tokens, keep, site, layers, lens, index, check)
+
+
+# --- sources ------------------------------------------------------------------------------------
+
+
+class TextSource:
+    """A language model that reads text: an `ActivationSource`.
+
+    lens: the basis of the activations; by default the one the site names. On a CPU activations that
+    are not finite are refused; elsewhere the host would wait, so whoever reads them looks.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        blocks: TokenBlocks | StreamedBlocks,
+        site: SiteSpec,
+        lens: Lens | None = None,
+    ):
+        self.lm, self.blocks, self.site = lm, blocks, site
+        self.lens = (lens if lens is not None else Lens.load(site)).to(lm.device)
+        self.n_layers, self.d_model, self.device = lm.n_layers, lm.d_model, lm.device
+
+    def batches(
+        self, size: int, seed: int | None = None, start: int = 0, every: int = 1
+    ) -> Iterator[Batch]:
+        """See `ActivationSource.batches`."""
+        own = itertools.islice(self.blocks.batches(size, seed, start), 0, None, every)
+        return stream(self.lm, own, self.site, self.lens, self.device.type == "cpu")
+
+
+def save(batches: Iterable[Batch], folder: str | os.PathLike[str]) -> Path:
+    """Write batches as a folder that `SavedSource` reads, one file of safetensors for each.
+
+    ``source`` and, for a transcoder, ``target`` (layer, vector, d_model) float32; ``tokens`` and
+    ``position`` (vector,); ``lengths`` (sequence,), the vectors of each. Nothing is ever replaced.
+
+    Raises:
+        SpecError: something is there already.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise SpecError(f"folder: expected a new one for activations, got {folder}; remove it")
+    with store.atomic_folder(folder, replace=False) as work:
+        for number, batch in enumerate(batches):
+            lengths = batch.sequence.unique_consecutive(return_counts=True)[1]
+            parts = {"source": batch.source, "tokens": batch.tokens, "position": batch.position}
+            if batch.target is not batch.source:
+                parts["target"] = batch.target
+            arrays = {name: part.cpu().contiguous() for name, part in parts.items()}
+            save_file(arrays | {"lengths": lengths.cpu()}, work / f"{number:06}.safetensors")
+    return folder
+
+
+class SavedSource:
+    """A folder of saved activations, as `save` writes it: an `ActivationSource`.
+
+    site: which of the saved layers are read, and whether they are stacked; the hook points and the
+    basis are those with which they were saved.
+
+    Raises:
+        SpecError: the folder holds no such files, or they do not fit each other or the site.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        site: SiteSpec | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.site, self.device = site or SiteSpec(), torch.device(device)
+        self.files = sorted(Path(folder).expanduser().glob("*.safetensors"))
+        if not self.files:
+            raise SpecError(f"folder: expected *.safetensors in {folder}, got none")
+        shapes, self._places = set(), []
+        for file in self.files:
+            try:
+                with safe_open(file, "pt") as saved:
+                    layers, vectors, width = saved.get_slice("source").get_shape()
+                    ends = saved.get_tensor("lengths").cumsum(0).tolist()
+                    shapes.add((layers, width, "target" in saved.keys()))  # noqa: SIM118
+            except (SafetensorError, OSError, ValueError) as error:
+                raise SpecError(f"{file}: expected saved activations: {error}") from None
+            if ends[-1:] != [vectors]:
+                raise SpecError(f"{file}: expected lengths that make {vectors} vectors, got {ends}")
+            self._places += [(file, *place) for place in itertools.pairwise([0, *ends])]
+        if len(shapes) > 1:
+            raise SpecError(
+                f"folder: expected files of the same layers and width, got {sorted(shapes)}"
+            )
+        ((self.n_layers, self.d_model, has_target),) = shapes
+        self._layers = self.site.indices(self.n_layers)
+        if has_target != (self.site.target != "same"):
+            raise SpecError(
+                f"target: expected {'another hook point' if has_target else 'same'}, as the "
+                f"activations in {folder} were saved, got {self.site.target}"
+            )
+        self._names = ("source", "target") if has_target else ("source",)
+
+    @property
+    def key(self) -> str:
+        """Identity of the activations: the hash of their files' contents, in order."""
+        digests = [store.source_hash(file) for file in self.files]
+        return hashlib.sha256(canonical(digests).encode()).hexdigest()[:16]
+
+    def batches(
+        self, size: int, seed: int | None = None, start: int = 0, every: int = 1
+    ) -> Iterator[Batch]:
+        """See `ActivationSource.batches`; the order is that of text of as many sequences."""
+        numbers = TokenBlocks(np.arange(len(self._places))[:, None]).batches(size, seed, start)
+        for chosen in itertools.islice(numbers, 0, None, every):
+            yield self._read([self._places[number] for number in chosen.flatten().tolist()])
+
+    def _read(self, places: list[tuple[Path, int, int]]) -> Batch:
+        """The sequences at (file, first vector, end), as one batch."""
+        parts: dict[str, list[Tensor]] = {name: [] for name in (*self._names, "tokens", "position")}
+        for file, first, end in places:
+            with safe_open(file, "pt") as saved:
+                for name, found in parts.items():
+                    rows = saved.get_slice(name)
+                    found.append(rows[:, first:end] if name in self._names else rows[first:end])
+        lengths = torch.tensor([end - first for _, first, end in places])
+        arrays = {name: torch.cat(found, -2 if name in self._names else 0)
+                  for name, found in parts.items()}  # fmt: skip
+        arrays = {name: array.to(self.device) for name, array in arrays.items()}
+        read = [_stack(arrays[name][self._layers], self.site) for name in self._names]
+        sequence = torch.arange(len(places)).repeat_interleave(lengths).to(self.device)
+        return Batch(read[0], read[-1], arrays["tokens"], sequence, arrays["position"])

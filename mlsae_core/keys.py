@@ -12,14 +12,16 @@ from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from mlsae_core.spec import (
-    SECTIONS,
+    GivenSpec,
     Removed,
     Renamed,
-    RunSpec,
     Spec,
     SpecError,
+    SubjectSpec,
     build,
+    kind_of,
     run_from_dict,
+    sections,
 )
 
 S = TypeVar("S", bound=Spec)
@@ -65,9 +67,13 @@ def _plain(value):
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def run_settings(run: RunSpec) -> dict[str, Any]:
-    """The fields of a run that count by themselves; model, text and lens count by their content."""
-    settings = keyed(run.model) | keyed(run.site) | keyed(run.sae) | keyed(run.train) | later(run)
+def run_settings(run: SubjectSpec) -> dict[str, Any]:
+    """The fields of a run that count by themselves; what is read counts by its content."""
+    settings = keyed(run.model) | later(run)
+    for section in sections(type(run)):
+        settings |= keyed(getattr(run, section))
+    if isinstance(run, GivenSpec):
+        settings |= later(run.dictionary)
     for name in ("path", "revision", "basis"):
         del settings[name]
     return settings | {"context_length": run.data.context_length}
@@ -85,9 +91,10 @@ def stored(cls: type[S], values: dict[str, Any]) -> S:
     return build(cls, _completed(cls, values))
 
 
-def stored_run(values: dict[str, Any]) -> RunSpec:
+def stored_run(values: dict[str, Any]) -> SubjectSpec:
     """`stored` for a run, whose fields stand flat."""
-    for cls in (RunSpec, *SECTIONS.values()):
+    kind = kind_of(values)
+    for cls in (kind, *sections(kind).values()):
         values = _completed(cls, values)
     return run_from_dict(values)
 

@@ -22,11 +22,14 @@ from mlsae_core import store, text
 from mlsae_core.keys import keyed, run_settings, stored, stored_run
 from mlsae_core.spec import (
     DataSpec,
+    DictionarySpec,
     EvaluateSpec,
+    GivenSpec,
     ModelSpec,
     RunSpec,
     Spec,
     SpecError,
+    SubjectSpec,
     canonical,
     flat,
     to_dict,
@@ -57,7 +60,7 @@ def run_key(run: RunSpec) -> Keyed:
     return store.key("train", run_settings(run), parents), flat(run), parents
 
 
-def input_parents(run: RunSpec) -> dict[str, str]:
+def input_parents(run: SubjectSpec) -> dict[str, str]:
     """Content of the language model, the text and the lens, which all of a run's results need."""
     basis = run.site.basis
     return {
@@ -84,14 +87,26 @@ def _lens_key(basis: str) -> str:
     return _hash({file.name: store.source_hash(file) for file in files})
 
 
-def analysis_key(stage: str, run: RunSpec, settings: EvaluateSpec | None = None) -> Keyed:
-    """Key, spec and parents of an analysis of a trained run.
+def measured(run: SubjectSpec) -> tuple[dict, dict[str, str]]:
+    """Fields and parents by which whatever measures a run's dictionary depends on it.
+
+    A training that was keyed stands for all that it depends on; weights that are given depend on
+    nothing, so what they are measured on counts beside their content.
+    """
+    if isinstance(run, RunSpec):
+        return {}, {"train": run_key(run)[0]}
+    content = store.dictionary_key(run.dictionary.path, run.dictionary.revision)
+    return {"run": run_settings(run)}, {"dictionary": content} | input_parents(run)
+
+
+def analysis_key(stage: str, run: SubjectSpec, settings: EvaluateSpec | None = None) -> Keyed:
+    """Key, spec and parents of an analysis of a dictionary.
 
     settings: none for stages that read no text of the run.
     """
-    spec, own, parents = {"run": flat(run)}, {}, {"train": run_key(run)[0]}
+    spec, (own, parents) = {"run": flat(run)}, measured(run)
     if settings is not None:
-        own, spec[stage] = keyed(settings), to_dict(settings)
+        own, spec[stage] = own | keyed(settings), to_dict(settings)
     return store.key(stage, own, parents), spec, parents
 
 
@@ -117,6 +132,7 @@ class Session:
     def __post_init__(self):
         store.provenance()  # of the code that computes, not of what is there when it ends
         self._models: dict[ModelSpec, LanguageModel] = {}
+        self._given: dict[DictionarySpec, MLSAE] = {}
         self._made: dict[tuple[str, str], Artefact] = {}
         if self.trackers:
             from mlsae_core import train
@@ -140,7 +156,7 @@ class Session:
             self._models = {spec: loaded}  # one at a time: models are large
         return self._models[spec]
 
-    def blocks(self, run: RunSpec, split: str) -> text.TokenBlocks | text.StreamedBlocks:
+    def blocks(self, run: SubjectSpec, split: str) -> text.TokenBlocks | text.StreamedBlocks:
         """The packed text of a run's split; the main process tokenises for all."""
         from mlsae_core import train
 
@@ -149,16 +165,21 @@ class Session:
 
     # --- stages -------------------------------------------------------------------------------
 
-    def make(self, stage: str, run: RunSpec, settings: EvaluateSpec | None = None) -> Artefact:
+    def make(self, stage: str, run: SubjectSpec, settings: EvaluateSpec | None = None) -> Artefact:
         """The result of a run at the stage of that name, found or computed."""
         return STAGES[stage].make(self, run, settings)
 
     def train(self, run: RunSpec) -> Artefact:
         """The trained dictionary: `model.safetensors`, `config.json` and `log.csv`."""
+        if not isinstance(run, RunSpec):
+            raise SpecError(
+                "dictionary: expected `expansion_factor`, `k` and `tokens` to train one, got the "
+                f"weights of {run.dictionary.path}; they can be measured: `evaluate`"
+            )
         identity, spec, parents = run_key(run)
         if found := self.find("train", identity, spec):
             return found
-        from mlsae_core import train
+        from mlsae_core import activations, train
 
         accelerator = train.make_accelerator(run, self.trackers, project_dir=store.STORE)
         train.check_kernel(self.kernel, accelerator.device)
@@ -174,9 +195,7 @@ class Session:
         _wait()
         trained = train.train(
             run,
-            lm,
-            blocks,
-            lens,
+            activations.TextSource(lm, blocks, run.site, lens),
             accelerator=accelerator,
             checkpoint=checkpoint,
             description=f"training {identity}",
@@ -196,7 +215,7 @@ class Session:
         checkpoint.unlink(missing_ok=True)
         return made
 
-    def evaluate(self, run: RunSpec, settings: EvaluateSpec) -> Artefact:
+    def evaluate(self, run: SubjectSpec, settings: EvaluateSpec) -> Artefact:
         """Reconstruction and downstream loss per layer: `evaluation.csv`."""
 
         def fill(folder: Path, lm, sae, lens, batches) -> int:
@@ -210,7 +229,7 @@ class Session:
 
         return self.analysis("evaluate", run, settings, fill, any_batch=True)
 
-    def distributions(self, run: RunSpec, settings: EvaluateSpec) -> Artefact:
+    def distributions(self, run: SubjectSpec, settings: EvaluateSpec) -> Artefact:
         """Distributions over layers: `distributions.safetensors` and `variances.json`."""
         if run.site.stacked:
             raise SpecError("stacked: expected false for distributions over layers, got true")
@@ -227,10 +246,17 @@ class Session:
 
         return self.analysis("distributions", run, settings, fill)
 
-    def sae(self, run: RunSpec) -> MLSAE:
-        """The trained dictionary of a run as a module; `force` does not reach back to it."""
+    def sae(self, run: SubjectSpec) -> MLSAE:
+        """The dictionary of a run as a module; `force` does not reach back to its training."""
         from mlsae_core.sae import MLSAE
 
+        if isinstance(run, GivenSpec):
+            if run.dictionary not in self._given:
+                folder = store.dictionary_folder(run.dictionary.path, run.dictionary.revision)
+                with _reading(f"dictionary.path: {run.dictionary.path} could not be loaded"):
+                    loaded = MLSAE.from_pretrained(folder).to(self.device).eval()
+                self._given = {run.dictionary: loaded}  # one at a time, as of models
+            return self._given[run.dictionary]
         identity = run_key(run)[0]
         trained = self._made.get(("train", identity))
         if trained is None:
@@ -256,11 +282,11 @@ class Session:
     def analysis(
         self,
         stage: str,
-        run: RunSpec,
+        run: SubjectSpec,
         settings: EvaluateSpec,
         measure: Callable[..., int],
         key: Keyed | None = None,
-        read: RunSpec | None = None,
+        read: SubjectSpec | None = None,
         any_batch: bool = False,
     ) -> Artefact:
         """A result of a trained dictionary on some text.
@@ -290,11 +316,13 @@ class Session:
 
         return self.write(stage, identity, spec, parents, fill)
 
-    def inputs(self, run: RunSpec) -> tuple[LanguageModel, Lens]:
+    def inputs(self, run: SubjectSpec) -> tuple[LanguageModel, Lens]:
         """Language model and lens of a run, after a look at whether they fit it and each other."""
         from mlsae_core import activations
 
         check(run)
+        if isinstance(run, GivenSpec):
+            _check_width(self.sae(run), run)
         lm = self.lm(run.model)
         text.check_tokenizer(lm.tokenizer, lm.vocab_size)
         layers, points = run.site.indices(lm.n_layers), activations.hook_points(run.site)
@@ -332,7 +360,7 @@ class Stage:
 
     name: str
     version: int
-    make: Callable[[Session, RunSpec, EvaluateSpec | None], Artefact]
+    make: Callable[[Session, SubjectSpec, EvaluateSpec | None], Artefact]
     parts: Callable[[], dict[str, type[Spec]]] = dict
 
 
@@ -382,7 +410,7 @@ class Batches:
     def __init__(
         self,
         blocks,
-        run: RunSpec,
+        run: SubjectSpec,
         settings: EvaluateSpec,
         batch_tokens: int = EVALUATION_BATCH_TOKENS,
     ):
@@ -461,18 +489,24 @@ def _reading(failure: str):
         raise SpecError(f"{failure}: {reason}") from error
 
 
-def check(run: RunSpec):
+def check(run: SubjectSpec):
     """Refuse what does not fit the model's configuration; neither weights nor text are read."""
-    from mlsae_core import train
-
     config = model_config(run.model)
-    n_latents = run.n_latents(config.num_hidden_layers, config.hidden_size)
+    run.site.indices(config.num_hidden_layers)
     limit, context = getattr(config, "max_position_embeddings", None), run.data.context_length
     if limit is not None and context > limit:
         raise SpecError(
             f"data.context_length: expected at most the {limit} positions of {run.model.path}, "
             f"got {context}"
         )
+    if isinstance(run, RunSpec):
+        _check_memory(run, run.n_latents(config.num_hidden_layers, config.hidden_size))
+
+
+def _check_memory(run: RunSpec, n_latents: int):
+    """Refuse a dictionary that cannot be trained in this machine's memory."""
+    from mlsae_core import train
+
     # Two matrices; of each the weights, the gradient and Adam's two moments, in float32.
     needed = 2 * 4 * 4 * n_latents * n_latents // run.sae.expansion_factor
     memory = _memory(train.process_state().device)
@@ -480,6 +514,18 @@ def check(run: RunSpec):
         raise SpecError(
             f"expansion_factor: expected a dictionary that can be trained in {memory / 1e9:.0f} GB "
             f"of memory, got {n_latents} latents, which need {needed / 1e9:.0f} GB"
+        )
+
+
+def _check_width(sae: MLSAE, run: GivenSpec):
+    """Refuse a dictionary of vectors of another width than those it is to read."""
+    config = model_config(run.model)
+    layers = run.site.indices(config.num_hidden_layers) if run.site.stacked else [0]
+    width = len(layers) * config.hidden_size
+    if sae.n_inputs != width:
+        raise SpecError(
+            f"dictionary.path: expected a dictionary of vectors of width {width}, as "
+            f"{run.model.path} has them{' stacked' if run.site.stacked else ''}, got {sae.n_inputs}"
         )
 
 
@@ -496,7 +542,7 @@ def _compiled(lm: LanguageModel, run: RunSpec) -> LanguageModel:
     return lm
 
 
-def _load_lens(run: RunSpec, lm: LanguageModel) -> Lens:
+def _load_lens(run: SubjectSpec, lm: LanguageModel) -> Lens:
     from mlsae_core.lens import Lens
 
     with _reading(f"basis: {run.site.basis} could not be loaded"):

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from mlsae_core import kernels
 from mlsae_core.activation import ACTIVATIONS
 from mlsae_core.optimizer import ProjectedAdam
+from mlsae_core.store import dictionary_folder
 
 STD_EPS = 1e-5
 """Added to the standard deviation before dividing by it."""
@@ -302,7 +303,7 @@ class MLSAE(nn.Module):
 
         Raises ValueError where files are missing, unreadable, or do not fit each other.
         """
-        folder = _find_folder(name, revision)
+        folder = dictionary_folder(name, revision)
         config = _read_config(folder)
         settings = {
             k: config[k] for k in ("dead_tokens", "dead_threshold") if k in config
@@ -345,17 +346,6 @@ def _check_finite(x: Tensor) -> None:
             "expected finite activations, got NaN or infinity: check the language model's "
             "precision (half precision overflows above 65504)"
         )
-
-
-def _find_folder(name: str | os.PathLike[str], revision: str | None) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    if not isinstance(name, str) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"expected a folder or a hub id 'owner/name', got {str(name)!r}")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["config.json", "*.safetensors"]
-    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
 def _read_config(folder: Path) -> dict:

@@ -10,97 +10,32 @@ another key.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
 import itertools
 import json
 import math
-import numbers
-import os
-import reprlib
-import types
-import typing
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-import yaml
+from mlsae_core.fields import (  # noqa: F401 (this is where others take them from)
+    Removed,
+    Renamed,
+    Spec,
+    SpecError,
+    added,
+    build,
+    coerce,
+    read_yaml,
+    reject_unknown,
+    shown,
+)
+from mlsae_core.fields import hints as _hints
 
 HookPoint = Literal["residual", "mlp_input", "mlp_output"]
 Split = Literal["train", "validation", "test"]
 
 # Appendix A of the MLSAE paper: 1 B tokens in batches of 131072, so 7629 optimiser steps.
 PAPER_TOKENS, PAPER_BATCH_TOKENS, PAPER_LEARNING_RATE = 10**9, 131072, 1e-4
-
-
-class SpecError(ValueError):
-    """Bad input: the message names the field, what came and what is expected."""
-
-
-def added(introduced, default=MISSING, **options):
-    """A field that a spec got after there were results of it; they keep their keys.
-
-    introduced: what all earlier results have, written out; it never changes. default: of new specs,
-        where that is another by now. options: of `dataclasses.field`.
-    """
-    default = introduced if default is MISSING else default
-    return field(default=default, metadata={"introduced": introduced}, **options)
-
-
-class Renamed(NamedTuple):
-    """How a field that has another name today is read and hashed."""
-
-    to: str
-
-
-class Removed(NamedTuple):
-    """How a field that is gone is read and hashed.
-
-    value: the one that remained; specs with another are refused. introduced: where it was `added`.
-    """
-
-    value: Any
-    introduced: Any = MISSING
-
-
-@dataclass(frozen=True)
-class Spec:
-    """Base of all specs: fields are coerced by their annotations however a spec is built.
-
-    So `1` and `1.0`, or a list and a tuple, cannot make two keys of one run. A field that comes
-    after there are results is declared by `added`, one that goes stands in `_former`.
-    """
-
-    _prefix = ""  # of field names in messages
-    _former: ClassVar[dict[str, Renamed | Removed]] = {}  # by former name, the oldest first
-
-    def __post_init__(self):
-        hints = _hints(type(self))
-        for f in dataclasses.fields(self):
-            value = coerce(self._prefix + f.name, getattr(self, f.name), hints[f.name])
-            object.__setattr__(self, f.name, value)
-
-    def _require(self, holds: bool, name: str, expected: str):
-        if not holds:
-            raise SpecError(
-                f"{self._prefix}{name}: expected {expected}, got {_shown(getattr(self, name))}"
-            )
-
-    def _positive(self, *names: str):
-        for name in names:
-            value = getattr(self, name)
-            self._require(value is None or value > 0, name, "a number above 0")
-
-    def _path(self, name: str, expected: str):
-        """Refuse a path that no file system takes, or that would break a message's line."""
-        value = getattr(self, name)
-        fine = value.strip() != "" and value.isprintable()
-        fine = fine and max(len(os.fsencode(part)) for part in value.split("/")) < 256
-        self._require(fine, name, expected)
-
-    def _seed(self, name: str):
-        value = getattr(self, name)
-        self._require(value is None or 0 <= value < 2**32, name, "a number from 0 to 2**32 - 1")
 
 
 @dataclass(frozen=True)
@@ -288,12 +223,47 @@ class TrainSpec(Spec):
 
 
 @dataclass(frozen=True)
-class RunSpec(Spec):
-    """One trained dictionary. In YAML the fields of `site`, `sae` and `train` stand flat."""
+class DictionarySpec(Spec):
+    """The weights of a dictionary that was trained elsewhere.
+
+    path: a folder with config.json and *.safetensors, or the id of such a repository of the hub. A
+        relative folder is looked up from the working directory.
+    revision: hub revision; ignored for folders.
+    """
+
+    path: str
+    revision: str | None = None
+
+    _prefix = "dictionary."
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._path("path", "a folder or a hub id")
+
+
+@dataclass(frozen=True)
+class SubjectSpec(Spec):
+    """What is measured: a dictionary at a site of a model, on text; which one, subclasses say.
+
+    In YAML the fields of `site`, `sae` and `train` stand flat.
+    """
 
     model: ModelSpec
     data: DataSpec
     site: SiteSpec
+
+
+@dataclass(frozen=True)
+class GivenSpec(SubjectSpec):
+    """A dictionary that is there, such as a published one: measured as any, never trained."""
+
+    dictionary: DictionarySpec
+
+
+@dataclass(frozen=True)
+class RunSpec(SubjectSpec):
+    """A dictionary that is trained."""
+
     sae: SaeSpec
     train: TrainSpec
 
@@ -364,7 +334,7 @@ class Experiment:
     """
 
     title: str
-    runs: tuple[tuple[dict[str, Any], RunSpec], ...]
+    runs: tuple[tuple[dict[str, Any], SubjectSpec], ...]
     evaluate: EvaluateSpec | None = field(default_factory=EvaluateSpec)
     analyses: tuple[str, ...] = ("evaluate", "distributions")
     weights: bool = True
@@ -378,10 +348,10 @@ def to_dict(spec) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(spec)))
 
 
-def flat(run: RunSpec) -> dict[str, Any]:
-    """A run as its YAML file would have it: `model` and `data` nested, all other fields flat."""
+def flat(run: SubjectSpec) -> dict[str, Any]:
+    """A run as its YAML file would have it: the fields of `SECTIONS` flat, all others nested."""
     fields = to_dict(run)
-    for section in SECTIONS:
+    for section in sections(type(run)):
         fields |= fields.pop(section)
     return fields
 
@@ -397,182 +367,40 @@ SECTIONS = {"site": SiteSpec, "sae": SaeSpec, "train": TrainSpec}
 _OWNER = {f.name: key for key, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error; plain YAML takes the last one."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise SpecError(f"{key.value}: given twice (line {key.start_mark.line + 1})")
-                seen.add(key.value)
-        return super().construct_mapping(node, deep=True)
+def sections(cls: type[SubjectSpec]) -> dict[str, type[Spec]]:
+    """Those of `SECTIONS` that a kind of run has."""
+    return {f.name: SECTIONS[f.name] for f in dataclasses.fields(cls) if f.name in SECTIONS}
 
 
-class _TextLoader(_Loader):
-    """Scalars stay text, for `coerce`: YAML 1.1 reads `on` as true, `032` as 26, `1e-4` as text."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 (as in the base class)
-        key: [(tag, pattern) for tag, pattern in rules if tag.rsplit(":")[-1] in ("null", "merge")]
-        for key, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+def kind_of(values: dict) -> type[SubjectSpec]:
+    """The kind of run that the flat mapping of a YAML file describes."""
+    return GivenSpec if "dictionary" in values else RunSpec
 
 
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = 80
-
-
-def _shown(value) -> str:
-    """A value in a message: short, on one line."""
-    return "nothing" if value is None else _repr.repr(value)
-
-
-@functools.cache
-def _hints(cls) -> dict[str, Any]:
-    return get_type_hints(cls)
-
-
-def coerce(name: str, value, annotation):
-    """`value` as `annotation` asks: numbers may be written 2_000_000, 1e-4 or 2e6."""
-    origin, options = get_origin(annotation), get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        for option in options:
-            try:
-                return coerce(name, value, option)
-            except SpecError:
-                continue
-    elif annotation is type(None):
-        if value is None or value == "null":
-            return None
-    elif origin is Literal:
-        if isinstance(value, str) and value in options:
-            return value
-    elif origin is tuple:
-        items = value if isinstance(value, list | tuple | range) else [value]
-        return tuple(coerce(name, item, options[0]) for item in items)
-    elif annotation is bool:
-        if str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"
-    elif annotation in (int, float):
-        if (number := _number(value, annotation)) is not None:
-            return number
-    elif annotation is str and isinstance(value, str | os.PathLike):
-        return os.fspath(value)
-    elif annotation is dict and isinstance(value, dict):
-        return value
-    elif dataclasses.is_dataclass(annotation):
-        return value if isinstance(value, annotation) else build(annotation, value, name)
-    raise SpecError(f"{name}: expected {_describe(annotation)}, got {_shown(value)}")
-
-
-def _number(value, kind: type) -> int | float | None:
-    """A finite number of that kind, whole ones below 2**63; nothing where `value` is not one."""
-    if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
-        return None
-    digits = str(value).replace("_", "")
-    try:
-        whole = int(digits)
-    except ValueError:
-        try:
-            number = float(digits)
-        except ValueError:
-            return None
-        if not math.isfinite(number):
-            return None
-        if kind is float:
-            return number
-        if number != int(number):
-            return None
-        whole = int(number)
-    if abs(whole) >= 2**63:
-        return None
-    return kind(whole)
-
-
-def _describe(annotation) -> str:
-    origin, options = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return " | ".join(map(str, options))
-    if origin is tuple:
-        return f"a list of {_describe(options[0])}s"
-    if options:
-        return " or ".join(_describe(o) for o in options)
-    names = {
-        int: "whole number",
-        float: "number",
-        str: "text",
-        bool: "true | false",
-        type(None): "nothing",
-    }
-    return names.get(annotation, "fields")
-
-
-def _reject_unknown(values: dict, known, prefix: str = ""):
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(sorted(known))}"
-            raise SpecError(f"{prefix}{name}: unknown field; {hint}")
-
-
-def build(cls, values, name: str = ""):
-    """A spec from a mapping of its fields; a bare string is its `path`.
-
-    name: of the field that the spec stands in, for messages.
-    """
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    if isinstance(values, str | os.PathLike) and "path" in fields:
-        values = {"path": values}
-    if not isinstance(values, dict):
-        expected = "a path or fields" if "path" in fields else "fields"
-        raise SpecError(f"{name or cls.__name__}: expected {expected}, got {_shown(values)}")
-    _reject_unknown(values, fields, cls._prefix)
-    for f in fields.values():
-        required = f.default is MISSING and f.default_factory is MISSING
-        if required and f.name not in values:
-            expected = _describe(_hints(cls)[f.name])
-            raise SpecError(f"{cls._prefix}{f.name}: missing; expected {expected}")
-    return cls(**values)
-
-
-def run_from_dict(values: dict) -> RunSpec:
-    """A run from the flat mapping of a YAML file."""
-    own = {f.name for f in dataclasses.fields(RunSpec)} - SECTIONS.keys()
-    _reject_unknown(values, own | _OWNER.keys())
-    sections: dict[str, dict] = {key: {} for key in SECTIONS}
+def run_from_dict(values: dict) -> RunSpec | GivenSpec:
+    """A run from the flat mapping of a YAML file; with `dictionary` it is one that is there."""
+    cls = kind_of(values)
+    parts: dict[str, dict] = {section: {} for section in sections(cls)}
+    own = {f.name for f in dataclasses.fields(cls)} - parts.keys()
     for name, value in values.items():
-        if name in _OWNER:
-            sections[_OWNER[name]][name] = value
+        section = _OWNER.get(name)
+        if section in parts:
+            parts[section][name] = value
+        elif section is not None:
+            raise SpecError(
+                f"{name}: expected nothing that says how to train beside `dictionary`, whose "
+                f"weights are there, got {shown(value)}"
+            )
+    reject_unknown(values, own | {n for n, section in _OWNER.items() if section in parts})
     if "model" not in values:
         raise SpecError("model: missing; expected a shipped name, a folder or a hub id")
-    return RunSpec(
+    return cls(
         **{"data": {}} | {name: value for name, value in values.items() if name in own},
-        **{key: build(cls, sections[key]) for key, cls in SECTIONS.items()},
+        **{section: build(SECTIONS[section], given) for section, given in parts.items()},
     )
 
 
-def read_yaml(path: str | Path, typed: bool = False) -> dict:
-    """A YAML file as a mapping, with one clear error for whatever is wrong with it.
-
-    typed: numbers and truth values as YAML reads them; otherwise they stay text, for `coerce`.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise SpecError(f"{path}: no such file; expected a YAML file")
-    try:
-        content = path.read_text(encoding="utf-8")
-        values = yaml.load(content, Loader=_Loader if typed else _TextLoader)
-    except SpecError:
-        raise
-    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-        raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise SpecError(f"{path}: expected `field: value` lines, got {_shown(values)}")
-    return values
-
-
-def load_run(path: str | Path) -> RunSpec:
+def load_run(path: str | Path) -> RunSpec | GivenSpec:
     """Read one run from a YAML file."""
     values = read_yaml(path)
     if "run" in values:
@@ -591,14 +419,14 @@ def load_experiment(path: str | Path) -> Experiment:
     if "run" not in values:
         return Experiment(title=Path(path).stem, runs=(({}, run_from_dict(values)),))
     known = {"title", "run", "sweep", "cases", "evaluate", "analyses", "weights"}
-    _reject_unknown(values, known)
+    reject_unknown(values, known)
     base, sweep, cases = values["run"], values.get("sweep") or {}, values.get("cases") or {}
     if not isinstance(base, dict):
-        raise SpecError(f"run: expected the fields of a run, got {_shown(base)}")
+        raise SpecError(f"run: expected the fields of a run, got {shown(base)}")
     if not isinstance(sweep, dict) or not all(isinstance(v, list) and v for v in sweep.values()):
-        raise SpecError(f"sweep: expected `field: [value, value]` lines, got {_shown(sweep)}")
+        raise SpecError(f"sweep: expected `field: [value, value]` lines, got {shown(sweep)}")
     if not isinstance(cases, dict) or not all(isinstance(v or {}, dict) for v in cases.values()):
-        raise SpecError(f"cases: expected `name: {{field: value}}` lines, got {_shown(cases)}")
+        raise SpecError(f"cases: expected `name: {{field: value}}` lines, got {shown(cases)}")
     if sweep and cases:
         raise SpecError("cases: expected either `sweep` or `cases`, got both")
     runs = [

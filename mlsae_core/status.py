@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from mlsae_core import pipeline, store
-from mlsae_core.spec import EvaluateSpec, Experiment, RunSpec
+from mlsae_core.spec import EvaluateSpec, Experiment, RunSpec, SubjectSpec
 from mlsae_core.store import Artefact
 
 
@@ -19,12 +19,14 @@ def provenance(artefact: Artefact) -> dict:
     return {"stage": row.pop("stage"), "key": artefact.key, **row}
 
 
-def analyses(experiment: Experiment, run: RunSpec) -> list[str]:
-    """The analyses of one run of an experiment, also those that other packages compute."""
+def stages(experiment: Experiment, run: SubjectSpec) -> list[str]:
+    """The stages of one run of an experiment, also those that other packages compute."""
+    trained = ["train"] if isinstance(run, RunSpec) else []
     if experiment.evaluate is None:
-        return []
+        return trained
     # One vector a token has no layers to be distributed over.
-    return [n for n in experiment.analyses if not (run.site.stacked and n == "distributions")]
+    left_out = ("distributions",) if run.site.stacked else ()
+    return [*trained, *(name for name in experiment.analyses if name not in left_out)]
 
 
 def status(experiment: Experiment) -> pd.DataFrame:
@@ -36,11 +38,13 @@ def status(experiment: Experiment) -> pd.DataFrame:
     """
     rows, speed = [], None
     for labels, run in experiment.runs:
-        keys = {"train": pipeline.run_key(run)[0]}
-        for stage in ("evaluate", "distributions"):
-            if stage in analyses(experiment, run):
-                keys[stage] = pipeline.analysis_key(stage, run, experiment.evaluate)[0]
-        for stage, identity in keys.items():
+        for stage in ("train", "evaluate", "distributions"):
+            if stage not in stages(experiment, run):
+                continue
+            if stage == "train":
+                identity = pipeline.run_key(run)[0]
+            else:
+                identity = pipeline.analysis_key(stage, run, experiment.evaluate)[0]
             state, seconds = _state(stage, identity), 0.0
             if state in ("begun", "missing"):
                 speed = speed or _speed()
@@ -57,13 +61,18 @@ def _state(stage: str, identity: str) -> str:
     return "begun" if pipeline.checkpoint_path(identity).exists() else "missing"
 
 
-def _operations(stage: str, run: RunSpec, settings: EvaluateSpec | None) -> float:
+def _operations(stage: str, run: SubjectSpec, settings: EvaluateSpec | None) -> float:
     """Floating-point operations of a stage, at the share of peak speed that was measured."""
     config = pipeline.model_config(run.model)
     width, depth, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
     model = 24 * depth * width**2 + 4 * depth * width * run.data.context_length
     layers = len(run.site.indices(depth))
-    encode = 2 * layers * width * width * run.sae.expansion_factor
+    if isinstance(run, RunSpec):
+        numbers = width * width * run.sae.expansion_factor
+    else:  # two matrices in float32, at most
+        folder = store.dictionary_folder(run.dictionary.path, run.dictionary.revision)
+        numbers = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 8
+    encode = 2 * layers * numbers
     if stage == "train":  # decoding and the gradients touch k latents: a tenth of it
         return run.train.tokens * (model + 1.1 * encode) * 2
     replaced = layers * (model / 2 + 8 * vocabulary * width) if stage == "evaluate" else 0

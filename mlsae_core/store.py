@@ -62,11 +62,11 @@ def file_hash(path: Path) -> str:
 def source_hash(path: Path) -> str:
     """SHA-256 of an input (weights, text), computed once per process while it does not change."""
     state = path.stat()
-    return _source_hash(path, state.st_mtime_ns, state.st_size)
+    return _source_hash(path, state.st_ino, state.st_mtime_ns, state.st_size)
 
 
 @functools.cache
-def _source_hash(path: Path, modified: int, size: int) -> str:
+def _source_hash(path: Path, node: int, modified: int, size: int) -> str:
     return file_hash(path)
 
 
@@ -389,4 +389,46 @@ def model_key(path: str, revision: str | None) -> str:
     patterns = ("config.json", "*.safetensors", *tokenizer)
     files = sorted(file for pattern in patterns for file in folder.glob(pattern))
     digests = {file.name: source_hash(file) for file in files}
+    return hashlib.sha256(canonical(digests).encode()).hexdigest()[:16]
+
+
+# --- dictionaries -----------------------------------------------------------------------------
+
+
+def dictionary_folder(path: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder of a dictionary; of a hub id the local copy, which is made where there is none.
+
+    Raises:
+        SpecError: neither a folder nor a hub id, or a repository that cannot be had.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not isinstance(path, str) or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise SpecError(
+            f"dictionary.path: expected a folder or a hub id `owner/name`, got {os.fspath(path)}; "
+            f"relative folders start at {Path.cwd()}"
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "*.safetensors"]
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # of many kinds; the reader needs one line
+        raise SpecError(
+            f"dictionary.path: {path} is no folder (from {Path.cwd()}), and as a hub id it cannot "
+            f"be had: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def dictionary_key(path: str, revision: str | None = None) -> str:
+    """Identity of a dictionary: the hash of its configuration and weights, wherever they lie."""
+    folder = dictionary_folder(path, revision)
+    files = [*folder.glob("config.json"), *folder.glob("*.safetensors")]
+    if len(files) < 2:
+        raise SpecError(
+            f"dictionary.path: expected config.json and *.safetensors in {folder}, got "
+            f"{', '.join(file.name for file in files) or 'neither'}"
+        )
+    digests = sorted([file.suffix, source_hash(file)] for file in files)
     return hashlib.sha256(canonical(digests).encode()).hexdigest()[:16]

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mlsae_core import activations, kernels, metrics, objective, store
-from mlsae_core.activations import ActivationError, Batch
+from mlsae_core.activations import ActivationError, ActivationSource, Batch
 from mlsae_core.kernels import Kernel
 from mlsae_core.keys import run_settings
 from mlsae_core.lens import Lens
@@ -105,9 +105,9 @@ def check_trackers(names: tuple[str, ...]):
             )
 
 
-def build_sae(run: RunSpec, lm: LanguageModel) -> MLSAE:
+def build_sae(run: RunSpec, source: ActivationSource | LanguageModel) -> MLSAE:
     """The untrained autoencoder of a run; refuses what `RunSpec.n_latents` refuses."""
-    n_latents = run.n_latents(lm.n_layers, lm.d_model)
+    n_latents = run.n_latents(source.n_layers, source.d_model)
     return MLSAE(
         n_latents // run.sae.expansion_factor,
         n_latents,
@@ -123,8 +123,8 @@ def build_sae(run: RunSpec, lm: LanguageModel) -> MLSAE:
 
 def train(
     run: RunSpec,
-    lm: LanguageModel,
-    blocks: TokenBlocks | StreamedBlocks,
+    source: ActivationSource | LanguageModel,
+    blocks: TokenBlocks | StreamedBlocks | None = None,
     lens: Lens | None = None,
     *,
     accelerator: Accelerator | None = None,
@@ -134,18 +134,19 @@ def train(
     description: str = "training",
     kernel: Kernel = "sparse",
 ) -> Trained:
-    """Train the autoencoder of `run` on the activations of `lm` on `blocks`.
+    """Train the autoencoder of `run` on the activations of `source`.
 
     Args:
-        lens: the basis of the activations; by default the one `run.site` names.
-        accelerator: on the device of `lm`; by default one is made there.
+        source: where activations come from; or a language model that reads `blocks`.
+        blocks, lens: what `activations.TextSource` makes of that model, else nothing.
+        accelerator: on the device of `source`; by default one is made there.
         checkpoint: file to continue from if it exists, and to write every `checkpoint_seconds` or
             20 times as long as it took to write, whichever is longer.
         should_stop: asked after every step but the last; true ends the run at a checkpoint.
         kernel: how the same numbers are computed, see `mlsae_core.kernels`.
 
     Returns:
-        The autoencoder on the device of `lm`, and the log, at most 400 rows. Each is of
+        The autoencoder on the device of `source`, and the log, at most 400 rows. Each is of
         the interval that ends with optimiser step ``step``, when ``tokens`` training tokens were
         read; means over its steps of ``loss`` (see `objective.Loss.total`), ``auxk``
         (0 while no latent is dead), ``fvu`` (mean over layers) and ``fvu_<layer>`` (one per layer,
@@ -159,19 +160,20 @@ def train(
         Stopped: NaN or infinite activations or loss, text that holds nothing but special tokens
             (with the batch, the step and the last checkpoint), or a stop that was asked for.
     """
-    accelerator = accelerator or make_accelerator(run, cpu=lm.device.type == "cpu")
+    if blocks is not None:
+        source = activations.TextSource(source, blocks, run.site, lens)
+    accelerator = accelerator or make_accelerator(run, cpu=source.device.type == "cpu")
     device = torch.empty(0, device=accelerator.device).device  # with its number
-    if device != lm.device:
+    if device != source.device:
         raise SpecError(
-            f"accelerator: expected the language model's device {lm.device}, got {device}; move "
+            f"accelerator: expected the activations' device {source.device}, got {device}; move "
             "the model there, or leave the accelerator out"
         )
     check_kernel(kernel, device)
-    sae = build_sae(run, lm).to(device)
+    sae = build_sae(run, source).to(device)
     sae.kernel = kernel
-    lens = (lens if lens is not None else Lens.load(run.site)).to(device)
     optimizer = sae.make_optimizer(run.train.learning_rate, run.train.adam_eps)
-    loop = _Loop(run, lm, blocks, lens, accelerator, sae, optimizer, _Plan.of(run, accelerator))
+    loop = _Loop(run, source, accelerator, sae, optimizer, _Plan.of(run, accelerator))
     saved = _Checkpoint(checkpoint, loop)
     state = saved.restore()
     progress = tqdm(
@@ -262,9 +264,7 @@ class _Loop:
     """What a run is made of, and its steps."""
 
     run: RunSpec
-    lm: LanguageModel
-    blocks: TokenBlocks | StreamedBlocks
-    lens: Lens
+    source: ActivationSource
     accelerator: Accelerator
     sae: MLSAE
     optimizer: torch.optim.Optimizer
@@ -272,10 +272,12 @@ class _Loop:
 
     def steps(self, state: _State) -> Iterator[dict[str, Any] | None]:
         """Make the steps that are left, one per item; yields a log row where an interval ends."""
-        if state.step == 0:
-            self.set_bias(next(self.batches(0, 0, 1)))
         plan, interval = self.plan, max(self.plan.steps // LOG_ROWS, 1)
-        batches = _Ahead(self.batches(state.step * plan.micro_batches, plan.offset, plan.every))
+        numbered = plan.sequences, self.run.train.seed
+        if state.step == 0:
+            self.set_bias(next(self.source.batches(*numbered)))
+        first = state.step * plan.micro_batches + plan.offset
+        batches = _Ahead(self.source.batches(*numbered, first, plan.every))
         prepared = self.accelerator.prepare(self.optimizer)
         dead = self.sae.dead.nonzero().squeeze(1)
         last = time.perf_counter()
@@ -297,13 +299,6 @@ class _Loop:
                 state.log.append(row)
                 state.running = None
             yield row
-
-    def batches(self, start: int, offset: int, every: int) -> Iterator[Batch]:
-        """Activations of every `every`-th micro-batch from number `start` + `offset` on."""
-        numbered = self.blocks.batches(self.plan.sequences, self.run.train.seed, start)
-        own = itertools.islice(numbered, offset, None, every)
-        check = self.lm.device.type == "cpu"  # else the loss is looked at, once a step
-        return activations.stream(self.lm, own, self.run.site, self.lens, check)
 
     @torch.no_grad()
     def set_bias(self, batch: Batch):
@@ -356,7 +351,7 @@ class _Loop:
         """The log row of the `steps` steps since the last one."""
         loss, auxk, *fvu = (state.running / steps).tolist()
         site, tokens = self.run.site, state.step * self.plan.step_tokens
-        names = ["stacked"] if site.stacked else site.indices(self.lm.n_layers)
+        names = ["stacked"] if site.stacked else site.indices(self.source.n_layers)
         return {
             "step": state.step,
             "tokens": tokens,

@@ -28,7 +28,7 @@ SMALL = PlantedSpec(
 
 def sample(spec, size=128):
     world = World(spec)
-    tokens = next(world.batches(size))
+    tokens = next(world.tokens(size))
     return world, *(part.flatten(1, 2) for part in world.draw(tokens))
 
 
@@ -62,17 +62,22 @@ def test_directions_turn_by_the_angle(angle):
 
 def test_the_stream_is_a_function_of_the_seed_not_of_the_batches():
     world, other = World(SMALL), World(dataclasses.replace(SMALL, seed=1))
-    four = next(world.batches(4))
-    pairs = list(itertools.islice(world.batches(2, start=0), 2))
+    four = next(world.tokens(4))
+    pairs = list(itertools.islice(world.tokens(2, start=0), 2))
     assert torch.equal(torch.cat(pairs), four)
-    assert torch.equal(next(world.batches(2, start=1)), pairs[1])
+    assert torch.equal(next(world.tokens(2, start=1)), pairs[1])
     for whole, part in zip(world.draw(four), world.draw(pairs[1]), strict=True):
         assert torch.equal(whole[:, 2:], part)
     assert not torch.equal(world.draw(four)[0], other.draw(four)[0])
-    training = next(world.batches(4, seed=0))
+    training = next(world.tokens(4, seed=0))
     assert not torch.equal(world.draw(four)[0], world.draw(training)[0])
-    captured = world.capture(four, [2, 0], ["residual"])["residual"]
-    assert torch.equal(captured, world.draw(four)[1][[2, 0]])
+    second, fourth = itertools.islice(world.batches(2, start=1, every=2), 2)
+    for batch, number in ((second, 1), (fourth, 3)):
+        tokens = next(world.tokens(2, start=number))
+        assert torch.equal(batch.source, world.draw(tokens)[1].flatten(1, 2))
+        assert batch.target is batch.source
+        assert torch.equal(batch.tokens, tokens.flatten())
+        assert torch.equal(tokens[batch.sequence, batch.position], batch.tokens)
 
 
 def test_layers_grow_and_noise_has_its_length():

@@ -26,6 +26,7 @@ PACKAGES = {
     "mlsae_core": (
         ROOT / "mlsae_core",
         (
+            "fields",
             "spec",
             "keys",
             "store",

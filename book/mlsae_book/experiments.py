@@ -13,7 +13,7 @@ import pandas as pd
 from mlsae_book import stages
 from mlsae_core import pipeline, status, store, text
 from mlsae_core.pipeline import Mode
-from mlsae_core.spec import EvaluateSpec, Experiment, RunSpec, SpecError, load_experiment
+from mlsae_core.spec import EvaluateSpec, Experiment, SpecError, SubjectSpec, load_experiment
 from mlsae_core.status import provenance
 from mlsae_core.store import Artefact
 
@@ -34,7 +34,7 @@ class Materialised(NamedTuple):
     log: pd.DataFrame
     evaluation: pd.DataFrame
     provenance: pd.DataFrame
-    runs: tuple[tuple[dict, RunSpec], ...]
+    runs: tuple[tuple[dict, SubjectSpec], ...]
     artefacts: dict[str, list[tuple[dict, Artefact]]]
 
 
@@ -43,7 +43,7 @@ def materialise(experiment: Experiment, mode: Mode = "cached", ship: bool = Fals
     session = pipeline.Session(mode)
     everything = []
     for labels, run in experiment.runs:
-        for stage in ("train", *analyses(experiment, run)):
+        for stage in stages_of(experiment, run):
             artefact = session.make(stage, run, experiment.evaluate)
             everything.append((labels, artefact))
             if ship and pipeline.is_main_process():
@@ -55,7 +55,7 @@ def materialise(experiment: Experiment, mode: Mode = "cached", ship: bool = Fals
     for labels, artefact in everything:
         made.setdefault(artefact.meta["stage"], []).append((labels, artefact))
     return Materialised(
-        log=tables(made["train"], "log.csv"),
+        log=tables(made.get("train", []), "log.csv"),
         evaluation=tables(made.get("evaluate", []), "evaluation.csv"),
         provenance=notes(everything),
         runs=experiment.runs,
@@ -96,9 +96,9 @@ def swept(
     return {name: measure(load_experiment(path), stage) for name, path in experiments.items()}
 
 
-def analyses(experiment: Experiment, run: RunSpec) -> list[str]:
-    """The analyses of one run of an experiment; an unknown one is refused."""
-    found = status.analyses(experiment, run)
+def stages_of(experiment: Experiment, run: SubjectSpec) -> list[str]:
+    """The stages of one run of an experiment; an unknown one is refused."""
+    found = status.stages(experiment, run)
     for name in found:
         if name not in pipeline.STAGES:
             known = ", ".join(pipeline.STAGES)
@@ -107,7 +107,7 @@ def analyses(experiment: Experiment, run: RunSpec) -> list[str]:
 
 
 def transfers(
-    run: RunSpec,
+    run: SubjectSpec,
     settings: EvaluateSpec,
     targets: dict[str, Target],
     mode: Mode = "cached",
@@ -194,7 +194,7 @@ def model_logs() -> pd.DataFrame:
     return pd.concat(logs, ignore_index=True)
 
 
-def corpus(session: pipeline.Session, run: RunSpec) -> pd.DataFrame:
+def corpus(session: pipeline.Session, run: SubjectSpec) -> pd.DataFrame:
     """Documents, characters and tokens of each split of a run's text."""
     meta = text.packed(run.data, session.lm(run.model).tokenizer).meta
     columns = ("documents", "characters", "tokens")

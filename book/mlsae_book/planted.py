@@ -1,8 +1,8 @@
 """Planted truth: residual streams made of known features, and every estimator held against them.
 
 A world has features with known directions, known distributions over layers and a known share of
-tokens at which they persist. It stands in the place of a language model and of text, so the
-autoencoder is trained on it by `train.train` itself, and what the book's estimators say of the
+tokens at which they persist. It is a source of activations as a language model with its text is, so
+the autoencoder is trained on it by `train.train` itself, and what the book's estimators say of the
 autoencoder can be compared with what is true.
 
 At a token a feature fires with probability p, with an activation a between 1/2 and 3/2. With
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from mlsae_core import metrics, store, train
+from mlsae_core.activations import Batch
 from mlsae_core.keys import keyed
 from mlsae_core.sae import MLSAE
 from mlsae_core.spec import (
@@ -116,7 +117,7 @@ class PlantedSpec(Spec):
 
 
 class World:
-    """A residual stream of known features, where a language model and its text are expected.
+    """A residual stream of known features: an `activations.ActivationSource`.
 
     Attributes:
         weights: (feature, layer), each row a feature's distribution over layers.
@@ -141,9 +142,18 @@ class World:
         self.directions = (angle.cos() * plane[..., 0] + angle.sin() * plane[..., 1]).float()
         self.scale = spec.growth ** layers.float()
 
-    # --- what a language model and its text offer ---------------------------------------------
+    # --- an activation source -----------------------------------------------------------------
 
-    def batches(self, size: int, seed: int | None = None, start: int = 0) -> Iterator[Tensor]:
+    def batches(
+        self, size: int, seed: int | None = None, start: int = 0, every: int = 1
+    ) -> Iterator[Batch]:
+        """Endless batches of the stream with its noise; see `activations.ActivationSource`."""
+        for tokens in itertools.islice(self.tokens(size, seed, start), 0, None, every):
+            x = self.draw(tokens)[1].flatten(1, 2)
+            places = torch.ones_like(tokens, dtype=torch.bool).nonzero(as_tuple=True)
+            yield Batch(x, x, tokens.flatten(), *places)
+
+    def tokens(self, size: int, seed: int | None = None, start: int = 0) -> Iterator[Tensor]:
         """Endless batches of (size, context_length) token numbers, from batch `start` on.
 
         A token is its number in the world's stream; with a seed they are of the training part.
@@ -154,15 +164,6 @@ class World:
             sequences = torch.arange(first, first + size)
             yield sequences[:, None] * context + torch.arange(context)
             first += size
-
-    def keep_mask(self, tokens: Tensor) -> Tensor:
-        """No token is special."""
-        return torch.ones_like(tokens, dtype=torch.bool)
-
-    def capture(self, tokens: Tensor, layers: Sequence[int], points: Sequence[str]) -> dict:
-        """Hook point -> (layer, batch, position, d_model); there is the residual stream alone."""
-        x = self.draw(tokens)[1]
-        return {point: x[list(layers)] for point in points}
 
     # --- the truth ----------------------------------------------------------------------------
 
@@ -280,7 +281,7 @@ def score(world: World, sae: MLSAE) -> tuple[pd.DataFrame, pd.DataFrame]:
     """
     n, d, size = world.n_layers, world.d_model, EVALUATION_SEQUENCES
     count = max(world.spec.tokens // (world.spec.context_length * size), 1)
-    batches = list(itertools.islice(world.batches(size), count))
+    batches = list(itertools.islice(world.tokens(size), count))
     sequence = torch.arange(size).repeat_interleave(world.spec.context_length)
     learned = metrics.LayerDistribution(n, sae.n_latents, n_blocks=64)
     true = metrics.LayerDistribution(n, world.spec.n_features)
@@ -395,7 +396,7 @@ def _drift(world: World, batches: list[Tensor]) -> tuple[float, float]:
 def learn(spec: PlantedSpec) -> tuple[World, MLSAE]:
     """A world and the autoencoder trained on it, by the project's own training loop."""
     world = World(spec)
-    return world, train.train(spec.run, world, world, description="planted").sae.eval()
+    return world, train.train(spec.run, world, description="planted").sae.eval()
 
 
 store.STAGES["planted"] = 1

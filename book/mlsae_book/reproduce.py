@@ -43,7 +43,7 @@ def reproduce(experiment: Experiment) -> pd.DataFrame:
     """
     session, rows = pipeline.Session(), []
     for labels, run in experiment.runs:
-        for stage in ("train", *experiments.analyses(experiment, run)):
+        for stage in experiments.stages_of(experiment, run):
             with store.recomputing():
                 anew = session.make(stage, run, experiment.evaluate)
             path = store.SHIPPED / anew.meta["stage"] / anew.key

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from mlsae_book import corpus  # noqa: F401 (so that its text is known)
 from mlsae_core import pipeline, store
 from mlsae_core.keys import keyed, later, run_settings
-from mlsae_core.pipeline import Batches, Keyed, Session, Stage, run_key
-from mlsae_core.spec import EvaluateSpec, RunSpec, SpecError, flat, to_dict
+from mlsae_core.pipeline import Batches, Keyed, Session, Stage
+from mlsae_core.spec import EvaluateSpec, SpecError, SubjectSpec, flat, to_dict
 from mlsae_core.store import Artefact
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ PROMPTS = (
 )
 
 
-def drift_key(run: RunSpec, settings: EvaluateSpec) -> Keyed:
+def drift_key(run: SubjectSpec, settings: EvaluateSpec) -> Keyed:
     """Key, spec and parents of the drift: of the model and the text, whatever was trained."""
     names = ("layers", "source", "alignment", "dtype", "random_weights", "context_length")
     fields, parents = run_settings(run), pipeline.input_parents(run)
@@ -38,26 +38,26 @@ def drift_key(run: RunSpec, settings: EvaluateSpec) -> Keyed:
     return store.key("drift", own, parents), {"run": flat(run), "drift": read}, parents
 
 
-def transfer_key(run: RunSpec, settings: EvaluateSpec, target: Target) -> Keyed:
+def transfer_key(run: SubjectSpec, settings: EvaluateSpec, target: Target) -> Keyed:
     """Key, spec and parents of a transfer to another model: of its content, and of its text's."""
-    parents = {
-        "train": run_key(run)[0],
+    fields, parents = pipeline.measured(run)
+    parents |= {
         "model": store.model_key(target.model.path, target.model.revision),
         "data": pipeline.text_key(target.data),
     }
-    own = {**keyed(settings), "target": target.settings()}
+    own = {**fields, **keyed(settings), "target": target.settings()}
     spec = {"run": flat(run), "transfer": to_dict(settings), "target": to_dict(target)}
     return store.key("transfer", own, parents), spec, parents
 
 
-def prompts_key(run: RunSpec) -> Keyed:
+def prompts_key(run: SubjectSpec) -> Keyed:
     """Key, spec and parents of the single prompts: of the run and of `PROMPTS`."""
-    parents = {"train": run_key(run)[0]}
-    return store.key("prompts", {"prompts": PROMPTS}, parents), {"run": flat(run)}, parents
+    own, parents = pipeline.measured(run)
+    return store.key("prompts", own | {"prompts": PROMPTS}, parents), {"run": flat(run)}, parents
 
 
 def transfer(
-    session: Session, run: RunSpec, settings: EvaluateSpec, target: Target | None = None
+    session: Session, run: SubjectSpec, settings: EvaluateSpec, target: Target | None = None
 ) -> Artefact:
     """The dictionary at every layer of its model, or of another one: `transfer.csv`.
 
@@ -96,7 +96,7 @@ def _transfer_parts() -> dict:
     return {"target": Target}
 
 
-def geometry(session: Session, run: RunSpec, settings: EvaluateSpec | None = None) -> Artefact:
+def geometry(session: Session, run: SubjectSpec, settings: EvaluateSpec | None = None) -> Artefact:
     """How similar decoder rows are: `mmcs.csv` and `cosines.csv`; reads no text."""
     identity, spec, parents = pipeline.analysis_key("geometry", run)
     if found := session.find("geometry", identity, spec):
@@ -116,7 +116,7 @@ def geometry(session: Session, run: RunSpec, settings: EvaluateSpec | None = Non
     return session.write("geometry", identity, spec, parents, fill)
 
 
-def drift(session: Session, run: RunSpec, settings: EvaluateSpec) -> Artefact:
+def drift(session: Session, run: SubjectSpec, settings: EvaluateSpec) -> Artefact:
     """Norms and similarities of the layers' vectors: `layers.csv` and `pairs.csv`.
 
     Needs no trained dictionary: of the run, only the model, the text and the site count.
@@ -139,7 +139,7 @@ def drift(session: Session, run: RunSpec, settings: EvaluateSpec) -> Artefact:
     return session.write("drift", identity, spec, parents, fill)
 
 
-def prompts(session: Session, run: RunSpec, settings: EvaluateSpec | None = None) -> Artefact:
+def prompts(session: Session, run: SubjectSpec, settings: EvaluateSpec | None = None) -> Artefact:
     """Latents over layers for each of `PROMPTS` alone: `prompts.csv` and `spread.csv`."""
     identity, spec, parents = prompts_key(run)
     if found := session.find("prompts", identity, spec):
@@ -158,7 +158,7 @@ def prompts(session: Session, run: RunSpec, settings: EvaluateSpec | None = None
     return session.write("prompts", identity, spec, parents, fill)
 
 
-def examples(session: Session, run: RunSpec, settings: EvaluateSpec) -> Artefact:
+def examples(session: Session, run: SubjectSpec, settings: EvaluateSpec) -> Artefact:
     """Top activating examples of every latent and layer: `examples.safetensors`."""
     if run.site.stacked:
         raise SpecError("stacked: expected false for examples per layer, got true")
@@ -173,7 +173,7 @@ def examples(session: Session, run: RunSpec, settings: EvaluateSpec) -> Artefact
     return session.analysis("examples", run, settings, fill, any_batch=True)
 
 
-def importance(session: Session, run: RunSpec, settings: EvaluateSpec) -> Artefact:
+def importance(session: Session, run: SubjectSpec, settings: EvaluateSpec) -> Artefact:
     """Uniformity of active latent importance, of a part of the text: `importance.csv`."""
 
     def fill(folder: Path, lm, sae, lens, batches) -> int:
@@ -186,7 +186,7 @@ def importance(session: Session, run: RunSpec, settings: EvaluateSpec) -> Artefa
     return session.analysis("importance", run, settings, fill)
 
 
-def duplicates(session: Session, run: RunSpec, settings: EvaluateSpec) -> Artefact:
+def duplicates(session: Session, run: SubjectSpec, settings: EvaluateSpec) -> Artefact:
     """Every latent's most similar other latent, and whether it takes over: `duplicates.csv`."""
     if run.site.stacked:
         raise SpecError("stacked: expected false for layers of a latent, got true")

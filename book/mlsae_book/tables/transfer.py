@@ -16,7 +16,7 @@ from mlsae_core.keys import later
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.sae import MLSAE
-from mlsae_core.spec import DataSpec, ModelSpec, RunSpec, SiteSpec, Spec, SpecError
+from mlsae_core.spec import DataSpec, ModelSpec, SiteSpec, Spec, SpecError, SubjectSpec
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Target(Spec):
         fits = self.text == "given" or self.prompt_tokens <= longest
         self._require(fits, "prompt_tokens", f"at most {longest}, two less than the context")
 
-    def read(self, run: RunSpec) -> RunSpec:
+    def read(self, run: SubjectSpec) -> SubjectSpec:
         """The run as if its dictionary had been trained in this model, on this text."""
         return dataclasses.replace(run, model=self.model, data=self.data)
 
