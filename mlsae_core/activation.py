@@ -18,7 +18,7 @@ else is encoded with it; only `Activation.autoencode`, which training uses, sees
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from mlsae_core import kernels
 from mlsae_core.kernels import Code
 
-if TYPE_CHECKING:
-    from mlsae_core.sae import MLSAE
+MLSAE = nn.Module  # the dictionary, `sae.MLSAE`, which is built on this module
 
 MOST = 8
 """BatchTopK keeps at most this many times k latents of one vector: what bounds its memory."""

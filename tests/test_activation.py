@@ -485,7 +485,7 @@ def test_planted_features_are_recovered(activation):
     world = World(PLANTED)
     sae = dataclasses.replace(world.spec.run.sae, activation=activation, l0_coefficient=None)
     run = dataclasses.replace(world.spec.run, sae=sae)
-    table, features = score(world, train.train(run, world, world).sae)
+    table, features = score(world, train.train(run, world).sae)
     estimate = table.set_index("estimator").estimate
     assert features.cosine.mean() > 0.9
     assert features.recovered.mean() > 0.75

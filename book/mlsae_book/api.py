@@ -39,6 +39,7 @@ PACKAGES = {
             "pairs",
             "kernels",
             "triton_kernels",
+            "activation",
             "optimizer",
             "sae",
             "objective",
