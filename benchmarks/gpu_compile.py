@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from mlsae_core import triton_kernels
 
-INT = ["width", "groups", "k", "d", "n_pairs", "count", "m", "pieces"]
+INT = ["width", "groups", "k", "d", "count", "m", "pieces"]
 TYPES = {
     "scores": "*bf16", "keys": "*i16", "maxima": "*i16", "values": "*fp32", "indices": "*i64",
     "table": "*bf16", "bias": "*fp32", "out": "*fp32", "order": "*i64", "latents": "*i16",

@@ -12,8 +12,8 @@
 # **What does a training step cost beside other packages, and how far is it from the machine's limit?**
 #
 # {cite:t}`lawson2025` trained most of their MLSAEs, on 1 billion tokens each, in **12 to 24 hours on one
-# NVIDIA RTX 3090**. On one NVIDIA H200 the loop of this project takes **16 minutes** for as many tokens
-# at their default shape ([below](gpu)). All other numbers of this page are of a *processor*: they come from
+# NVIDIA RTX 3090**. At its rate on one NVIDIA H200 the loop of this project takes **16 minutes** for as many tokens
+# at their default shape, or 23 where an eighth of the latents is dead ([below](gpu)). All other numbers of this page are of a *processor*: they come from
 # `python -m benchmarks` on the machine below, in which all implementations of a suite took turns.
 
 # %% tags=["remove-cell"]
@@ -186,7 +186,7 @@ tables.shown(gpu, "paper", "real", "peer")
 # %% [markdown]
 # **What to see.** With kernels of its own (`--kernel triton`) and the language model compiled (`--compile`) the loop does
 # 1.0 million tokens a second while no latent is dead, and 0.73 million with 4,096 dead latents and AuxK; plain PyTorch
-# does 0.43 million. A whole step takes sparsify 4.6 to 5.6 times as long on the same card. And the book's default run
+# does 0.44 million. A whole step takes sparsify 4.6 to 5.6 times as long on the same card. And the book's default run
 # ends where the CPU's does, at an FVU of 0.127, in every precision.
 #
 # Where a micro-batch of 49,152 vectors spends its time, beside the *roofline*: the least time in which the card can move

@@ -65,14 +65,18 @@ It is differentiable, and makes nobody wait for a device.
 """
 
 
-def check(kernel: str, device: torch.device) -> None:
-    """Raise ValueError where a kernel cannot run on that device."""
+def check(kernel: str, device: torch.device, precision: torch.dtype = torch.float32) -> None:
+    """Raise ValueError where a kernel cannot run on that device, or with such parameters."""
     if kernel != "triton":
         return
     if importlib.util.find_spec("triton") is None:
         raise ValueError("kernel: triton needs the package of that name; `pip install triton`")
     if device.type != "cuda" and "TRITON_INTERPRET" not in os.environ:
         raise ValueError(f"kernel: triton needs a CUDA device, got {device}; take sparse")
+    if precision != torch.float32:
+        raise ValueError(
+            f"kernel: triton needs parameters in float32, got {precision}; take sparse"
+        )
 
 
 def fused(function: Callable, kernel: str, device: torch.device) -> Callable:
@@ -219,6 +223,7 @@ def select(
 
     Under autocast the scores, and only they, are computed in the reduced precision.
     """
+    check(kernel, encoder.device, encoder.dtype)
     device, n = centred.device.type, len(centred)
     precision, top = score_precision(encoder), group_topk
     if kernel == "triton":

@@ -178,7 +178,7 @@ def decode(values: Tensor, indices: Tensor, table: Tensor, bias: Tensor) -> Tens
 
 @triton.jit
 def _by_latent(
-    order, latents, begins, values, extra, centred, grad, decoder, n_pairs, k, d,
+    order, latents, begins, values, extra, centred, grad, decoder, k, d,
     grad_encoder, grad_decoder, totals, grad_values,
     has_extra: tl.constexpr, all_d: tl.constexpr, step: tl.constexpr,
 ):  # fmt: skip
@@ -260,7 +260,7 @@ def _backward(values, indices, extra, centred, grad, decoder):
     all_d = triton.next_power_of_2(d)
     _by_latent[pieces,](
         order, latents, begins, values, values if extra is None else extra, centred, grad, decoder,
-        n * k, k, d, encoder_sums, decoder_sums, totals, grad_values,
+        k, d, encoder_sums, decoder_sums, totals, grad_values,
         has_extra=extra is not None, all_d=all_d, step=4,
         num_warps=_warps(all_d * centred.element_size(), 32),
     )  # fmt: skip
@@ -293,7 +293,9 @@ class _Autoencode(torch.autograd.Function):
         encoder, decoder, centred, values, indices = ctx.saved_tensors
         if grad is None:
             grad = torch.zeros_like(centred)
-        table = grad.to(torch.bfloat16) if centred.element_size() == 2 else grad.contiguous()
+        table = grad.to(torch.bfloat16) if centred.element_size() == 2 else grad
+        # Gradients may be transposed, or one number in all places.
+        table, extra = table.contiguous(), None if extra is None else extra.contiguous()
         grad_encoder, grad_decoder, totals, grad_values = _backward(
             values, indices, extra, centred, table, decoder
         )
@@ -315,6 +317,7 @@ def autoencode(
     keep: kernels.Keep | None = None,
 ) -> tuple[Tensor, Tensor | None, Code]:
     """As `kernels.autoencode`; the code has no `aux_values` and `aux_indices`."""
+    x, encoder, decoder = x.contiguous(), encoder.contiguous(), decoder.contiguous()
     precision = kernels.score_precision(encoder)
     centred = (x.detach() - pre_bias.detach()).to(precision)
     code = kernels.select(centred, encoder, k, kernel="triton")

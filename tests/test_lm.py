@@ -16,8 +16,9 @@ from tiny_lm import (
     tiny_tokens,
 )
 from torch._inductor import compile_fx
-from transformers import AutoModelForCausalLM, BertConfig, OPTConfig
+from transformers import AutoModelForCausalLM, BertConfig, OPTConfig, masking_utils
 
+from mlsae_core import lm as lm_module
 from mlsae_core.lm import LanguageModel
 from mlsae_core.spec import ModelSpec, SpecError
 
@@ -315,3 +316,15 @@ def test_unknown_folder_layer_hook_point_and_bad_tokens_are_refused():
     original = lm.original(tokens)
     with pytest.raises(ValueError, match="replacements: expected equal shapes"):
         lm.resume(original, 0, original.residual[0][:, :-1])
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_transformers_is_left_as_it_was_after_a_pass(monkeypatch, present):
+    name = "find_packed_sequence_indices"
+    if not present:  # as in other versions
+        monkeypatch.delattr(masking_utils, name)
+    before = dict(vars(masking_utils))
+    with lm_module._unpacked():
+        assert hasattr(masking_utils, name) == present
+        assert not present or masking_utils.find_packed_sequence_indices(torch.zeros(1, 2)) is None
+    assert vars(masking_utils) == before

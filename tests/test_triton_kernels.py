@@ -10,12 +10,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mlsae_core import kernels, pairs
+from mlsae_core import kernels, objective, pairs
+from mlsae_core.sae import MLSAE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if importlib.util.find_spec("triton") is None:
@@ -120,6 +122,29 @@ def test_under_autocast_they_are_rounded_to_its_precision(precision):
         assert float((a - t.grad).norm() / t.grad.norm()) < 0.01
 
 
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=str)
+def test_inputs_and_gradients_may_lie_otherwise_in_memory(precision):
+    """Transposed ones, and one number that stands for all; in the same precision."""
+    found = []
+    for transposed in (False, True):
+        *tensors, _ = problem(9, 20, 160, 0)
+        tensors = [t.to(DEVICE).requires_grad_() for t in tensors]
+        *matrices, bias = tensors
+        if transposed:
+            matrices = [t.T.contiguous().T for t in matrices]
+        with torch.autocast(DEVICE, precision or torch.bfloat16, enabled=precision is not None):
+            y, _, code = kernels.autoencode(*matrices, bias, 4, kernel="triton")
+        weights = torch.arange(y.numel(), device=DEVICE).view_as(y.T) / y.numel()
+        if transposed:
+            ((y.T * weights).sum() + code.values.sum()).backward()
+        else:
+            ones = torch.ones_like(code.values)
+            torch.autograd.backward([y, code.values], [weights.T.contiguous(), ones])
+        found.append([y, *(t.grad for t in tensors)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("levels", [3, 10, 10**6])
 @pytest.mark.parametrize(("width", "k"), [(40, 1), (512, 8), (501, 9), (1000, 31), (64, 40)])
@@ -150,15 +175,20 @@ def test_rows_that_are_not_finite_are_not_hidden():
 
 def test_dead_latents_by_whole_products_in_parts_that_are_kept_or_computed_again(monkeypatch):
     *tensors, dead = problem(50, 24, 200, 100)
-    expected = None
-    for scores, kept in ((2**28, 2**30), (128 * 7, 2**30), (128 * 7, 128 * 20), (128, 0)):
+    expected = []
+    cases = ((2**28, 2**30, 1), (128 * 7, 2**30, 8), (128 * 7, 128 * 20, 8 + 5), (128, 0, 100))
+    for scores, kept, selections in cases:
         monkeypatch.setattr(kernels, "DEAD_SCORES", scores)
         monkeypatch.setattr(kernels, "DEAD_KEPT", kept)
         x, encoder, decoder, bias = (t.double().requires_grad_() for t in tensors)
-        y = kernels.decode_dead(x, bias, encoder, decoder, dead, 9, kernels.keep_largest)
+        if not expected:
+            y = kernels.autoencode(x, encoder, decoder, bias, 4, dead, 9, "dense")[1]
+            expected = [y, *torch.autograd.grad(y.sin().sum(), (x, encoder, decoder, bias))]
+        keep = Mock(side_effect=kernels.keep_largest)
+        y = kernels.decode_dead(x, bias, encoder, decoder, dead, 9, keep)
         y.sin().sum().backward()
+        assert keep.call_count == selections
         found = [y, *(t.grad for t in (x, encoder, decoder, bias))]
-        expected = expected or found
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
 
@@ -170,14 +200,23 @@ def test_row_products_in_parts_are_those_of_the_whole(monkeypatch):
     whole = pairs.row_products(table, indices, a)
     torch.testing.assert_close(whole, torch.einsum("nkd,nd->nk", table[indices], a))
     monkeypatch.setattr(pairs, "PAIRS", 9)
+    part = Mock(wraps=pairs.row_products)
+    monkeypatch.setattr(pairs, "row_products", part)
     assert torch.equal(pairs.row_products(table, indices, a), whole)
+    assert [call.args[1].numel() for call in part.call_args_list[1:]] == [8, 8, 8, 8, 8, 4]
 
 
 def test_a_device_that_cannot_run_them_is_named(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="triton needs a CUDA device, got cpu; take sparse"):
-        kernels.check("triton", torch.device("cpu"))
-    kernels.check("sparse", torch.device("cpu"))
+        MLSAE(16, 64, 4, kernel="triton").encode(torch.ones(2, 16))
+    kernels.check("sparse", torch.device("cpu"), torch.float64)
+
+
+def test_parameters_that_they_do_not_take_are_named():
+    sae = MLSAE(16, 64, 4, kernel="triton").double().to(DEVICE)
+    with pytest.raises(ValueError, match=r"parameters in float32, got torch.float64; take sparse"):
+        objective.loss(sae, torch.randn(1, 2, 16).to(DEVICE))
 
 
 def test_they_are_compiled_for_a_card_that_is_not_there_without_spills():
