@@ -66,7 +66,7 @@ def test_what_is_stored_small_gives_everything_to_three_digits(measured):
 
 
 def test_intervals_are_those_of_the_replicates(measured):
-    """Basic bootstrap: what the 2.5 and 97.5 % quantiles lie above the value, its ends lie below."""
+    """Basic bootstrap: as far as a quantile lies above the value, an end lies below it."""
     _, numbers = measured
     sae, found = tiny_sae(), LayerDistribution(N_LAYERS, 64, n_blocks=64)
     generator, seen = torch.Generator().manual_seed(0), 0
