@@ -97,14 +97,8 @@ def said(spec, kind):
     legend, and the tooltip. One row a mark."""
     svg = ElementTree.fromstring(vl_convert.vegalite_to_svg(spec, vl_version="5.8"))
     labels = [e.get("aria-label") for e in svg.iter() if e.get("aria-roledescription") == kind]
-    return pd.DataFrame(
-        [
-            dict(
-                (title, value) for title, _, value in (x.rpartition(": ") for x in one.split("; "))
-            )
-            for one in labels
-        ]
-    )
+    parts = [[part.rpartition(": ") for part in label.split("; ")] for label in labels]
+    return pd.DataFrame([{title: value for title, _, value in one} for one in parts])
 
 
 def number(value):
