@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import vl_convert
-from test_charts import assert_drawn, chosen
+from test_charts import assert_drawn, chosen, said
 
 from benchmarks import bench_loop, bench_train, common, gpu, reference
 from benchmarks.common import LIMIT, OURS, Case, Implementation
@@ -109,8 +109,10 @@ def test_rates_are_drawn_with_their_range_for_the_chosen_case():
         spec = chosen(spec, name_case=case)
         names = {"implementation": rows.implementation}
         assert_drawn(spec, "bar", **names, **{"Things per second": rows.per_second})
-        ends = {"Things per second": rows.slowest, "fastest": rows.fastest}
+        ends = {"slowest": rows.slowest, "fastest": rows.fastest}
         assert_drawn(spec, "rule mark", **names, **ends)
+        encoded = ["slowest", "implementation", "fastest"]  # which come before the tooltip
+        assert list(said(spec, "rule mark"))[:3] == encoded
 
 
 def test_the_chart_draws_what_was_measured_and_offers_the_cases():
