@@ -74,6 +74,23 @@ def test_adjacent_pairs_agree_with_the_accumulator():
     assert ((table.low < table.value) & (table.value < table.high)).all()
 
 
+def test_intervals_are_two_standard_errors_to_either_side():
+    columns = {"model": "m", "layer": [0, 1, 0], "other": [1, 2, 2], "relative_pair": [0.0, 0.5, 0]}
+    columns |= {"centred": [0.5, 0.25, 0], "centred_se": [0.01, 0.04, 0]}
+    columns |= {"raw": [0.75, 0.8, 0], "raw_se": [0.02, 0.0, 0]}
+    table = drift.adjacent(pd.DataFrame(columns)).set_index(["measure", "layer"])
+    for row, low, value, high in (
+        (("centred", 0), 0.48, 0.5, 0.52),
+        (("centred", 1), 0.17, 0.25, 0.33),
+        (("raw", 0), 0.71, 0.75, 0.79),
+        (("raw", 1), 0.8, 0.8, 0.8),
+    ):
+        assert table.loc[row, ["low", "value", "high"]].tolist() == pytest.approx(
+            [low, value, high]
+        )
+    assert len(table) == 4  # layers 0 and 2 are not next to each other
+
+
 def test_standard_errors_are_those_of_sequence_means_and_vanish_for_equal_sequences():
     sums, count = torch.tensor([2.0, 6.0, 10.0]), torch.tensor([2, 2, 2])
     mean, error = drift._mean_and_error(sums, count)

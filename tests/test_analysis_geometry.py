@@ -8,7 +8,7 @@ import torch
 from test_pipeline import SETTINGS, run_of
 
 from mlsae_book import stages
-from mlsae_book.tables.geometry import QUANTILES, dictionaries, geometry
+from mlsae_book.tables.geometry import QUANTILES, above, densities, dictionaries, geometry
 from mlsae_core import pipeline, text
 
 
@@ -70,6 +70,49 @@ def test_duplicates_by_hand():
     assert table["low"].tolist() == [-1, -0.5, 0, 0.5]
     assert table["pairs"].tolist() == [0, 0, 2, 1]
     assert table["maxima"].tolist() == [0, 0, 1, 2]
+
+
+def by_hand():
+    """Two runs' histograms on eight bins of width 0.25, and of one there are copies as well."""
+    low = [-1 + 0.25 * i for i in range(8)]
+    rows = {"one": [0, 0, 1, 2, 3, 2, 0, 0], "other": [0, 0, 0, 0, 0, 4, 3, 1]}
+    frames = [
+        {"run": run, "rows": name, "low": low, "high": [x + 0.25 for x in low]}
+        | {"pairs": pairs, "maxima": pairs[::-1]}
+        for run, name, pairs in (
+            ("a", "dictionary", rows["one"]),
+            ("a", "copies", rows["other"]),
+            ("b", "dictionary", rows["other"]),
+        )
+    ]
+    return pd.concat([pd.DataFrame(frame) for frame in frames], ignore_index=True)
+
+
+def test_the_share_above_a_threshold_begins_with_the_bin_whose_lower_edge_it_is():
+    for threshold, shares in ((0.25, [2 / 8, 1, 1]), (0.5, [0, 0.5, 0.5]), (-1, [1, 1, 1])):
+        table = above(by_hand(), threshold)
+        assert table[["run", "rows"]].to_numpy().tolist() == [
+            ["a", "dictionary"],
+            ["a", "copies"],
+            ["b", "dictionary"],
+        ]
+        assert table.share.tolist() == pytest.approx(shares)
+
+
+def test_bins_are_merged_and_one_empty_one_is_left_at_each_end():
+    table = densities(by_hand(), "pairs")
+    one = table[(table.run == "a") & (table["rows"] == "dictionary")]
+    assert one.low.tolist() == [-1, -0.5, 0, 0.5]
+    assert one.high.tolist() == [-0.5, 0, 0.5, 1]
+    assert one.share.tolist() == [0, 3 / 8, 5 / 8, 0]
+    other = table[table["rows"] == "copies"]
+    assert other.low.tolist() == [-0.5, 0, 0.5]
+    assert other.share.tolist() == [0, 0.5, 0.5]
+    narrow = densities(by_hand(), "maxima", merge=1)
+    narrow = narrow[(narrow.run == "b")]
+    assert narrow.share.tolist() == [1 / 8, 3 / 8, 4 / 8, 0]
+    assert narrow.low.tolist() == [-1, -0.75, -0.5, -0.25]
+    assert narrow.high.tolist() == [-0.75, -0.5, -0.25, 0]
 
 
 def test_controls_have_the_decoders_shape_and_repeat_only_where_they_should():

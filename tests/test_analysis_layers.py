@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -62,6 +63,23 @@ def test_what_is_stored_small_gives_everything_to_three_digits(measured):
     live = full["probs"][:, found.live]
     torch.testing.assert_close(live.sum(0), torch.ones(live.shape[1], dtype=torch.float64))
     assert sum(array.nbytes for array in arrays.values()) <= 64 * (N_LAYERS * 14 + 4)
+
+
+def test_intervals_are_those_of_the_replicates(measured):
+    """Basic bootstrap: as far as a quantile lies above the value, an end lies below it."""
+    _, numbers = measured
+    sae, found = tiny_sae(), LayerDistribution(N_LAYERS, 64, n_blocks=64)
+    generator, seen = torch.Generator().manual_seed(0), 0
+    for batch in stream(tiny_lm(), BATCHES, SITE, LENS):
+        values, indices = sae.encode(batch.source)
+        found.update(indices, values, batch.sequence + seen)
+        permute_layers(indices, values, generator)  # which draws from the same generator
+        seen += int(batch.sequence.max()) + 1
+    for name, draws in found.bootstrap(20, generator)._asdict().items():
+        value, (below, above) = numbers[name]["value"], np.quantile(draws, [0.025, 0.975])
+        assert below < above
+        assert numbers[name]["low"] == pytest.approx(2 * value - above)
+        assert numbers[name]["high"] == pytest.approx(2 * value - below)
 
 
 def test_null_models_stand_beside_every_number(measured):
@@ -135,6 +153,12 @@ def test_spread_of_known_distributions():
     assert row.one_layer == pytest.approx(2 / 3)
     assert row.largest == pytest.approx(2.5 / 3)
     assert row.entropy == pytest.approx(float(half) / 3)
+
+
+def test_a_latent_of_one_layer_has_more_than_99_percent_of_its_probability_there():
+    rows = [[1.0, 0, 0], [0.995, 0.005, 0], [0.985, 0.015, 0], [0, 0.6, 0.4]]
+    table = layers.spread_table(arrays_of(rows)).set_index("of")
+    assert table.one_layer["mean over active tokens"] == 0.5
 
 
 # --- prompts ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import vl_convert
+from test_charts import assert_drawn, chosen, said
 
 from benchmarks import bench_loop, bench_train, common, gpu, reference
 from benchmarks.common import LIMIT, OURS, Case, Implementation
@@ -98,6 +99,20 @@ def test_the_described_distributions_are_those_of_a_world_worked_out_by_hand():
     within, between = 3 / 16 / 2, (3 / 8) ** 2
     assert float(result["ratio_token"]) == pytest.approx(within / (within + between))
     assert float(result["ratio_latent"]) == 1  # a single latent
+
+
+def test_rates_are_drawn_with_their_range_for_the_chosen_case():
+    table = pd.DataFrame({"case": ["a", "a", "b", "b"], "implementation": ["x", "y"] * 2})
+    table = table.assign(per_second=[2.0, 5, 8, 3], slowest=[1.0, 4, 7, 2], fastest=[3.0, 6, 9, 5])
+    for case, rows in table.groupby("case"):
+        spec = charts.rates(table, "name", "Things per second", "A finding").to_dict()
+        spec = chosen(spec, name_case=case)
+        names = {"implementation": rows.implementation}
+        assert_drawn(spec, "bar", **names, **{"Things per second": rows.per_second})
+        ends = {"slowest": rows.slowest, "fastest": rows.fastest}
+        assert_drawn(spec, "rule mark", **names, **ends)
+        encoded = ["slowest", "implementation", "fastest"]  # which come before the tooltip
+        assert list(said(spec, "rule mark"))[:3] == encoded
 
 
 def test_the_chart_draws_what_was_measured_and_offers_the_cases():

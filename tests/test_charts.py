@@ -83,6 +83,47 @@ def specification(name):
     return json.loads(drawn(name))
 
 
+def chosen(spec, **values):
+    """The chart when the reader has made these choices."""
+    spec = json.loads(json.dumps(spec))
+    params = {param["name"]: param for param in spec["params"]}
+    for name, value in values.items():
+        params[name]["value"] = value
+    return spec
+
+
+def said(spec, kind):
+    """What each mark of a kind tells a screen reader: what is encoded, by the title of its axis or
+    legend, and the tooltip. One row a mark."""
+    svg = ElementTree.fromstring(vl_convert.vegalite_to_svg(spec, vl_version="5.8"))
+    labels = [e.get("aria-label") for e in svg.iter() if e.get("aria-roledescription") == kind]
+    parts = [[part.rpartition(": ") for part in label.split("; ")] for label in labels]
+    return pd.DataFrame([{title: value for title, _, value in one} for one in parts])
+
+
+def number(value):
+    """What is a number, also in the words of a chart; other text as it is."""
+    text = str(value).replace("−", "-")
+    factor = {"%": 0.01, "k": 1e3, "M": 1e6}.get(text[-1:], 1)
+    try:
+        return float(text if factor == 1 else text[:-1]) * factor
+    except ValueError:
+        return text
+
+
+def assert_drawn(spec, kind, /, **columns):
+    """Marks of a kind are one a row and show these columns by these titles, to three digits.
+
+    The first columns tell the rows apart, since marks come in any order.
+    """
+    found = said(spec, kind)[list(columns)].map(number).sort_values(list(columns))
+    expected = pd.DataFrame({name: [*map(number, values)] for name, values in columns.items()})
+    expected = expected.sort_values(list(columns))
+    pd.testing.assert_frame_equal(
+        found.reset_index(drop=True), expected.reset_index(drop=True), rtol=2e-3, atol=1e-9
+    )
+
+
 def drawn_marks(spec):
     """Marks of the drawn chart by type: the paths of every mark group of Vega's SVG."""
     svg = ElementTree.fromstring(vl_convert.vegalite_to_svg(spec, vl_version="5.8"))
@@ -102,6 +143,53 @@ def test_every_row_is_drawn_by_the_oldest_vega_lite_at_hand(name):
     marks = drawn_marks(specification(name))
     for kind, count in CASES[name][2].items():
         assert marks[kind] == count, marks
+
+
+def test_marks_stand_where_the_table_says():
+    fvu = "FVU (fraction of variance unexplained, log scale)"
+    spec, log = specification("training_curves"), training_log()
+    first = log[log.step == 0]  # of a line its first point is told
+    values = {"Layer": first.layer, fvu: first.fvu, "loss of the step": first.loss}
+    marks = said(spec, "line mark").dropna(subset="Layer")
+    assert_drawn(spec, "area mark", **{"Dead latents (fraction of all)": [0], "dead": [0]})
+    for title, column in values.items():
+        assert [*map(number, marks[title])] == pytest.approx(column.tolist(), rel=2e-3)
+    for metric, title in charts.METRICS.items():
+        table = evaluation().assign(**{metric: np.arange(2.0, 2.0 + LAYERS)})
+        spec = chosen(charts.metric_by_layer(table, "A finding").to_dict(), metric=metric)
+        assert_drawn(spec, "point", layer=table.layer, value=table[metric], Layer=table.layer)
+        [parameter] = spec["params"]
+        labels = dict(zip(parameter["bind"]["options"], parameter["bind"]["labels"], strict=True))
+        assert title.startswith(labels[metric])
+        assert f">{title}</text>" in vl_convert.vegalite_to_svg(spec, vl_version="5.8")
+    table = loss_log()
+    shown = {"split": table.split[0], "Loss (nats per token)": table.loss[0]}
+    assert_drawn(specification("loss_curve"), "line mark", **shown)
+    table = distributions()
+    shown = {"40 latents": table.order, "end": table.order + 1, "Layer": table.layer}
+    shown |= {"P(layer | latent)": table.probability, "latent": table.latent}
+    peak = table.groupby("latent").probability.transform("max")
+    assert_drawn(specification("heatmap"), "rect mark", **shown, **{"largest over layers": peak})
+    table = prompt_norms()
+    for prompt, rows in table.groupby("prompt"):
+        names = rows.position.astype(str) + " " + rows.token.str.replace(r"\s", "␣", regex=True)
+        shown = {"Layer": rows.layer, "Token": names, "L2 norm (log scale)": rows.norm}
+        spec = chosen(specification("prompt_norms"), prompt=prompt)
+        assert_drawn(spec, "rect mark", **shown)
+
+
+def test_metrics_are_named_after_what_they_measure():
+    words = {
+        "fvu_global": "global variance",
+        "fvu_per_dimension": "per-dimension variance",
+        "mse": "MSE (squared activation units",
+        "l1": "L1 (sum of latent activations",
+        "l0": "L0 (active latents",
+        "delta_ce": "Delta CE (nats",
+        "kl": "KL, original to replaced (nats",
+    }
+    assert charts.METRICS.keys() == words.keys()
+    assert all(words[name] in title for name, title in charts.METRICS.items())
 
 
 @every_chart

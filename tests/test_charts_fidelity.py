@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import vl_convert
-from test_charts import drawn_marks
+from test_charts import assert_drawn, drawn_marks, said
+from test_charts import chosen as choose
 
 from mlsae_book import charts
 from mlsae_book.charts import fidelity, transfer
@@ -20,7 +21,7 @@ LAYERS, FACTORS = 12, (1, 2, 64)  # twelve: "10" comes after "9", not after "1"
 def evaluation(scale=1.0, n_layers=LAYERS):
     layer = np.arange(n_layers)
     values = {"fvu_global": scale * (0.1 + 0.01 * layer), "delta_ce": scale * (1.0 + layer)}
-    return pd.DataFrame({"layer": layer, **values, "l0": 16 * scale, "dead": 0.25})
+    return pd.DataFrame({"layer": layer, **values, "l0": 16 * scale, "dead": 0.25 * scale})
 
 
 def swept(label="expansion_factor", values=FACTORS):
@@ -108,11 +109,60 @@ def test_a_missing_column_is_named_and_an_empty_table_refused(name):
 
 def chosen(name, **values):
     """The chart when the reader has made these choices."""
-    spec = specification(name)
-    params = {p["name"]: p for p in spec["params"]}
-    for parameter, value in values.items():
-        params[parameter]["value"] = value
-    return spec
+    return choose(specification(name), **values)
+
+
+def test_a_sweeps_points_are_those_of_the_table():
+    table = over()
+    for (sweep, metric), rows in table.groupby(["sweep", "metric"]):
+        spec = chosen("over_sweep", sweep=sweep, metric=metric)
+        assert_drawn(spec, "point", layer=rows.layer, run=rows.run, value=rows.value)
+        means = rows[rows.layer == "mean"]
+        spec = chosen("over_sweep", sweep=sweep, metric=metric, shown="mean")
+        assert_drawn(spec, "point", run=means.run, value=means.value)
+
+
+def test_ranges_are_drawn_from_their_low_to_their_high_end():
+    table = tables.repeated(swept("seed"), "seed")
+    for metric, rows in table.groupby("metric"):
+        spec = chosen("repeated", metric=metric)
+        ends = {"low": rows.low, "high": rows.high, "mean": rows["mean"]}
+        for kind, drawn in (("point", ["mean"]), ("rule mark", ["low", "high"])):
+            assert_drawn(spec, kind, layer=rows.layer, **ends)
+            first = list(said(spec, kind))[: 1 + len(drawn)]  # what is encoded comes first
+            assert first == ["Layer", *drawn]
+
+
+def test_what_is_lost_stands_against_the_active_latents():
+    table = swept()
+    for metric in ("fvu_global", "delta_ce"):
+        spec = chosen("against_sparsity", metric=metric)
+        title = "L0 (active latents per token, log scale)"
+        where = {"Layer": table.layer, title: table.l0}
+        assert_drawn(spec, "point", **where, value=table[metric])
+
+
+def test_the_last_layer_is_called_so_and_dead_latents_stand_beneath():
+    spec = specification("last_layer")
+    table = tables.last_layer(swept(), "expansion_factor")
+    long = table.melt("run", ["last", "others"])
+    names = long.variable.map({"last": "last layer", "others": "mean of the others"})
+    title = charts.METRICS["fvu_global"]
+    assert_drawn(spec, "point", **{"run": long.run, "layers": names, title: long.value})
+    shown = {"Expansion factor R": [1, 2, 64], "dead": [0.25, 0.125, 0.004]}
+    assert_drawn(spec, "bar", **shown)
+
+
+def test_the_cells_numbers_are_those_of_the_table():
+    for metric, rows in matrix().groupby("metric"):
+        spec = chosen("matrix", metric=metric, last_layer=True)
+        where = {"trained": rows.trained, "layer": rows.layer}
+        for kind in ("rect mark", "text mark"):
+            marks = said(spec, kind).dropna(subset="layer")
+            assert len(marks) == len(rows)
+            found = marks.set_index(["trained", "layer"]).value.str.replace("−", "-").astype(float)
+            for trained, layer, value in zip(*where.values(), rows.value, strict=True):
+                assert found[trained, str(layer)] == pytest.approx(value, rel=5e-3, abs=1e-9)
 
 
 def test_the_reader_chooses_sweep_metric_and_layers_of_a_sweep():
@@ -170,7 +220,7 @@ def test_the_last_layer_is_set_beside_the_others():
     table = tables.last_layer(swept(), "expansion_factor").set_index("run")
     assert table["last"][2] == pytest.approx(0.21 / 2)
     assert table.others[2] == pytest.approx((0.155 * 12 - 0.21) / 11 / 2)
-    assert table.dead.tolist() == [0.25] * 3
+    assert table.dead.tolist() == [0.25, 0.125, 0.25 / 64]
 
 
 def test_pairs_are_of_the_same_layers():

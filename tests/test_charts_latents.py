@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 import vl_convert
+from test_charts import assert_drawn, chosen, said
 
 from mlsae_book import charts
 from mlsae_book.charts import latents
@@ -43,18 +44,18 @@ CHANGES = pd.DataFrame(
 LATER = pd.DataFrame(
     [
         {"change": c, "layer": i, "activation_before": 0.1, "activation_after": c / (1 + i)}
-        | {"relative_change": 0.3}
+        | {"relative_change": 0.3 * c + i}
         for c, i in itertools.product((1.0, 2.0), range(3))
     ]
 )
 HANDOVER = pd.DataFrame(
     [
-        {"cosine": c, "where": w, "pair": p, "fraction": 0.1}
+        {"cosine": c, "where": w, "pair": p}
         for c in ("0 to 0.3", "0.3 and more")
         for w in ("next layer", "same layer")
         for p in ("most similar latent", "latent at random")
     ]
-)
+).assign(fraction=[0.01 * (i + 1) for i in range(8)])
 UNIFORMITY = pd.DataFrame(
     {
         "layer": range(3),
@@ -138,3 +139,67 @@ def test_the_reader_chooses_the_change_the_measure_and_the_layer():
 def test_tables_that_lack_a_column_are_refused():
     with pytest.raises(ValueError, match="uniformity: the table lacks the column low"):
         latents.uniformity(UNIFORMITY.drop(columns="low"), "Title")
+
+
+# --- what the marks say -----------------------------------------------------------------------
+
+
+def test_the_profile_is_that_of_the_chosen_latent():
+    for latent, rows in PROFILE.groupby("latent"):
+        spec = chosen(CHARTS["explorer"]("Latents").to_dict(), latent=latent)
+        shown = {"Layer": rows.layer, "P(layer | latent)": rows.probability, "latent": rows.latent}
+        assert_drawn(spec, "bar", **shown)
+
+
+def test_steering_costs_what_the_table_says():
+    axes = (
+        "Added to the latent's activation (activations)",
+        "KL, original to steered (nats per token)",
+    )
+    spec = CHARTS["steering_cost"]("Cost").to_dict()
+    assert_drawn(spec, "point", **dict(zip(axes, (COST.alpha, COST.kl), strict=True)))
+
+
+def test_tokens_are_told_apart_by_what_happened_to_them():
+    for change, name in ((1.0, "+1"), ("ablate", "ablate")):
+        rows = CHANGES[CHANGES.change == change]
+        spec = chosen(CHARTS["promoted"]("Tokens").to_dict(), change=name)
+        shown = {"token": rows.token, "direction": rows.direction}
+        assert_drawn(spec, "bar", **shown, **{"Change of the logit": rows.logit_change})
+
+
+def test_later_layers_show_the_measure_that_their_title_names():
+    spec = CHARTS["later_layers"]("Later").to_dict()
+    [measure] = spec["params"]
+    assert dict(zip(measure["bind"]["options"], measure["bind"]["labels"], strict=True)) == {
+        "activation_after": "Mean activation of the latent",
+        "relative_change": "Change of the residual stream, ‖Δx‖ / ‖x‖",
+    }
+    for name, title in (
+        ("activation_after", "Mean activation of the latent"),
+        ("relative_change", "Change of the residual stream, ‖Δx‖ / ‖x‖"),
+    ):
+        texts, _ = svg(CHARTS["later_layers"]("Later"), measure=name)
+        assert title in texts
+        shown = {"Change": LATER.change.map("+{:g}".format), "Layer": LATER.layer}
+        assert_drawn(chosen(spec, measure=name), "point", **shown, value=LATER[name])
+
+
+def test_both_pairs_of_the_handover_carry_their_own_fraction():
+    title = "Of the (token, layer) pairs at which the latent is active"
+    for where, rows in HANDOVER.groupby("where"):
+        spec = chosen(CHARTS["handover"]("Pairs").to_dict(), where=where)
+        shown = {"pair": rows.pair, "Cosine similarity": rows.cosine, title: rows.fraction}
+        assert_drawn(spec, "point", **shown)
+
+
+def test_uniformity_is_of_the_effect_or_of_the_activation_and_its_interval_of_the_effect():
+    spec = CHARTS["uniformity"]("Uniformity").to_dict()
+    names = {"effect on the next token's logit": "r_l0", "activation alone": "r_activation"}
+    values = {name: UNIFORMITY[column] for name, column in names.items()}
+    table = UNIFORMITY.assign(**values).melt("layer", list(values))
+    title = "Uniformity over the active latents (fraction)"
+    assert_drawn(spec, "point", **{"of": table.variable, "Layer": table.layer, title: table.value})
+    shown = {"Layer": UNIFORMITY.layer, "low": UNIFORMITY.low, "high": UNIFORMITY.high}
+    assert_drawn(spec, "rule mark", **shown)
+    assert list(said(spec, "rule mark")) == list(shown)

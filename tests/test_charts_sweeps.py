@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 import vl_convert
+from test_charts import assert_drawn, chosen
 
 from mlsae_book.charts import sweeps
 
@@ -113,3 +114,64 @@ def test_tables_that_do_not_fit_are_refused():
         sweeps.gallery(CELLS[:0], "T")
     with pytest.raises(ValueError, match="histogram: the table has 8000 rows"):
         sweeps.histogram(pd.concat([BINS] * 1000), "axis", "T")
+
+
+# --- what the marks say -----------------------------------------------------------------------
+
+
+def test_points_and_intervals_are_those_of_the_chosen_sweep():
+    for sweep, rows in RUNS.groupby("sweep"):
+        spec = chosen(made()["points with series"].to_dict(), sweep=sweep)
+        where = {"run": rows.run, "kind": rows.kind, "Value (units)": rows.value}
+        assert_drawn(spec, "point", **where, low=rows.low, high=rows.high)
+        shown = {"run": rows.run, "Value (units)": rows.low, "high": rows.high}
+        assert_drawn(spec, "rule mark", **shown)
+
+
+def test_bars_reach_from_edge_to_edge_and_lines_are_those_of_the_chosen_run():
+    table = BINS[BINS["rows"] == "a"].assign(share=[0.25, 0.75, 0.4, 0.6])
+    chart = sweeps.histogram(table, axis="Cosine", title="T").to_dict()
+    for run, rows in table.groupby("run"):
+        edges = [f"{low:g} – {high:g}" for low, high in zip(rows.low, rows.high, strict=True)]
+        assert_drawn(chosen(chart, run=run), "bar", Cosine=edges, Share=rows.share)
+    [linear, logarithmic] = made()["two panels"].to_dict()["vconcat"]
+    fields = {part["encoding"]["y"]["field"] for part in (linear, logarithmic)}
+    assert fields == {"share"}
+    assert "type" not in linear["encoding"]["y"].get("scale", {})
+    assert logarithmic["encoding"]["y"]["scale"]["type"] == "log"
+    for panel in (linear, logarithmic):
+        assert panel["encoding"]["x"]["field"] == "low"
+        assert panel["encoding"]["color"]["field"] == "rows"
+
+
+def test_cells_are_those_of_the_chosen_run_and_text():
+    table = pd.concat([CELLS.assign(of=of) for of in "ab"], ignore_index=True)
+    table["probability"] = [0.01 * (i + 1) for i in range(len(table))]
+    for (run, of), rows in table.groupby(["run", "of"]):
+        spec = chosen(sweeps.gallery(table, "T").to_dict(), run=run, of=of)
+        title = "At most 2 latents, by mean layer"
+        where = {title: rows.order, "end": rows.order + 1, "Layer": rows.layer}
+        assert_drawn(spec, "rect mark", **where, **{"P(layer | latent)": rows.probability})
+
+
+def test_runs_are_shown_at_the_chosen_threshold():
+    table = THRESHOLDS.assign(active_layers=[0.9, 0.5, 0.1, 0.8, 0.4, 0.2])
+    title = "Active layers (fraction of all layers)"
+    for step, threshold in enumerate((1e-4, 1e-3, 1e-2)):
+        spec = chosen(sweeps.active_layers(table, "T").to_dict(), step=step)
+        rows = table[table.threshold == threshold]
+        assert_drawn(spec, "point", **{"run": rows.run, title: rows.active_layers})
+        assert_drawn(spec, "rule mark", **{"Mean of threshold": [threshold]})
+    first = table[table.threshold == 1e-4]
+    shown = {"Run": first.position, "run": first.run, title: first.active_layers}
+    assert_drawn(spec, "line mark", **shown)
+
+
+def test_both_parts_of_the_chosen_latent_are_summed():
+    first = PARTS[PARTS["rank"] == 0]
+    shown = {"part": first.part, "latent": first.latent}
+    title = "Variance of the layer (squared layers)"
+    chart = sweeps.variance_by_rank(PARTS, "T").to_dict()
+    assert_drawn(chart, "area mark", **shown, **{title: first.variance})
+    other = vl_convert.vegalite_to_svg(chosen(chart, rank=1))
+    assert "latent 4: 0.500 + 2.000 = 2.500" in other

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from test_charts import assert_drawn, chosen
 
+from mlsae_book.charts import definitions as charts
 from mlsae_book.tables import definitions
 
 ROOT = Path(__file__).parents[1]
@@ -64,3 +66,14 @@ def test_the_lens_tells_which_translator_it_takes():
     table = definitions.alignment(3)
     assert table["aligned"].tolist() == [1, 2, -1]
     assert table["as-released"].tolist() == [0, 1, 2]
+
+
+def test_both_definitions_are_drawn_under_their_names():
+    table = pd.DataFrame({"quantity": ["a"] * 4 + ["b"] * 2, "setting": ["s"] * 4 + ["t"] * 2})
+    table = table.assign(x=[0, 1, 0, 1, 5, 5], value=[1.0, 2, 3, 4, 5, 6])
+    table["series"] = ["ours", "ours", "released", "released", "ours", "released"]
+    for quantity, rows in table.groupby("quantity"):
+        spec = chosen(charts.differences(table, "t").to_dict(), quantity=quantity)
+        shown = {"series": rows.series, "x": rows.x, "Value (unit of the quantity)": rows.value}
+        assert_drawn(spec, "point", **shown)
+        assert_drawn(spec, "text mark", setting=rows.setting.unique())

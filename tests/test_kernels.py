@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlsae_core import kernels, pairs, products
+from mlsae_core import kernels, optimizer, pairs, products
 from mlsae_core.optimizer import ProjectedAdam
 
 D, N, K = 12, 96, 5
@@ -53,11 +53,22 @@ either_path = pytest.mark.parametrize("tuned", [True, False], ids=["cpu", "other
 
 
 @either_path
-@pytest.mark.parametrize("chunk_rows", [1, 3, 64])
+@pytest.mark.parametrize(
+    ("chunk_rows", "piece", "run", "products", "scores"),
+    [(1, 1, 1, 1, 1), (3, 7 * D, 3, 12, 200), (64, 2**19, 256, 2**25, 2**28)],
+)
 @pytest.mark.parametrize(("k", "dead", "aux_k"), [(K, 0, 0), (K, 1, 1), (1, 40, 7), (N, N, N)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sparse_equals_dense(monkeypatch, chunk_rows, k, dead, aux_k, dtype, tuned):
+def test_sparse_equals_dense(
+    monkeypatch, chunk_rows, piece, run, products, scores, k, dead, aux_k, dtype, tuned
+):
+    """However many blocks, pieces and runs the work is cut into, the last one shorter."""
     monkeypatch.setattr(pairs, "is_cpu", lambda _: tuned)
+    monkeypatch.setattr(pairs, "PIECE", piece)
+    monkeypatch.setattr(pairs, "RUN", run)
+    monkeypatch.setattr(pairs, "PAIRS", products)
+    monkeypatch.setattr(kernels, "DEAD_SCORES", scores)
+    monkeypatch.setattr(kernels, "DEAD_KEPT", 2 * scores)  # the first two are kept
     monkeypatch.setattr(kernels, "chunk_rows", lambda *_: chunk_rows)
     results = {}
     for kernel in ("sparse", "dense"):
@@ -312,8 +323,11 @@ def set_gradients(free, unit, seed):
 
 
 @either_path
-def test_steps_equal_adam_with_projection_and_rescaling(monkeypatch, tuned):
-    monkeypatch.setattr(pairs, "is_cpu", lambda _: tuned)
+@pytest.mark.parametrize("elements", [1, 7 * 8, 2**17])
+def test_steps_equal_adam_with_projection_and_rescaling(monkeypatch, tuned, elements):
+    """In blocks of one row, of seven, of which the last has five, and in one block."""
+    monkeypatch.setattr(optimizer, "is_cpu", lambda _: tuned)
+    monkeypatch.setattr(optimizer, "BLOCK_SIZE", elements)
     free, unit = parameters()
     ours = optimiser(free, unit, lr=0.01, eps=1e-9)
     other = [p.detach().clone().requires_grad_() for p in (free, unit)]
@@ -392,6 +406,34 @@ def test_a_step_does_not_import_the_compiler():
         print("torch._dynamo" in sys.modules)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
+
+
+def test_blocks_of_unit_rows_hold_so_many_elements(monkeypatch):
+    free, unit = parameters()
+    sizes, adam = [], torch._fused_adam_
+
+    def counted(params, *rest, **settings):
+        sizes.append(params[0].numel())
+        adam(params, *rest, **settings)
+
+    monkeypatch.setattr(torch, "_fused_adam_", counted)
+    monkeypatch.setattr(optimizer, "BLOCK_SIZE", 100)
+    set_gradients(free, unit, 0)
+    optimiser(free, unit).step()
+    assert sizes == [40 * 8, *[12 * 8] * 3, 4 * 8]
+
+
+def test_a_closure_is_called_with_gradients_and_its_loss_returned():
+    free, unit = parameters()
+
+    def closure():
+        loss = free.square().sum()
+        loss.backward()
+        return loss
+
+    loss = optimiser(free, unit).step(closure)
+    assert loss.requires_grad
+    assert optimiser(free, unit).step() is None
 
 
 def test_negative_learning_rate_is_refused():

@@ -5,6 +5,7 @@ import json
 import pandas as pd
 import pytest
 import torch
+from test_charts import assert_drawn, chosen
 from tiny_lm import D_MODEL, N_LAYERS, tiny_lm, tiny_tokens
 
 from mlsae_book import tune
@@ -85,3 +86,24 @@ def test_metrics_are_chosen_by_name():
     (param,) = charts.metrics(table, "t").to_dict()["params"]
     assert param["bind"]["options"] == ["kl", "l1"]
     assert param["bind"]["labels"][0].startswith("KL")
+
+
+def test_marks_are_those_of_the_chosen_model_and_metric():
+    table = pd.DataFrame(
+        {"model": ["m"] * 4 + ["n"] * 4, "alignment": ["aligned", "as-released"] * 4}
+    ).assign(layer=[0, 0, 1, 1] * 2, condition=[2.0, 3, 4, 5, 6, 7, 8, 9])
+    title = "Condition number of I + W (ratio, log scale)"
+    for model, rows in table.groupby("model"):
+        spec = chosen(charts.conditions(table, "t").to_dict(), lens_model=model)
+        where = {"alignment": rows.alignment, "Residual stream after block": rows.layer}
+        assert_drawn(spec, "point", **where, **{title: rows.condition})
+    table = pd.DataFrame({"lens": ["a", "b"] * 2, "layer": [0, 0, 1, 1], "kl": [1.0, 2, 3, 0]})
+    title, rows = "KL to the model's prediction (nats per token, log scale)", table[:3]
+    spec = charts.divergences(table, "t").to_dict()
+    where = {"lens": rows.lens, "Residual stream after block": rows.layer}
+    assert_drawn(spec, "point", **where, **{title: rows.kl})
+    table = pd.DataFrame({"case": ["a", "b"] * 2, "layer": [0, 1, 1, 0], "value": [1.0, 2, 3, 4]})
+    table["metric"] = ["kl", "kl", "l1", "l1"]
+    for metric, rows in table.groupby("metric"):
+        spec = chosen(charts.metrics(table, "t").to_dict(), lens_metric=metric)
+        assert_drawn(spec, "point", case=rows.case, Layer=rows.layer, value=rows.value)

@@ -1,6 +1,7 @@
 """The pipeline: keys, lookup, what is refused and when, status, experiments."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from types import SimpleNamespace
@@ -384,6 +385,33 @@ def test_status_knows_what_is_begun_and_estimates_the_rest(inputs, data):
     (again,) = status.status(experiment).to_dict("records")
     assert again["state"] == "begun"
     assert again["seconds"] > 0
+
+
+def test_the_estimate_is_the_operations_over_the_speed_of_this_machine(inputs, data, monkeypatch):
+    """By a clock on which five products of 768 x 768 matrices take one second."""
+    clock = itertools.count()
+    monkeypatch.setattr(status.time, "perf_counter", lambda: float(next(clock)))
+    tokens, speed = 10**8, 5 * 2 * 768**3
+    vocabulary = json.loads((inputs / "gpt_neox" / "config.json").read_text())["vocab_size"]
+    # By token: two operations a weight, of which a block of width 16 has 4 x 16^2 for attention
+    # and 8 x 16^2 for the MLP; scores and sums over a context of 8 are 2 x 2 x 8 x 16 more.
+    model = 3 * (2 * 12 * 16**2 + 2 * 2 * 8 * 16)
+    encode = 3 * 2 * 16 * 32  # of three layers, to 32 latents
+    # To score each of three replaced layers runs half of the model, and the logits of four streams.
+    replace = 3 * (model / 2 + 4 * 2 * 16 * vocabulary)
+    run = run_of(inputs, tokens=10**9)
+    experiment = Experiment("t", (({}, run),), EvaluateSpec(tokens=tokens))
+    found = status.status(experiment).set_index("stage").seconds
+    expected = {  # twice, since half of the speed of a large product is reached
+        "train": 2 * 10**9 * (model + 1.1 * encode) / speed,
+        "evaluate": 2 * tokens * (model + encode + replace) / speed,
+        "distributions": 2 * tokens * (model + encode) / speed,
+    }
+    assert found.to_dict() == pytest.approx(expected, abs=0.5)
+    assert min(expected.values()) > 100
+    fewer = run_of(inputs, tokens=10**9, layers=[0, 2])
+    (row,) = status.status(Experiment("t", (({}, fewer),), None)).to_dict("records")
+    assert row["seconds"] == pytest.approx(2e9 * (model + 1.1 * encode * 2 / 3) / speed, abs=0.5)
 
 
 def test_batches_stop_at_the_tokens_asked_for(inputs, data):

@@ -7,8 +7,10 @@ import math
 import pandas as pd
 import pytest
 import torch
+from test_charts import assert_drawn, chosen
 
 from mlsae_book import planted
+from mlsae_book.charts import planted as charts
 from mlsae_book.planted import PlantedSpec, World
 from mlsae_core import metrics, store
 from mlsae_core.spec import SpecError
@@ -139,6 +141,38 @@ def test_training_recovers_the_features(learned):
     assert 0 < table.low["ratio_token"] < table.high["ratio_token"] < 1
     assert list(table.index) == list(World(SMALL).truth())
     assert features.recovered.mean() == pytest.approx(table.estimate["recovered"])
+
+
+def test_marks_are_those_of_the_chosen_estimator_with_its_interval():
+    series = ["truth", "oracle", "estimate"]
+    names = ["mean_entropy", "fvu"]
+    rows = itertools.product(names, series, (0, 30))
+    table = pd.DataFrame(rows, columns=["estimator", "series", "drift"])
+    table["value"] = [0.1 + 0.05 * i for i in range(12)]
+    found = table.series == "estimate"
+    table["low"], table["high"] = ((table.value + x).where(found) for x in (-0.01, 0.02))
+    drift = "Drift (degrees from a layer to the next)"
+    for name, rows in table.groupby("estimator"):
+        spec = chosen(charts.estimators(table, "t").to_dict(), estimator=name)
+        where = {"series": rows.series, drift: rows.drift}
+        assert_drawn(spec, "point", **where, value=rows.value)
+        ends = {"least": rows.low.fillna(rows.value), "most": rows.high.fillna(rows.value)}
+        assert_drawn(spec, "rule mark", **where, **ends)
+    [choice] = charts.estimators(table, "t").to_dict()["params"]
+    assert choice["bind"]["options"] == names
+    assert choice["bind"]["labels"] == ["Mean entropy of P(layer | latent)", "FVU, global variance"]
+
+
+def test_splits_show_the_chosen_number():
+    table = pd.DataFrame({"drift": [0, 30], "latents": [1.0, 2.5], "recovered": [0.9, 0.6]})
+    table = pd.concat([table.assign(kind="single"), (table / 2).assign(kind="everywhere")])
+    title = "Mean over features (latents, or fraction of layers)"
+    spec = charts.splits(table, "t").to_dict()
+    [choice] = spec["params"]
+    assert choice["bind"]["labels"] == ["Different latents", "Share of layers recovered"]
+    for column in choice["bind"]["options"]:
+        shown = {"kind": table.kind, "drift": table.drift, title: table[column]}
+        assert_drawn(chosen(spec, split_value=column), "point", **shown)
 
 
 def test_a_planted_dictionary_is_recovered_whole_and_split_by_drift():

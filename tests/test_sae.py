@@ -217,6 +217,25 @@ def test_published_layout(saved):
     assert again.dead_tokens == 10_000_000
 
 
+@pytest.mark.parametrize(
+    ("tokens", "steps"), [(10_000_000, 76), (131_072, 1), (262_143, 1), (262_144, 2), (5, 1)]
+)
+def test_the_dead_window_is_published_in_steps_of_131072_tokens(tmp_path, tokens, steps):
+    """Whole steps of the paper's batch, and at least one."""
+    make(dead_tokens=tokens).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == {
+        "n_inputs": D,
+        "n_latents": N,
+        "k": K,
+        "auxk": 4,
+        "dead_tokens": tokens,
+        "dead_steps_threshold": steps,
+        "dead_threshold": 0.001,
+        "standardize": True,
+    }
+
+
 def test_weights_may_be_split_over_files(saved):
     sae, folder = saved
     tensors = load_file(folder / "model.safetensors")

@@ -209,6 +209,29 @@ def test_checkpoints_are_written_as_often_as_asked_but_take_a_twentieth_of_the_t
         assert written == steps
 
 
+def test_speed_is_tokens_over_seconds_of_training_with_stops_left_out(
+    lm, blocks, tmp_path, monkeypatch
+):
+    """By a clock on which step n takes n seconds."""
+    now, steps = [0.0], itertools.count(1)
+
+    def timed(*arguments, real=train._Loop.step):
+        now[0] += next(steps)
+        return real(*arguments)
+
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(train._Loop, "step", timed)
+    checkpoint = tmp_path / "checkpoint"
+    with pytest.raises(store.Stopped):
+        train.train(run_of(), lm, blocks, checkpoint=checkpoint, should_stop={5}.__contains__)
+    now[0] += 1000
+    done = train.train(run_of(), lm, blocks, checkpoint=checkpoint)
+    seconds = [n * (n + 1) / 2 for n in range(1, 13)]
+    expected = [round(64 * n / t) for n, t in zip(range(1, 13), seconds, strict=True)]
+    assert done.log.tokens_per_second.tolist() == expected
+    assert done.seconds == seconds[-1]
+
+
 def test_a_steps_gradient_is_the_mean_over_its_micro_batches(lm, blocks):
     run = run_of(tokens=64)
     trained = train.train(run, lm, blocks).sae
