@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mlsae_core import kernels
+from mlsae_core import formats, kernels
 from mlsae_core.activation import ACTIVATIONS
 from mlsae_core.optimizer import ProjectedAdam
 from mlsae_core.store import dictionary_folder
@@ -291,7 +290,7 @@ class MLSAE(nn.Module):
     def from_pretrained(
         cls, name: str | os.PathLike[str], *, revision: str | None = None, **settings
     ) -> Self:
-        """Load a folder or a repository of the Hugging Face hub.
+        """Load a folder or a repository of the Hugging Face hub, in any of `formats.FORMATS`.
 
         name : a folder with config.json and *.safetensors, or an id such as
             "tim-lawson/mlsae-pythia-70m-deduped-x64-k32". Repositories that hold the transformer
@@ -303,30 +302,19 @@ class MLSAE(nn.Module):
 
         Raises ValueError where files are missing, unreadable, or do not fit each other.
         """
-        folder = dictionary_folder(name, revision)
-        config = _read_config(folder)
-        settings = {
-            k: config[k] for k in ("dead_tokens", "dead_threshold") if k in config
-        } | settings
-        sae = cls(
-            config["n_inputs"],
-            config["n_latents"],
-            config["k"],
-            aux_k=config.get("auxk") or 0,
-            standardize=config.get("standardize", True),
-            activation=config.get("activation", "topk"),
-            **settings,
-        )
-        n, d = sae.n_latents, sae.n_inputs
-        shapes = {"encoder.weight": (n, d), "decoder.weight": (d, n), "pre_encoder_bias": (d,)}
-        shapes |= {name: tuple(t.shape) for name, t in sae._activation_tensors().items()}
-        tensors = _read_tensors(folder, shapes)
-        with torch.no_grad():
-            sae.encoder.copy_(tensors["encoder.weight"])
-            sae.decoder.copy_(tensors["decoder.weight"].T)
-            sae.pre_bias.copy_(tensors["pre_encoder_bias"])
-            for name, tensor in sae._activation_tensors().items():
-                tensor.copy_(tensors[name])
+        weights = formats.read(dictionary_folder(name, revision))
+        sae = cls(**weights.settings | settings)
+        own = sae.state_dict(keep_vars=True)
+        del own["tokens_since_active"]  # of the training that has ended
+        for field, tensor in own.items():
+            if field not in weights.tensors:
+                raise ValueError(f"expected a tensor for {field} in {name}, found none")
+            if weights.tensors[field].shape != tensor.shape:
+                raise ValueError(
+                    f"expected {field} of shape {tuple(tensor.shape)} in {name}, got "
+                    f"{tuple(weights.tensors[field].shape)}: do its files belong together?"
+                )
+            tensor.detach().copy_(weights.tensors[field])
         return sae
 
 
@@ -346,45 +334,3 @@ def _check_finite(x: Tensor) -> None:
             "expected finite activations, got NaN or infinity: check the language model's "
             "precision (half precision overflows above 65504)"
         )
-
-
-def _read_config(folder: Path) -> dict:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"expected {path} with n_inputs, n_latents and k, but it does not exist")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {path}: {error}") from error
-    names = ("n_inputs", "n_latents", "k")
-    if not isinstance(config, dict) or any(not isinstance(config.get(n), int) for n in names):
-        raise ValueError(f"expected integers {names} in {path}: is it an MLSAE's configuration?")
-    return config
-
-
-def _read_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Read the named tensors, with or without the prefix "autoencoder.", from any file."""
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise ValueError(f"expected *.safetensors in {folder}, found none (pickles are not read)")
-    found: dict[str, Tensor] = {}
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    name = key.removeprefix("autoencoder.")
-                    if name in shapes:
-                        found[name] = file.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(f"expected a safetensors file, cannot read {path}: {error}") from error
-    for name, shape in shapes.items():
-        if name not in found:
-            raise ValueError(
-                f"expected a tensor {name!r} in {folder}, with or without 'autoencoder.'"
-            )
-        if tuple(found[name].shape) != shape:
-            raise ValueError(
-                f"expected {name} of shape {shape} from config.json in {folder}, "
-                f"got {tuple(found[name].shape)}: the files belong to different autoencoders"
-            )
-    return found

@@ -41,6 +41,7 @@ PACKAGES = {
             "triton_kernels",
             "activation",
             "optimizer",
+            "formats",
             "sae",
             "objective",
             "train",
