@@ -193,6 +193,24 @@ def test_a_wait_that_is_put_back_is_seen(there, put_back, wait):
     assert there(waits_of_steps, 4, 1, put_back) == [ONE | {wait: 4}] * 10
 
 
+def batches_made(device):
+    """How many batches of activations there are after each of three steps of two, and in all."""
+    run, lm, blocks = inputs_on(device, tokens=3 * 64, micro_batch_tokens=32)
+    made, seen = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        gather = activations.gather
+        patch.setattr(activations, "gather", lambda *a: made.append(0) or gather(*a))
+        train.train(run, lm, blocks, should_stop=lambda _: bool(seen.append(len(made))))
+    return [*seen, len(made)]
+
+
+@pytest.mark.parametrize(("device", "ahead"), [("pretend", 1), ("cpu", 0)])
+def test_the_language_model_is_a_batch_ahead_of_a_device_and_never_past_the_end(
+    there, device, ahead
+):
+    assert there(batches_made, device) == [1 + 2 + ahead, 1 + 4 + ahead, 1 + 6]
+
+
 # --- measuring ----------------------------------------------------------------------------------
 
 

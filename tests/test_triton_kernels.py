@@ -30,14 +30,17 @@ from mlsae_core import triton_kernels  # noqa: E402
 SIZES = [(23, 24, 512, 8, 40, 7), (9, 20, 301, 5, 301, 64), (5, 130, 1100, 33, 1, 1)]
 if DEVICE == "cuda":
     SIZES += [(777, 130, 3001, 16, 500, 65), (4000, 512, 32768, 32, 4096, 256)]
+    SIZES += [(64, 24, 40000, 8, 100, 10)]  # latents' numbers take more than 16 bits
 
 
 def problem(n, d, m, n_dead, seed=0):
-    """Vectors, unit weights, a bias and dead latents; the first latents are active everywhere."""
+    """Vectors, unit weights, a bias and dead latents; the first latents are active everywhere but
+    for the first vector, whose scores are all 0."""
     generator = torch.Generator().manual_seed(seed)
     x, bias = torch.randn(n, d, generator=generator), torch.randn(d, generator=generator) / 10
     encoder, decoder = (F.normalize(torch.randn(m, d, generator=generator)) for _ in range(2))
     encoder[:2] += 2 * F.normalize(x.mean(0, keepdim=True))
+    x[0] = bias
     dead = torch.randperm(m, generator=generator)[:n_dead].sort().values
     return x, encoder, decoder, bias, dead
 
@@ -151,6 +154,7 @@ def test_inputs_and_gradients_may_lie_otherwise_in_memory(precision):
 def test_the_largest_are_selected_even_with_ties(width, k, levels, precision):
     generator = torch.Generator().manual_seed(width + levels)
     scores = torch.randint(-levels // 3, levels, (4, width), generator=generator).to(precision)
+    scores[0] = -scores[0].abs()  # nothing to select
     scores = scores.to(DEVICE)
     expected = scores.relu().float().sort(1, descending=True).values[:, :k]
     values, indices = triton_kernels.topk(scores, k)
@@ -160,7 +164,7 @@ def test_the_largest_are_selected_even_with_ties(width, k, levels, precision):
     for keep in (triton_kernels.keep_largest, kernels.keep_largest):
         kept = keep(scores.clone(), k)
         assert torch.equal(kept.float().sort(1, descending=True).values[:, :k], expected)
-        assert ((kept == 0) | (kept == scores)).all()
+        assert ((kept == 0) | (kept == scores) & (scores > 0)).all()
         assert ((kept > 0).sum(1) <= k).all()
 
 
