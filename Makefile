@@ -1,4 +1,4 @@
-# make book | test | processors | lab | notebooks | figure | reproduce | setup | clean
+# make book | test | processors | mutants | lab | notebooks | figure | reproduce | setup | clean
 #
 # Every target first installs the project into .venv, once: a stamp there depends on the pins.
 
@@ -15,7 +15,7 @@ INPUTS := $(shell find book mlsae_core data benchmarks/results.json _config.yml 
 	-not -path 'data/store/*' -not -path '*/__pycache__/*' -not -path '*/.*' 2>/dev/null)
 
 .DEFAULT_GOAL := book
-.PHONY: setup book test processors lab notebooks figure reproduce clean
+.PHONY: setup book test processors mutants lab notebooks figure reproduce clean
 
 setup: $(STAMP)
 
@@ -69,6 +69,12 @@ sse := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTI
 processors: $(STAMP)
 	@status=0; $(foreach one,$(PROCESSORS),echo "As on a processor with $(one):"; \
 	  $($(one)) $(BIN)/python -m pytest --nbval $(TESTS) $(ARGS) || status=1;) exit $$status
+
+# Which of so many seeded mutants of the core its tests do not kill: an hour for the 300. Not in CI.
+MUTANTS ?= 300
+mutants: $(STAMP)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[mutants]"
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(MUTANTS)
 
 # Everything that is shipped, from nothing: hours. EXPERIMENTS=book/experiments/live.yml: a minute.
 EXPERIMENTS ?= $(wildcard book/experiments/*.yml)

@@ -71,7 +71,7 @@ def test_sparse_equals_dense(
     monkeypatch.setattr(kernels, "DEAD_KEPT", 2 * scores)  # the first two are kept
     monkeypatch.setattr(kernels, "chunk_rows", lambda *_: chunk_rows)
     results = {}
-    for kernel in ("sparse", "dense"):
+    for kernel in ("sparse", "candidates", "dense"):
         x, encoder, decoder, bias, which = problem(dead=dead, dtype=dtype)
         x.requires_grad_()
         y, y_dead, code = kernels.autoencode(x, encoder, decoder, bias, k, which, aux_k, kernel)
@@ -80,10 +80,11 @@ def test_sparse_equals_dense(
             total = total + y_dead.square().sum()
         total.backward()
         results[kernel] = [y, total] + [t.grad for t in (x, encoder, decoder, bias)]
-    for sparse, dense in zip(results["sparse"], results["dense"], strict=True):
+    for *others, dense in zip(*results.values(), strict=True):
         tolerance = 2e-5 if dtype == torch.float32 else 1e-13
         atol = tolerance * dense.abs().max().item()
-        torch.testing.assert_close(sparse, dense, rtol=0, atol=atol)
+        for other in others:
+            torch.testing.assert_close(other, dense, rtol=0, atol=atol)
 
 
 @pytest.mark.gpu
@@ -139,6 +140,29 @@ def test_candidates_are_those_of_the_exact_scores_however_close_they_lie(spread)
         torch.testing.assert_close(
             (x @ encoder.T).gather(1, code.indices).relu(), code.values, rtol=1e-12, atol=1e-12
         )
+
+
+@pytest.mark.parametrize("off", ["vector", "latent"])
+def test_a_latent_that_bfloat16_hides_as_well_as_it_can_is_found(off):
+    """Each number of one factor is rounded by nearly half a step, all in the same direction."""
+    signs = torch.tensor([1.0, -1.0]).repeat(32)
+    hidden = torch.where(signs > 0, 1 + 0.9 * 2.0**-8, 1.0)  # in bfloat16 all are 1
+    x, latent = (hidden, signs) if off == "vector" else (torch.ones(64), hidden * signs)
+    encoder = torch.zeros(101, 64)
+    encoder[:100, 0] = 0.05 * 0.5 ** torch.arange(100)
+    encoder[100] = latent
+    assert latent @ x > 0.1
+    assert latent.bfloat16() @ x.bfloat16() == 0
+    found = kernels.select(x[None], encoder, 1, kernel="candidates")
+    assert found.indices.tolist() == [[100]]
+    assert found.values.item() == pytest.approx(float(latent @ x))
+
+
+def test_scores_of_one_chunk_take_at_most_48_mib_on_a_processor():
+    assert kernels.chunk_rows(96, "cpu") == kernels.chunk_rows(2**14, "cpu") == 512
+    assert kernels.chunk_rows(2**16, "cpu") * 2**16 * 4 == 48 * 2**20
+    assert kernels.chunk_rows(2**30, "cpu") == kernels.chunk_rows(2**30, "cuda") == 1
+    assert kernels.chunk_rows(2**16, "cuda") * 2**16 * 4 == 2**30
 
 
 def test_only_vectors_that_the_bound_leaves_open_are_done_over(monkeypatch):
