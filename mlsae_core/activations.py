@@ -72,11 +72,6 @@ class ActivationSource(Protocol):
         ...
 
 
-def site_layers(site: SiteSpec, n_layers: int) -> list[int]:
-    """The block indices of a site; unknown ones are refused when activations are read."""
-    return list(range(n_layers)) if site.layers == "all" else list(site.layers)
-
-
 def hook_points(site: SiteSpec) -> tuple[str, ...]:
     """The hook points of a site: one for an autoencoder, source and target for a transcoder."""
     target = site.source if site.target == "same" else site.target
@@ -169,7 +164,7 @@ def stream(
         SpecError: unknown layers or hook points.
         ActivationError: see :func:`gather`.
     """
-    layers = site_layers(site, lm.n_layers)
+    layers = site.indices(lm.n_layers)
     lens = Lens.load(site, lm.device) if lens is None else lens
     for index, tokens in enumerate(batches):
         keep = lm.keep_mask(tokens)

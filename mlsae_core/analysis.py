@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mlsae_core.activations import gather, hook_points, site_layers, stream
+from mlsae_core.activations import gather, hook_points, stream
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel, Original
 from mlsae_core.metrics import (
@@ -87,7 +87,7 @@ def evaluate(
         ActivationError: NaN or infinite activations, naming the batch and the layers.
         ValueError: no batches.
     """
-    layers, points = site_layers(site, lm.n_layers), hook_points(site)
+    layers, points = site.indices(lm.n_layers), hook_points(site)
     point, n = points[-1], len(layers)  # the last hook point is the target
     total = len(batches) if hasattr(batches, "__len__") else None
     batches = iter(batches)
@@ -193,7 +193,7 @@ def distributions(
     """
     if site.stacked:
         raise SpecError("stacked: distributions over layers need one vector per layer, got stacked")
-    n = len(site_layers(site, lm.n_layers))
+    n = len(site.indices(lm.n_layers))
     found = LayerDistribution(n, sae.n_latents, n_blocks=64, device=lm.device)
     sums = {name: LayerDistribution(n, sae.n_latents, device=lm.device) for name in NULL_MODELS}
     # The numbers depend on where they are drawn; a GPU would wait for those of a CPU.

@@ -7,7 +7,6 @@ that need torch or transformers are imported where something is computed: lookin
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mlsae_core import store, text
+from mlsae_core.fits import check, check_width, load_lens, memory_of, reading
 from mlsae_core.keys import keyed, run_settings, stored, stored_run
 from mlsae_core.spec import (
     DataSpec,
@@ -151,7 +151,7 @@ class Session:
         from mlsae_core.lm import LanguageModel
 
         if spec not in self._models:
-            with _reading(f"model.path: {spec.path} could not be loaded"):
+            with reading(f"model.path: {spec.path} could not be loaded"):
                 loaded = LanguageModel.load(spec, self.device)
             self._models = {spec: loaded}  # one at a time: models are large
         return self._models[spec]
@@ -253,7 +253,7 @@ class Session:
         if isinstance(run, GivenSpec):
             if run.dictionary not in self._given:
                 folder = store.dictionary_folder(run.dictionary.path, run.dictionary.revision)
-                with _reading(f"dictionary.path: {run.dictionary.path} could not be loaded"):
+                with reading(f"dictionary.path: {run.dictionary.path} could not be loaded"):
                     loaded = MLSAE.from_pretrained(folder).to(self.device).eval()
                 self._given = {run.dictionary: loaded}  # one at a time, as of models
             return self._given[run.dictionary]
@@ -322,12 +322,12 @@ class Session:
 
         check(run)
         if isinstance(run, GivenSpec):
-            _check_width(self.sae(run), run)
+            check_width(self.sae(run), run)
         lm = self.lm(run.model)
         text.check_tokenizer(lm.tokenizer, lm.vocab_size)
         layers, points = run.site.indices(lm.n_layers), activations.hook_points(run.site)
         lm.capture(lm.special_ids.new_zeros(1, 2), layers, points)
-        return lm, _load_lens(run, lm)
+        return lm, load_lens(run, lm)
 
     def find(self, stage: str, identity: str, spec: dict) -> Artefact | None:
         """What exists and may be used; all processes look before any of them computes."""
@@ -442,91 +442,12 @@ def batch_tokens(lm: LanguageModel) -> int:
     if lm.device.type != "cuda":
         return EVALUATION_BATCH_TOKENS
     each = 3 * lm.n_layers * 16 * 4 * lm.d_model
-    fit = max(_memory(lm.device) // 4 // each, EVALUATION_BATCH_TOKENS)
+    fit = max(memory_of(lm.device) // 4 // each, EVALUATION_BATCH_TOKENS)
     return min(1 << (fit.bit_length() - 1), 32 * EVALUATION_BATCH_TOKENS)
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes of memory of a device, or of this machine."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def checkpoint_path(identity: str) -> Path:
     return store.STORE / "checkpoints" / f"{identity}.safetensors"
-
-
-def model_config(model: ModelSpec):
-    """The configuration of a language model: its dimensions, without its weights."""
-    from transformers import AutoConfig
-
-    folder = store.model_folder(model.path)
-    known = ", ".join(store.shipped_models())
-    with _reading(
-        f"model.path: expected a shipped name ({known}), a Hugging Face folder or a hub id, got "
-        f"{model.path}, whose config.json cannot be read"
-    ):
-        found = AutoConfig.from_pretrained(
-            folder or model.path, revision=None if folder else model.revision
-        ).get_text_config()
-        if min(found.num_hidden_layers, found.hidden_size, found.vocab_size) < 1:
-            raise ValueError("a dimension is 0")
-    return found
-
-
-@contextlib.contextmanager
-def _reading(failure: str):
-    """Errors of other libraries, of many kinds and lengths, become one line."""
-    try:
-        yield
-    except SpecError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise SpecError(f"{failure}: {reason}") from error
-
-
-def check(run: SubjectSpec):
-    """Refuse what does not fit the model's configuration; neither weights nor text are read."""
-    config = model_config(run.model)
-    run.site.indices(config.num_hidden_layers)
-    limit, context = getattr(config, "max_position_embeddings", None), run.data.context_length
-    if limit is not None and context > limit:
-        raise SpecError(
-            f"data.context_length: expected at most the {limit} positions of {run.model.path}, "
-            f"got {context}"
-        )
-    if isinstance(run, RunSpec):
-        _check_memory(run, run.n_latents(config.num_hidden_layers, config.hidden_size))
-
-
-def _check_memory(run: RunSpec, n_latents: int):
-    """Refuse a dictionary that cannot be trained in this machine's memory."""
-    from mlsae_core import train
-
-    # Two matrices; of each the weights, the gradient and Adam's two moments, in float32.
-    needed = 2 * 4 * 4 * n_latents * n_latents // run.sae.expansion_factor
-    memory = _memory(train.process_state().device)
-    if needed > memory:
-        raise SpecError(
-            f"expansion_factor: expected a dictionary that can be trained in {memory / 1e9:.0f} GB "
-            f"of memory, got {n_latents} latents, which need {needed / 1e9:.0f} GB"
-        )
-
-
-def _check_width(sae: MLSAE, run: GivenSpec):
-    """Refuse a dictionary of vectors of another width than those it is to read."""
-    config = model_config(run.model)
-    layers = run.site.indices(config.num_hidden_layers) if run.site.stacked else [0]
-    width = len(layers) * config.hidden_size
-    if sae.n_inputs != width:
-        raise SpecError(
-            f"dictionary.path: expected a dictionary of vectors of width {width}, as "
-            f"{run.model.path} has them{' stacked' if run.site.stacked else ''}, got {sae.n_inputs}"
-        )
 
 
 def _compiled(lm: LanguageModel, run: RunSpec) -> LanguageModel:
@@ -536,24 +457,10 @@ def _compiled(lm: LanguageModel, run: RunSpec) -> LanguageModel:
     context = run.data.context_length
     tokens = lm.special_ids.new_zeros(run.train.micro_batch_tokens // context, context)
     layers, points = run.site.indices(lm.n_layers), activations.hook_points(run.site)
-    with _reading(f"--compile: {run.model.path} could not be compiled"):
+    with reading(f"--compile: {run.model.path} could not be compiled"):
         lm = lm.compiled()
         lm.capture(tokens, layers, points)
     return lm
-
-
-def _load_lens(run: SubjectSpec, lm: LanguageModel) -> Lens:
-    from mlsae_core.lens import Lens
-
-    with _reading(f"basis: {run.site.basis} could not be loaded"):
-        lens = Lens.load(run.site, lm.device)
-    expected = (lm.n_layers, lm.d_model, lm.d_model)
-    if not lens.is_identity and lens.weight.shape != expected:
-        raise SpecError(
-            f"basis: expected a tuned lens of {lm.n_layers} layers and {lm.d_model} dimensions for "
-            f"{lm.name}, got weights of shape {tuple(lens.weight.shape)}"
-        )
-    return lens
 
 
 def _leaves(spec: dict, prefix: str = "") -> dict:

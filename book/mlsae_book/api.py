@@ -46,6 +46,7 @@ PACKAGES = {
             "objective",
             "train",
             "analysis",
+            "fits",
             "pipeline",
             "status",
             "cli",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlsae_book import corpus  # noqa: F401 (so that its text is known)
-from mlsae_core import pipeline, store
+from mlsae_core import fits, pipeline, store
 from mlsae_core.keys import keyed, later, run_settings
 from mlsae_core.pipeline import Batches, Keyed, Session, Stage
 from mlsae_core.spec import EvaluateSpec, SpecError, SubjectSpec, flat, to_dict
@@ -101,13 +101,13 @@ def geometry(session: Session, run: SubjectSpec, settings: EvaluateSpec | None =
     identity, spec, parents = pipeline.analysis_key("geometry", run)
     if found := session.find("geometry", identity, spec):
         return found
-    pipeline.check(run)
+    fits.check(run)
     sae = session.sae(run)
 
     def fill(folder: Path) -> dict:
         from mlsae_book.tables import geometry
 
-        layers = run.site.indices(pipeline.model_config(run.model).num_hidden_layers)
+        layers = run.site.indices(fits.model_config(run.model).num_hidden_layers)
         summary, cosines = geometry.geometry(sae.decoder.detach(), len(layers))
         summary.to_csv(folder / "mmcs.csv", index=False, float_format="%.8g")
         cosines.to_csv(folder / "cosines.csv", index=False, float_format="%.8g")

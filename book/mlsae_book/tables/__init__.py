@@ -13,6 +13,15 @@ from mlsae_core.lm import LanguageModel
 from mlsae_core.spec import SpecError
 
 
+def prompt_ids(lm: LanguageModel, prompt: str) -> list[int]:
+    """The tokens of a prompt; one that is empty or longer than the model's context is refused."""
+    ids = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    limit = lm.max_positions or len(ids)
+    if not 0 < len(ids) <= limit:
+        raise SpecError(f"prompt: expected 1 to {limit} tokens, got {len(ids)}: {prompt[:40]!r}")
+    return ids
+
+
 @torch.no_grad()
 def prompt_norms(lm: LanguageModel, prompts: Sequence[str]) -> pd.DataFrame:
     """L2 norm of the residual stream after every block at every token of some prompts.
@@ -26,12 +35,7 @@ def prompt_norms(lm: LanguageModel, prompts: Sequence[str]) -> pd.DataFrame:
     """
     frames = []
     for prompt in prompts:
-        ids = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        limit = lm.max_positions or len(ids)
-        if not 0 < len(ids) <= limit:
-            raise SpecError(
-                f"prompt: expected 1 to {limit} tokens, got {len(ids)}: {prompt[:40]!r}"
-            )
+        ids = prompt_ids(lm, prompt)
         residual = lm.capture(torch.tensor([ids]), range(lm.n_layers))["residual"][:, 0]
         norm = torch.linalg.vector_norm(residual.float(), dim=-1).cpu()
         layer, position = torch.meshgrid(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from mlsae_core.activations import site_layers, stream
+from mlsae_core.activations import stream
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.metrics import LayerMoments
@@ -50,7 +50,7 @@ def drift(
         ValueError: no batches.
     """
     site = replace(site, target="same", stacked=False)
-    layers, batches = site_layers(site, lm.n_layers), list(batches)
+    layers, batches = site.indices(lm.n_layers), list(batches)
     if not batches:
         raise ValueError("batches: expected at least one batch of tokens, got none")
     n = len(layers)

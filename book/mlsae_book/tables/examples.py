@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mlsae_core.activations import gather, hook_points, site_layers
+from mlsae_core.activations import gather, hook_points
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.metrics import TopExamples
@@ -62,7 +62,7 @@ def examples(
     """
     if site.stacked:
         raise SpecError("stacked: examples per layer need one vector per layer, got stacked")
-    layers = site_layers(site, lm.n_layers)
+    layers = site.indices(lm.n_layers)
     top = TopExamples(len(layers), sae.n_latents, n_examples, lm.device)
     kept: dict[str, Tensor] = {}
     seen = context = 0

@@ -10,7 +10,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mlsae_book.tables.interventions import check, resume
-from mlsae_core.activations import site_layers
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.metrics import centred_logit, latent_importance, uniformity
@@ -52,7 +51,7 @@ def importance(
         ValueError: no batches.
     """
     check(site)
-    layers = site_layers(site, lm.n_layers)
+    layers = site.indices(lm.n_layers)
     generator = torch.Generator().manual_seed(0)
     found, seen = [], 0
     bar = tqdm(total=sequences, desc="importance", disable=not progress)

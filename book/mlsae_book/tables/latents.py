@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mlsae_book.tables.order import DECIMALS, ascending
-from mlsae_core.activations import site_layers, stream
+from mlsae_core.activations import stream
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.metrics import LayerDistribution, mmcs, most_similar
@@ -88,7 +88,7 @@ def duplicates(
     """
     if site.stacked:
         raise SpecError("stacked: layers of a latent need one vector per layer, got stacked")
-    n, size = len(site_layers(site, lm.n_layers)), sae.n_latents
+    n, size = len(site.indices(lm.n_layers)), sae.n_latents
     similar = mmcs(sae.decoder)
     partners = [similar.indices]
     generator = torch.Generator().manual_seed(0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mlsae_book import as_released
+from mlsae_book.tables import prompt_ids
 from mlsae_book.tables.order import ascending, evenly
 from mlsae_book.tables.sweeps import stack
 from mlsae_core.activations import stream
@@ -216,11 +217,7 @@ def _prompt(lm, sae, lens, site, prompt: str):
     """Distributions of one prompt, its largest activation per latent, and its codes."""
     if site.stacked:
         raise SpecError("stacked: expected false for distributions over layers, got true")
-    ids = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    limit = lm.max_positions or len(ids)
-    if not 0 < len(ids) <= limit:
-        raise SpecError(f"prompt: expected 1 to {limit} tokens, got {len(ids)}: {prompt[:40]!r}")
-    (batch,) = stream(lm, [torch.tensor([ids])], site, lens)
+    (batch,) = stream(lm, [torch.tensor([prompt_ids(lm, prompt)])], site, lens)
     values, indices = sae.encode(batch.source)
     found = LayerDistribution(len(batch.source), sae.n_latents, device=lm.device)
     found.update(indices, values)
