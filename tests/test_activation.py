@@ -34,7 +34,7 @@ def make(activation="topk", dead=0, dtype=torch.float64, k=K, **settings):
         for param in (sae.encoder, sae.decoder, sae.pre_bias):
             param += 0.1 * torch.randn(param.shape, generator=generator, dtype=dtype)
         if activation == "jumprelu":
-            sae.activation.threshold.uniform_(0.5, 2, generator=generator)
+            sae.activation.threshold.uniform_(1, 4, generator=generator)
         if activation == "batchtopk":
             sae.activation.threshold.fill_(1.5)
     sae.tokens_since_active[torch.randperm(N, generator=generator)[:dead]] = sae.dead_tokens
