@@ -55,7 +55,7 @@ either_path = pytest.mark.parametrize("tuned", [True, False], ids=["cpu", "other
 @either_path
 @pytest.mark.parametrize(
     ("chunk_rows", "piece", "run", "products", "scores"),
-    [(1, 1, 1, 1, 1), (3, 7 * D, 3, 12, 200), (64, 2**19, 256, 2**25, 2**28)],
+    [(1, 1, 1, 1, 1), (3, 7 * D, 3, 12, 256), (64, 2**19, 256, 2**25, 2**28)],
 )
 @pytest.mark.parametrize(("k", "dead", "aux_k"), [(K, 0, 0), (K, 1, 1), (1, 40, 7), (N, N, N)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -85,6 +85,22 @@ def test_sparse_equals_dense(
         atol = tolerance * dense.abs().max().item()
         for other in others:
             torch.testing.assert_close(other, dense, rtol=0, atol=atol)
+
+
+def test_scores_of_dead_latents_are_held_and_kept_as_far_as_memory_is_given(monkeypatch):
+    monkeypatch.setattr(kernels, "DEAD_SCORES", 2 * 64)  # two vectors' scores of 64 latents
+    monkeypatch.setattr(kernels, "DEAD_KEPT", 3 * 2 * 64)
+    x, encoder, decoder, bias, which = problem(n=9, dead=40)
+    asked = []
+
+    def keep(scores, count):
+        asked.append(len(scores))
+        return kernels.keep_largest(scores, count)
+
+    y = kernels.decode_dead(x, bias, encoder, decoder, which, 4, keep)
+    assert asked == [2, 2, 2, 2, 1]
+    y.sum().backward()
+    assert asked[5:] == [2, 1]  # the first three are kept
 
 
 @pytest.mark.gpu
