@@ -83,7 +83,7 @@ class Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         z, threshold = ctx.saved_tensors
-        rectangle = ((z - threshold) / ctx.width).abs() < 0.5
+        rectangle = (((z - threshold) / ctx.width).abs() < 0.5).to(z.dtype)
         return None, -(rectangle / ctx.width * grad).sum(0), None
 
 
@@ -99,7 +99,7 @@ class Jump(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         z, threshold = ctx.saved_tensors
-        rectangle = ((z - threshold) / ctx.width).abs() < 0.5
+        rectangle = (((z - threshold) / ctx.width).abs() < 0.5).to(z.dtype)
         return grad * (z > threshold), (-threshold * rectangle / ctx.width * grad).sum(0), None
 
 
