@@ -359,7 +359,7 @@ def test_a_file_without_the_key_is_topk_and_one_that_does_not_fit_is_refused(tmp
         MLSAE.from_pretrained(tmp_path)
     del tensors["activation.threshold"]
     save_file(tensors, weights)
-    with pytest.raises(ValueError, match=r"a tensor 'activation\.threshold'"):
+    with pytest.raises(ValueError, match=r"a tensor for activation\.threshold"):
         MLSAE.from_pretrained(tmp_path)
     del config["activation"]
     path.write_text(json.dumps(config))
