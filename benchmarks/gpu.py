@@ -3,12 +3,12 @@
     python -m benchmarks.gpu [PHASE ...] [--json FILE]
 
 Phases run in order, in about four minutes; each prints as it goes, none stops the next, and FILE
-(benchmarks/gpu.json, which the chapter on speed shows) has all of it. Text and language models are
-random, but for `real`, which trains the book's default run; so nothing is downloaded. Parts stand
-beside their roofline: the larger of the bytes that must be moved over the speed of a copy, and the
-operations over the speed of a large product in that precision, both measured by `env`. What stays
-in the L2 cache can be faster. Without a GPU everything runs at tiny shapes, which proves nothing
-but that it runs.
+has all of it (of a whole run on a GPU benchmarks/gpu.json, which the chapter on speed shows). Text
+and language models are random, but for `real`, which trains the book's default run; so nothing is
+downloaded. Parts stand beside their roofline: the larger of the bytes that must be moved over the
+speed of a copy, and the operations over the speed of a large product in that precision, both
+measured by `env`. What stays in the L2 cache can be faster. Without a GPU everything runs at tiny
+shapes, which proves nothing but that it runs.
 """
 
 from __future__ import annotations
@@ -114,7 +114,13 @@ def part(what: str, function: Callable, gigabytes: float = 0, tera: float = 0, k
 
 def env():
     name = torch.cuda.get_device_name() if CUDA else "none measured"
-    note("card", name=name, torch=torch.__version__, commit=store.provenance()["commit"])
+    note(
+        "card",
+        name=name,
+        torch=torch.__version__,
+        commit=store.provenance()["commit"],
+        date=time.strftime("%Y-%m-%d", time.gmtime()),
+    )
     if not CUDA:
         return
     a = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
@@ -334,8 +340,8 @@ def host_waits():
     def show(message, category, filename, line, *_):
         if "synchroni" in str(message):
             frames = [f for f in traceback.extract_stack() if "mlsae_core" in f.filename]
-            place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "moving"
-            waits[place] += 1
+            if frames:  # else the language model is moved to the device, once
+                waits[f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -407,10 +413,12 @@ def main():
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("phases", nargs="*", metavar="PHASE", help=", ".join(PHASES))
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--json", type=Path, help="default: benchmarks/gpu.json, of a whole run")
     options = parser.parse_args()
     if unknown := set(options.phases) - set(PHASES):
         parser.error(f"expected phases of {', '.join(PHASES)}, got {', '.join(unknown)}")
+    if options.json is None and CUDA and not options.phases:
+        options.json = Path(__file__).with_suffix(".json")
     for name in options.phases or PHASES:
         note.phase, began = name, time.perf_counter()
         try:
@@ -419,7 +427,8 @@ def main():
             traceback.print_exc(limit=6)
             note("failed", error=f"{type(error).__name__}: {str(error)[:200]}")
         print(f"--- {name}: {time.perf_counter() - began:.0f} s", flush=True)
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -193,13 +193,12 @@ tables.shown(gpu, "paper", "real", "peer")
 # the bytes and multiply the matrices that are needed.
 
 # %% tags=["hide-input"]
-tables.shown(gpu, "parts", "step", "epilogue")
+tables.shown(gpu, "parts", "step")
 
 # %% [markdown]
 # **What to see.** The product of all vectors with the encoder is at nine tenths of the roofline, and takes four tenths of
 # the time. What a decode or a backward pass gathers partly stays in the cache, so it can be faster than memory alone.
-# The largest distance is left in the choice among dead latents. Group maxima in the epilogue of a product of our
-# own gain nothing against cuBLAS and one more pass.
+# The largest distance is left in the choice among dead latents.
 #
 # **What would contradict it.** A verdict that is not *ok*, an FVU beyond 0.127 ± 0.002, or a part far from its roofline
 # that takes much of the time.

@@ -295,7 +295,7 @@ class _Loop:
             state.seconds, last = state.seconds + now - last, now
             row = None
             if state.step % interval == 0 or state.step == plan.steps:
-                row = self.row(state, state.step % interval or interval)
+                row = self.row(state, state.step % interval or interval, len(dead))
                 state.log.append(row)
                 state.running = None
             yield row
@@ -347,8 +347,8 @@ class _Loop:
         order = dead.byte().argsort(descending=True, stable=True)
         return torch.cat([log, dead.sum()[None]]), order
 
-    def row(self, state: _State, steps: int) -> dict[str, Any]:
-        """The log row of the `steps` steps since the last one."""
+    def row(self, state: _State, steps: int, n_dead: int) -> dict[str, Any]:
+        """The log row of the `steps` steps since the last one, with `n_dead` latents now dead."""
         loss, auxk, *fvu = (state.running / steps).tolist()
         site, tokens = self.run.site, state.step * self.plan.step_tokens
         names = ["stacked"] if site.stacked else site.indices(self.source.n_layers)
@@ -358,7 +358,7 @@ class _Loop:
             "loss": loss,
             "auxk": auxk,
             "fvu": sum(fvu) / len(fvu),
-            "dead_fraction": float(self.sae.dead.float().mean()),
+            "dead_fraction": n_dead / self.sae.n_latents,
             "tokens_per_second": round(tokens / state.seconds),
             **{f"fvu_{name}": value for name, value in zip(names, fvu, strict=True)},
         }
