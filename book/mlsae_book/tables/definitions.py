@@ -183,7 +183,7 @@ def sweeps(seed: int = 0) -> pd.DataFrame:
 def _draw(seed: int) -> tuple[torch.Tensor, ...]:
     """Codes, stream and clean stream of 2048 tokens, (layer, token, …)."""
     world = World(PlantedSpec(**{**vars(WORLD), "seed": seed}))
-    return tuple(part.flatten(1, 2) for part in world.draw(next(world.batches(16))))
+    return tuple(part.flatten(1, 2) for part in world.draw(next(world.tokens(16))))
 
 
 def _generator(seed: int) -> torch.Generator:
