@@ -31,7 +31,9 @@ def model_config(model: ModelSpec):
         f"{model.path}, whose config.json cannot be read"
     ):
         found = AutoConfig.from_pretrained(
-            folder or model.path, revision=None if folder else model.revision
+            folder or model.path,
+            revision=None if folder else model.revision,
+            trust_remote_code=False,
         ).get_text_config()
         if min(found.num_hidden_layers, found.hidden_size, found.vocab_size) < 1:
             raise ValueError("a dimension is 0")

@@ -113,14 +113,14 @@ def _tokenizer(recipe: Recipe, folder: Path):
 
     for name in ("tokenizer", "base"):
         if getattr(recipe, name) is not None:
-            return AutoTokenizer.from_pretrained(_shipped(recipe, name))
+            return AutoTokenizer.from_pretrained(_shipped(recipe, name), trust_remote_code=False)
     if not (folder / "tokenizer.json").exists():
         documents = [d for split, d in text.split_documents(recipe.data) if split == "train"]
         with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as temporary:
             train_tokenizer(documents, recipe.vocab_size).save_pretrained(temporary)
             for file in sorted(Path(temporary).iterdir(), reverse=True):  # tokenizer.json last
                 os.replace(file, folder / file.name)
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _model(recipe: Recipe, tokenizer):
