@@ -17,6 +17,7 @@ Four implementations of the same functions, chosen by an argument at every call:
 Nothing here knows about layers, standardisation or losses: vectors are the rows of one matrix.
 """
 
+import importlib
 import importlib.util
 import os
 import threading
@@ -33,6 +34,9 @@ from mlsae_core.products import fast_products
 
 Kernel = Literal["sparse", "candidates", "dense", "triton"]
 KERNELS: tuple[str, ...] = ("sparse", "candidates", "dense", "triton")
+
+ELSEWHERE = {"triton": "mlsae_core.triton_kernels"}
+"""Kernels that are built on this module: where their `autoencode` and `topk` are."""
 
 CANDIDATES = 3
 """Candidates for each of the k latents to be selected, in the kernel of that name."""
@@ -126,10 +130,9 @@ def autoencode(
         if code.aux_values is not None:
             y_dead = _dense_decode(code.aux_values, code.aux_indices, decoder)
         return y + pre_bias, y_dead, code
-    if kernel == "triton":
-        from mlsae_core import triton_kernels
-
-        return triton_kernels.autoencode(x, encoder, decoder, pre_bias, k, dead, aux_k, keep)
+    if kernel in ELSEWHERE:
+        theirs = importlib.import_module(ELSEWHERE[kernel])
+        return theirs.autoencode(x, encoder, decoder, pre_bias, k, dead, aux_k, keep)
     if dead is not None and not pairs.is_cpu(x.device):
         y, _, code = autoencode(x, encoder, decoder, pre_bias, k, kernel=kernel, keep=keep)
         return y, decode_dead(x, pre_bias, encoder, decoder, dead, aux_k, keep_largest), code
@@ -226,8 +229,8 @@ def select(
     check(kernel, encoder.device, encoder.dtype)
     device, n = centred.device.type, len(centred)
     precision, top = score_precision(encoder), group_topk
-    if kernel == "triton":
-        from mlsae_core.triton_kernels import topk as top
+    if kernel in ELSEWHERE:
+        top = importlib.import_module(ELSEWHERE[kernel]).topk
     if (
         kernel == "candidates"
         and device == "cpu"

@@ -253,8 +253,6 @@ def test_a_failing_cell_fails_the_build(tmp_path):
 FOLDERS = {package: folder for package, (folder, _) in api.PACKAGES.items()}
 MODULES = {package: (*order, "__main__") for package, (_, order) in api.PACKAGES.items()}
 ALONE = {"fields", "metrics", "charts"}
-#: Imported where it is chosen, by what it is written with.
-CHOSEN = {"kernels": {"triton_kernels"}}
 SOURCES = [
     (package, path)
     for package, folder in FOLDERS.items()
@@ -292,7 +290,7 @@ def test_a_module_imports_only_what_stands_above_it(package, path):
     module, order = module_of(package, path), MODULES[package]
     found = set(imports(package, path))
     ours = {name.split(".")[1] for name in found if name.startswith(f"{package}.")}
-    ours -= {module, "__version__"} | CHOSEN.get(module, set())
+    ours -= {module, "__version__"}
     above = set() if module in ALONE else set(order[: order.index(module)])
     assert ours <= above, f"{module} imports {', '.join(sorted(ours - above))}"
 
