@@ -31,7 +31,7 @@ from mlsae_core import __version__
 from mlsae_core.spec import SpecError, canonical
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("MLSAE_DATA", ROOT / "data"))
+DATA = Path(os.environ.get("MLSAE_DATA") or ROOT / "data")
 MODELS, SHIPPED, STORE = DATA / "models", DATA / "shipped", DATA / "store"
 
 # Raise a stage's version when its numbers change; tests/test_golden.py fails when they do without.
