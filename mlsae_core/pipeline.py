@@ -22,7 +22,6 @@ from mlsae_core.fits import check, check_width, load_lens, memory_of, reading
 from mlsae_core.keys import keyed, run_settings, stored, stored_run
 from mlsae_core.spec import (
     DataSpec,
-    DictionarySpec,
     EvaluateSpec,
     GivenSpec,
     ModelSpec,
@@ -131,8 +130,8 @@ class Session:
 
     def __post_init__(self):
         store.provenance()  # of the code that computes, not of what is there when it ends
-        self._models: dict[ModelSpec, LanguageModel] = {}
-        self._given: dict[DictionarySpec, MLSAE] = {}
+        self._models: dict[tuple[ModelSpec, str], LanguageModel] = {}  # with their content
+        self._given: dict[str, MLSAE] = {}  # by content
         self._made: dict[tuple[str, str], Artefact] = {}
         if self.trackers:
             from mlsae_core import train
@@ -150,11 +149,12 @@ class Session:
         """The language model of a spec, loaded once."""
         from mlsae_core.lm import LanguageModel
 
-        if spec not in self._models:
+        wanted = spec, store.model_key(spec.path, spec.revision)
+        if wanted not in self._models:
             with reading(f"model.path: {spec.path} could not be loaded"):
                 loaded = LanguageModel.load(spec, self.device)
-            self._models = {spec: loaded}  # one at a time: models are large
-        return self._models[spec]
+            self._models = {wanted: loaded}  # one at a time: models are large
+        return self._models[wanted]
 
     def blocks(self, run: SubjectSpec, split: str) -> text.TokenBlocks | text.StreamedBlocks:
         """The packed text of a run's split; the main process tokenises for all."""
@@ -251,12 +251,14 @@ class Session:
         from mlsae_core.sae import MLSAE
 
         if isinstance(run, GivenSpec):
-            if run.dictionary not in self._given:
-                folder = store.dictionary_folder(run.dictionary.path, run.dictionary.revision)
+            given = run.dictionary.path, run.dictionary.revision
+            content = store.dictionary_key(*given)
+            if content not in self._given:
                 with reading(f"dictionary.path: {run.dictionary.path} could not be loaded"):
-                    loaded = MLSAE.from_pretrained(folder).to(self.device).eval()
-                self._given = {run.dictionary: loaded}  # one at a time, as of models
-            return self._given[run.dictionary]
+                    loaded = MLSAE.from_pretrained(store.dictionary_folder(*given))
+                    loaded = loaded.to(self.device).eval()
+                self._given = {content: loaded}  # one at a time, as of models
+            return self._given[content]
         identity = run_key(run)[0]
         trained = self._made.get(("train", identity))
         if trained is None:

@@ -87,6 +87,27 @@ def test_another_content_is_another_key(inputs, folder, change, stage):
     assert key_of(given_of(inputs, folder), stage) != first
 
 
+def test_a_session_sees_that_weights_were_replaced(inputs, folder):
+    """Else the numbers of the former ones would lie under the key of the new ones."""
+    run, session = given_of(inputs, folder), pipeline.Session()
+    session.evaluate(run, SETTINGS)
+    other_weights(folder)
+    fresh = pipeline.Session("force").evaluate(run, SETTINGS).meta["files"]
+    shutil.rmtree(store.STORE / "evaluate")
+    assert session.evaluate(run, SETTINGS).meta["files"] == fresh
+
+
+def test_a_session_sees_that_a_model_was_replaced(inputs, tmp_path):
+    shutil.copytree(inputs / "gpt_neox", tmp_path / "model")
+    model, session = spec.ModelSpec(str(tmp_path / "model")), pipeline.Session()
+    first = session.lm(model)
+    assert session.lm(model) is first
+    path = tmp_path / "model" / "model.safetensors"
+    changed = {name: tensor + 1 for name, tensor in load_file(path).items()}
+    save_file(changed, path, metadata={"format": "pt"})
+    assert session.lm(model) is not first
+
+
 @pytest.mark.parametrize(
     "changes",
     [
