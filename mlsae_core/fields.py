@@ -81,6 +81,11 @@ class Spec:
         value = getattr(self, name)
         fine = value.strip() != "" and value.isprintable()
         fine = fine and max(len(os.fsencode(part)) for part in value.split("/")) < 256
+        if fine:
+            try:
+                Path(value).expanduser()
+            except RuntimeError:  # of a user who is not there
+                fine = False
         self._require(fine, name, expected)
 
     def _seed(self, name: str):

@@ -102,6 +102,7 @@ def test_values_are_read_as_they_are_meant(tmp_path, changes, field, expected):
         ({"model": "a" * 300}, "model.path: expected a shipped name"),
         ({"data": r'"\ud800"'}, "data.path: expected docstrings, a file"),
         ({"data": '"a\\0b"'}, "data.path: expected docstrings, a file"),
+        ({"model": '"~nobody-of-this-name/a"'}, "model.path: expected a shipped name"),
         ({"basis": "a" * 300}, "basis: expected `identity` or a tuned-lens folder"),
         ({"model": "{revision: a}"}, "model.path: missing; expected text"),
         ({"model": "{path: a, dtype: half}"}, "model.dtype: expected float32 | bfloat16 | float16"),
