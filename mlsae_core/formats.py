@@ -62,6 +62,11 @@ def _read_mlsae(folder: Path) -> Weights:
     n, d = config["n_latents"], config["n_inputs"]
     shapes = {"encoder.weight": (n, d), "decoder.weight": (d, n), "pre_encoder_bias": (d,)}
     found = _read_tensors(folder, shapes)
+    own = [name for name in found if name not in shapes]
+    if own and "activation" not in config:  # those of topk have no tensors
+        raise ValueError(
+            f"expected an activation in {folder / 'config.json'}, as there is {own[0]}"
+        )
     tensors = {
         "encoder": found.pop("encoder.weight"),
         "decoder": found.pop("decoder.weight").T,
@@ -79,8 +84,10 @@ def _read_config(folder: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"expected JSON in {path}: {error}") from error
     names = ("n_inputs", "n_latents", "k")
-    if not isinstance(config, dict) or any(not isinstance(config.get(n), int) for n in names):
+    if not isinstance(config, dict) or any(type(config.get(n)) is not int for n in names):
         raise ValueError(f"expected integers {names} in {path}: is it an MLSAE's configuration?")
+    if not isinstance(standardize := config.get("standardize", True), bool):
+        raise ValueError(f"expected standardize: true or false in {path}, got {standardize!r}")
     return config
 
 
@@ -95,8 +102,11 @@ def _read_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str,
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118
                     name = key.removeprefix("autoencoder.")
-                    if name in shapes or name.startswith("activation."):
-                        found[name] = file.get_tensor(key)
+                    if name not in shapes and not name.startswith("activation."):
+                        continue
+                    if name in found:  # which one counts is in no key
+                        raise ValueError(f"expected {name} once in {folder}, got another in {path}")
+                    found[name] = file.get_tensor(key)
         except SafetensorError as error:
             raise ValueError(f"expected a safetensors file, cannot read {path}: {error}") from error
     for name, shape in shapes.items():

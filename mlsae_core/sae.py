@@ -300,7 +300,7 @@ class MLSAE(nn.Module):
             Published files count the dead window in optimiser steps of unknown size, so it is
             `dead_tokens` here, or the default.
 
-        Raises ValueError where files are missing, unreadable, or do not fit each other.
+        Raises ValueError where files are missing, unreadable, damaged, or do not fit each other.
         """
         weights = formats.read(dictionary_folder(name, revision))
         sae = cls(**weights.settings | settings)
@@ -314,7 +314,16 @@ class MLSAE(nn.Module):
                     f"expected {field} of shape {tuple(tensor.shape)} in {name}, got "
                     f"{tuple(weights.tensors[field].shape)}: do its files belong together?"
                 )
+            if tensor.is_floating_point() and not weights.tensors[field].is_floating_point():
+                raise ValueError(
+                    f"expected floating-point numbers as {field} in {name}, got "
+                    f"{weights.tensors[field].dtype}: quantised weights are not read"
+                )
             tensor.detach().copy_(weights.tensors[field])
+            if not tensor.isfinite().all():
+                raise ValueError(f"expected finite numbers as {field} in {name}, got others")
+            if field == "activation.threshold" and (tensor < 0).any():
+                raise ValueError(f"expected thresholds of at least 0 in {name}, got smaller ones")
         return sae
 
 

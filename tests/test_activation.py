@@ -357,6 +357,10 @@ def test_a_file_without_the_key_is_topk_and_one_that_does_not_fit_is_refused(tmp
     save_file(tensors, weights)
     with pytest.raises(ValueError, match=r"activation.threshold of shape \(128,\)"):
         MLSAE.from_pretrained(tmp_path)
+    tensors["activation.threshold"] = torch.full((N,), -1.0)
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match="thresholds of at least 0"):
+        MLSAE.from_pretrained(tmp_path)
     del tensors["activation.threshold"]
     save_file(tensors, weights)
     with pytest.raises(ValueError, match=r"a tensor for activation\.threshold"):

@@ -1,6 +1,7 @@
 """The autoencoder: hand-computed encodings, dead latents, and files."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -277,6 +278,16 @@ def break_config(**changes):
     return change
 
 
+def break_tensors(**changes):
+    def change(folder):
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        made = {n.replace("__", "."): make(tensors) for n, make in changes.items()}
+        save_file(tensors | made, path)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -285,6 +296,29 @@ def break_config(**changes):
         (lambda folder: (folder / "config.json").write_text("[1]"), "MLSAE's configuration"),
         (break_config(k="4"), "expected integers"),
         (break_config(k=N + 1), "k between 1 and"),
+        (break_config(k=True), "expected integers"),
+        (break_config(standardize="false"), "standardize: true or false in .*, got 'false'"),
+        (break_config(standardize=None), "standardize: true or false in .*, got None"),
+        (
+            lambda folder: shutil.copy(folder / "model.safetensors", folder / "other.safetensors"),
+            "once in .*, got another in .*other.safetensors",
+        ),
+        (
+            break_tensors(autoencoder__pre_encoder_bias=lambda t: t["pre_encoder_bias"] + 1),
+            "pre_encoder_bias once in",
+        ),
+        (
+            break_tensors(encoder__weight=lambda t: t["encoder.weight"].to(torch.int8)),
+            r"floating-point numbers as encoder in .*, got torch.int8",
+        ),
+        (
+            break_tensors(pre_encoder_bias=lambda t: t["pre_encoder_bias"] / 0),
+            "finite numbers as pre_bias",
+        ),
+        (
+            break_tensors(activation__threshold=lambda _: torch.zeros(())),
+            r"an activation in .*config.json, as there is activation.threshold",
+        ),
         (break_config(n_latents=N + 1), r"encoder.weight of shape \(65, 8\)"),
         (lambda folder: (folder / "model.safetensors").unlink(), "pickles are not read"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "cannot read"),
