@@ -86,6 +86,13 @@ def _read_config(folder: Path) -> dict:
     names = ("n_inputs", "n_latents", "k")
     if not isinstance(config, dict) or any(type(config.get(n)) is not int for n in names):
         raise ValueError(f"expected integers {names} in {path}: is it an MLSAE's configuration?")
+    for name in ("auxk", "dead_tokens", "dead_threshold"):
+        kinds = (int, float) if name == "dead_threshold" else (int,)
+        value = config.get(name, 0)
+        if name == "auxk" and value is None:  # as published ones without AuxK have it
+            continue
+        if type(value) not in kinds or not value >= 0:
+            raise ValueError(f"expected {name} of 0 or more in {path}, got {value!r}")
     if not isinstance(standardize := config.get("standardize", True), bool):
         raise ValueError(f"expected standardize: true or false in {path}, got {standardize!r}")
     return config

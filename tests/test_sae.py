@@ -298,6 +298,10 @@ def break_tensors(**changes):
         (break_config(k=N + 1), "k between 1 and"),
         (break_config(k=True), "expected integers"),
         (break_config(standardize="false"), "standardize: true or false in .*, got 'false'"),
+        (break_config(dead_threshold="x"), "dead_threshold of 0 or more in .*, got 'x'"),
+        (break_config(dead_threshold=float("nan")), "dead_threshold of 0 or more"),
+        (break_config(dead_tokens=None), "dead_tokens of 0 or more in .*, got None"),
+        (break_config(auxk=1.5), "auxk of 0 or more in .*, got 1.5"),
         (break_config(standardize=None), "standardize: true or false in .*, got None"),
         (
             lambda folder: shutil.copy(folder / "model.safetensors", folder / "other.safetensors"),
