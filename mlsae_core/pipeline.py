@@ -508,8 +508,8 @@ def _missing(stage: str, identity: str, spec: dict) -> str:
         hint = f"the nearest existing one differs in {', '.join(nearest)}"
     else:
         hint = (
-            "one with the same fields exists, but of other files of the model, the text or the "
-            "lens, or of another version of this stage"
+            "one with the same fields exists, but of other files of the model, the text, the "
+            "lens or the dictionary, or of another version of this stage"
         )
     shown = ("train", "evaluate")  # what the command line computes by itself
     command = (
