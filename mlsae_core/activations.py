@@ -250,6 +250,9 @@ class SavedSource:
             try:
                 with safe_open(file, "pt") as saved:
                     layers, vectors, width = saved.get_slice("source").get_shape()
+                    for name in ("tokens", "position"):
+                        if (shape := saved.get_slice(name).get_shape()) != [vectors]:
+                            raise ValueError(f"expected {name} of {vectors} vectors, got {shape}")
                     ends = saved.get_tensor("lengths").cumsum(0).tolist()
                     shapes.add((layers, width, "target" in saved.keys()))  # noqa: SIM118
             except (SafetensorError, OSError, ValueError) as error:

@@ -103,11 +103,15 @@ def test_what_cannot_be_read_or_written_is_named(lm, blocks, tmp_path):  # noqa:
     arrays = load_file(file)
     for changes, message in (
         ({"lengths": arrays["lengths"][:-1]}, r"expected lengths that make \d+ vectors, got"),
+        ({"tokens": arrays["tokens"][:-1]}, r"expected tokens of \d+ vectors, got"),
         ({"source": arrays["source"][:2].contiguous()}, "expected files of the same layers and w"),
     ):
         save_file(arrays | changes, file)
         with pytest.raises(SpecError, match=message):
             SavedSource(folder)
+    save_file({name: x for name, x in arrays.items() if name != "position"}, file)
+    with pytest.raises(SpecError, match=r"safetensors: expected saved activations: .* position"):
+        SavedSource(folder)
     save_file({"lengths": arrays["lengths"]}, file)
     with pytest.raises(SpecError, match="safetensors: expected saved activations: "):
         SavedSource(folder)
