@@ -4,9 +4,11 @@
 survives; MUTANTS.md says what did and why. The mutations are Cosmic Ray's, one for each place. Its
 own runner starts an interpreter for every mutant, which mostly imports torch, and writes mutants
 into the tracked files; here they live in forks of a process that has imported what is large.
-A mutant that `_build/mutants.jsonl` calls killed is not run again, one that survived is.
+A mutant that `_build/mutants.jsonl` calls killed is not run again, one that survived is. Of each
+module's places one in so many is broken, drawn for itself: a change of one leaves the others' draws.
 """
 
+import argparse
 import ast
 import hashlib
 import importlib
@@ -32,6 +34,7 @@ TESTS = {
     "pairs": ("kernels",),
     "optimizer": ("kernels", "sae"),
     "objective": ("objective",),
+    "activation": ("activation",),
     "train": ("train",),
     "analysis": ("analysis", "analysis_layers"),
     **{
@@ -55,7 +58,7 @@ def annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     return [(end[:2], end[2:]) for end in ends]
 
 
-def places(module: str) -> list[tuple[str, list[tuple[str, int]]]]:
+def places(module: str) -> list[list[tuple[str, int]]]:
     """Where there is anything to break, and by which operators: their names and occurrences."""
     source = PATHS[module].read_text()
     tree, typed, found = get_ast(source), annotations(source), {}
@@ -68,7 +71,14 @@ def places(module: str) -> list[tuple[str, list[tuple[str, int]]]]:
         for number, start in enumerate(starts):
             if not any(first <= start < last for first, last in typed):
                 found.setdefault(start, []).append((name, number))
-    return [(module, found[start]) for start in sorted(found)]
+    return [found[start] for start in sorted(found)]
+
+
+def drawn(module: str, every: int, seed: int) -> list[tuple[str, int]]:
+    """Mutations of one in `every` places of a module, rounded up, one for each place."""
+    dealt, found = random.Random(f"{module} {seed}"), places(module)
+    sample = sorted(dealt.sample(range(len(found)), -(-len(found) // every)))
+    return [dealt.choice(found[place]) for place in sample]
 
 
 def broken(module: str, name: str, number: int) -> dict:
@@ -116,42 +126,46 @@ def outcome(module: str, source: str, limit: float = 600) -> tuple[str, float]:
     return found, round(time.monotonic() - start, 1)
 
 
-def main(count: int = 300, seed: int = 0):
-    """Break `count` places and say what survives."""
+def main(modules: list[str], every: int, seed: int):
+    """Break one in `every` places of the modules and say what survives."""
     for name in LARGE:
         importlib.import_module(name)
-    dealt = random.Random(seed)
-    every = [place for module in TESTS for place in places(module)]
-    sample = dealt.sample(every, min(count, len(every)))
-    chosen = sorted((module, dealt.choice(ways)) for module, ways in sample)
-    print(f"{len(every)} places, of which {len(chosen)} are broken", flush=True)
     RESULTS.parent.mkdir(exist_ok=True)
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     known = {row["key"]: row["outcome"] for row in map(json.loads, lines)}
-    limits, counts = {}, {module: Counter() for module in TESTS}
-    for module, way in chosen:
-        mutant = broken(module, *way)
-        source = mutant.pop("source")
-        key = hashlib.sha256(f"{module}\n{source}".encode()).hexdigest()[:16]
-        if (found := known.get(key, "survived")) == "survived":
-            if module not in limits:
-                whole, seconds = outcome(module, PATHS[module].read_text())
-                if whole != "survived":
-                    sys.exit(f"{module}: expected its tests to pass, they fail")
-                limits[module] = 30 + 5 * seconds
-            found, seconds = outcome(module, source, limits[module])
-            with RESULTS.open("a") as file:
-                row = {"key": key, "outcome": found, "seconds": seconds, **mutant}
-                file.write(json.dumps(row) + "\n")
-        counts[module][found] += 1
-        if found == "survived":
-            where = f"{PATHS[module]}:{mutant['line']} {mutant['operator']}"
-            print(f"{where}\n  - {mutant['before']}\n  + {mutant['after']}", flush=True)
+    counts = {module: Counter() for module in modules}
+    for module, found in counts.items():
+        whole, seconds = outcome(module, PATHS[module].read_text())
+        if whole != "survived":
+            sys.exit(f"{module}: expected its tests to pass, they fail")
+        for way in drawn(module, every, seed):
+            mutant = broken(module, *way)
+            result = judge(mutant.pop("source"), mutant, known, 30 + 5 * seconds)
+            found[result] += 1
+            if result == "survived":
+                where = f"{PATHS[module]}:{mutant['line']} {mutant['operator']}"
+                print(f"{where}\n  - {mutant['before']}\n  + {mutant['after']}", flush=True)
     counts["together"] = sum(counts.values(), Counter())
     for module, found in counts.items():
-        every, killed = found.total(), found.total() - found["survived"]
-        print(f"{module:22} {killed:4} of {every:4} killed, {killed / max(every, 1):.0%}")
+        total, killed = found.total(), found.total() - found["survived"]
+        print(f"{module:22} {killed:4} of {total:4} killed, {killed / max(total, 1):.0%}")
+
+
+def judge(source: str, facts: dict, known: dict[str, str], limit: float) -> str:
+    """The outcome of a mutant with this source, noted in `RESULTS` unless it is known as killed."""
+    key = hashlib.sha256(f"{facts['module']}\n{source}".encode()).hexdigest()[:16]
+    if known.get(key, "survived") != "survived":
+        return known[key]
+    found, seconds = outcome(facts["module"], source, limit)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps({"key": key, "outcome": found, "seconds": seconds, **facts}) + "\n")
+    return found
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    parser = argparse.ArgumentParser(description="Which mutants of the core its tests do not kill.")
+    parser.add_argument("modules", nargs="*", metavar="module", help="by default all")
+    parser.add_argument("--every", type=int, default=4, help="break one in so many places")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    main(given.modules or list(TESTS), given.every, given.seed)
