@@ -4,8 +4,8 @@
 survives; MUTANTS.md says what did and why. The mutations are Cosmic Ray's, one for each place. Its
 own runner starts an interpreter for every mutant, which mostly imports torch, and writes mutants
 into the tracked files; here they live in forks of a process that has imported what is large.
-A mutant that `_build/mutants.jsonl` calls killed is not run again, one that survived is. Of each
-module's places one in so many is broken, drawn for itself: a change of one leaves the others' draws.
+A mutant that `_build/mutants.jsonl` calls killed is not run again, one that survived is. What is
+broken is drawn module by module, so that a change of one leaves the draws of the others.
 """
 
 import argparse

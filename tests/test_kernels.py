@@ -48,6 +48,21 @@ def test_group_topk_selects_the_largest_values_even_with_ties(
     assert all(len(set(row.tolist())) == k for row in indices)
 
 
+@pytest.mark.parametrize(("width", "k"), [(2**13, 1), (2**14, 16), (2**16, 32), (2**17 + 5, 128)])
+def test_group_topk_replaces_a_large_problem_by_small_ones(monkeypatch, width, k):
+    widths, topk = [], torch.Tensor.topk
+
+    def counted(keys, *rest, **settings):
+        widths.append(keys.shape[1])
+        return topk(keys, *rest, **settings)
+
+    monkeypatch.setattr(torch.Tensor, "topk", counted)
+    scores = torch.rand(2, width, generator=torch.Generator().manual_seed(0))
+    values, _ = kernels.group_topk(scores, k)
+    assert torch.equal(values.sort(1).values, scores.sort(1).values[:, -k:])
+    assert k < sum(widths) < width / 8
+
+
 #: The path tuned for a processor, and that of other devices, run on a processor.
 either_path = pytest.mark.parametrize("tuned", [True, False], ids=["cpu", "other devices"])
 
@@ -103,6 +118,21 @@ def test_scores_of_dead_latents_are_held_and_kept_as_far_as_memory_is_given(monk
     assert asked[5:] == [2, 1]  # the first three are kept
 
 
+def test_scores_of_dead_latents_take_1_gib_at_a_time_and_keep_4_in_single_precision():
+    """Of tensors without data, which may be as large as they like."""
+    held = []
+
+    def keep(scores, count):
+        held.append(4 * scores.numel())
+        return scores
+
+    with torch.device("meta"):
+        x, bias, dead = torch.empty(2**17, 4), torch.empty(4), torch.arange(2**14)
+        weights = [torch.empty(2**15, 4, requires_grad=True) for _ in range(2)]
+        kernels.decode_dead(x, bias, *weights, dead, 8, keep, x).sum().backward()
+    assert held == [2**30] * (8 + 4)  # of the second half, which is not kept, once more
+
+
 @pytest.mark.gpu
 def test_a_gpu_gives_the_numbers_of_the_definition():
     if not torch.cuda.is_available():
@@ -127,6 +157,21 @@ def test_sparse_gradients_pass_gradcheck():
         return kernels.autoencode(x, encoder, decoder, bias, K, which, 4)[:2]
 
     assert torch.autograd.gradcheck(both, (x, encoder, decoder, bias), fast_mode=True)
+
+
+def test_a_second_derivative_is_refused():
+    """None is written, and PyTorch's would leave out how a gradient depends on the weights."""
+    x, encoder, decoder, bias, which = problem(dead=40)
+    code = kernels.encode(x, encoder, bias, K)
+    found = {
+        encoder: code.values,
+        decoder: kernels.decode(code.values.detach(), code.indices, decoder),
+        bias: kernels.decode_dead(x, bias, encoder, decoder, which, 4, kernels.keep_largest),
+    }
+    for weight, result in found.items():
+        [gradient] = torch.autograd.grad(result.square().sum(), weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.square().sum().backward()
 
 
 def test_encode_and_decode_alone_equal_autoencode():
@@ -172,6 +217,14 @@ def test_a_latent_that_bfloat16_hides_as_well_as_it_can_is_found(off):
     found = kernels.select(x[None], encoder, 1, kernel="candidates")
     assert found.indices.tolist() == [[100]]
     assert found.values.item() == pytest.approx(float(latent @ x))
+
+
+def test_the_probe_of_the_processors_products_agrees_with_their_errors():
+    """One rounding is off by 2^-8 at most; sums of 512 that are rounded on the way lose more."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(shape, generator=generator).bfloat16() for shape in ((64, 512), (512, 64)))
+    error = ((a @ b).double() / (a.double() @ b.double()) - 1).abs().max()
+    assert kernels.sums_bfloat16_in_float32() == (error < 1.1 * 2.0**-8)
 
 
 def test_scores_of_one_chunk_take_at_most_48_mib_on_a_processor():
@@ -299,6 +352,23 @@ def test_sums_by_latent_do_not_depend_on_the_runs_they_are_made_in(monkeypatch, 
     monkeypatch.setattr(pairs, "is_cpu", lambda _: False)
     chosen = pairs.Pairs([latents], expected)
     torch.testing.assert_close(chosen.sum_by_latent([weights], table), expected)
+
+
+def test_no_call_has_more_pairs_than_a_gpu_can_count(monkeypatch):
+    """Of tensors without data; 2^26 is the limit of PyTorch's kernel."""
+    calls, name = [], "_embedding_bag_per_sample_weights_backward"
+    real = getattr(torch.ops.aten, name)
+
+    def counted(a, table, indices, *rest):
+        calls.append(len(indices))
+        return real(a, table, indices, *rest)
+
+    monkeypatch.setattr(torch.ops.aten, name, counted)
+    with torch.device("meta"):
+        indices = torch.empty(2**21 + 3, 2**6, dtype=torch.int64)
+        products = pairs.row_products(torch.empty(N, 2), indices, torch.empty(len(indices), 2))
+    assert products.shape == indices.shape
+    assert 2**20 < max(calls) <= 2**26
 
 
 def test_the_host_waits_for_no_other_device(monkeypatch):
@@ -448,7 +518,8 @@ def test_a_step_does_not_import_the_compiler():
     assert done.stdout.split() == ["False", "True"]
 
 
-def test_blocks_of_unit_rows_hold_so_many_elements(monkeypatch):
+@pytest.mark.parametrize(("elements", "rows"), [(100, [12, 12, 12, 4]), (1, [1] * 40)])
+def test_blocks_of_unit_rows_hold_so_many_elements_or_one_row(monkeypatch, elements, rows):
     free, unit = parameters()
     sizes, adam = [], torch._fused_adam_
 
@@ -457,10 +528,10 @@ def test_blocks_of_unit_rows_hold_so_many_elements(monkeypatch):
         adam(params, *rest, **settings)
 
     monkeypatch.setattr(torch, "_fused_adam_", counted)
-    monkeypatch.setattr(optimizer, "BLOCK_SIZE", 100)
+    monkeypatch.setattr(optimizer, "BLOCK_SIZE", elements)
     set_gradients(free, unit, 0)
     optimiser(free, unit).step()
-    assert sizes == [40 * 8, *[12 * 8] * 3, 4 * 8]
+    assert sizes == [40 * 8, *(8 * n for n in rows)]
 
 
 def test_a_closure_is_called_with_gradients_and_its_loss_returned():
@@ -476,6 +547,32 @@ def test_a_closure_is_called_with_gradients_and_its_loss_returned():
     assert optimiser(free, unit).step() is None
 
 
-def test_negative_learning_rate_is_refused():
-    with pytest.raises(ValueError, match="lr=-1"):
-        optimiser(*parameters(), lr=-1)
+@pytest.mark.parametrize("wrong", [{"lr": -1}, {"eps": -1e-9}, {"lr": float("nan")}])
+def test_negative_settings_are_refused(wrong):
+    [(name, value)] = wrong.items()
+    with pytest.raises(ValueError, match=f"lr and eps of at least 0, got .*{name}={value}"):
+        optimiser(*parameters(), **wrong)
+    optimiser(*parameters(), lr=0, eps=0)
+
+
+def test_without_settings_it_is_adam_as_published_at_a_rate_of_1e_4():
+    """Gradients are about as large as eps, so that it counts; and rows have any norm."""
+    mine = torch.nn.Parameter(parameters()[0].detach().double())
+    other = torch.nn.Parameter(mine.detach().clone())
+    ours, adam = ProjectedAdam([mine]), torch.optim.Adam([other], lr=1e-4)
+    for i in range(3):
+        generator = torch.Generator().manual_seed(i)
+        mine.grad = 1e-8 * torch.randn(40, 8, generator=generator, dtype=torch.float64)
+        other.grad = mine.grad.clone()
+        ours.step()
+        adam.step()
+    assert not torch.equal(mine, parameters()[0])
+    torch.testing.assert_close(mine, other, rtol=0, atol=1e-14)
+
+
+def test_a_single_unit_row_turns_and_stays_one():
+    row = torch.nn.Parameter(torch.tensor([[1.0, 0.0]]))
+    row.grad = torch.tensor([[5.0, 2.0]])
+    ProjectedAdam([{"params": [row], "unit_rows": True}], lr=0.1).step()
+    # What is parallel is removed; Adam's first step is as long as the rate.
+    torch.testing.assert_close(row.detach(), torch.tensor([[1.0, -0.1]]) / 1.01**0.5)
