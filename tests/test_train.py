@@ -1,11 +1,15 @@
 """Training: exact repetition, exact continuation, accumulation, several processes, refusals."""
 
+import contextlib
 import hashlib
 import itertools
+import operator
 import os
 import signal
 import socket
+import threading
 import time
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -262,7 +266,158 @@ def test_a_batch_is_cut_into_steps_and_micro_batches_as_documented(lm):
     assert (plan.sequences, plan.micro_batches, plan.step_tokens, plan.steps) == (2, 5, 80, 12)
 
 
+def test_a_transcoder_predicts_the_target(lm, blocks):
+    """The first row of the log is of the untrained dictionary and the first batch."""
+    run = run_of(tokens=32, batch_tokens=32, source="mlp_input", target="mlp_output")
+    log = train.train(run, lm, blocks).log
+    [batch] = itertools.islice(activations.stream(lm, blocks.batches(4, seed=0), run.site), 1)
+    expected = train.build_sae(run, lm)
+    with torch.no_grad():
+        scaled = expected.standardise(batch.source)[0].flatten(0, 1)
+        expected.pre_bias.copy_(metrics.geometric_median(scaled))
+        error = expected(batch.source, batch.target).recon - batch.target
+    variance = batch.target.var((1, 2), correction=0)
+    fvu = error.square().mean((1, 2)) / variance
+    np.testing.assert_allclose(log[["fvu_0", "fvu_1", "fvu_2"]].iloc[0], fvu, rtol=1e-5)
+
+
+class Bar:
+    """In the place of tqdm, whose `total` and `initial` these are."""
+
+    made: ClassVar = []
+
+    def __init__(self, total, initial, disable, **_):
+        self.total, self.done, self.disable, self.shown = total, initial, disable, []
+        self.made.append(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, tokens):
+        self.done += tokens
+
+    def set_postfix(self, **shown):
+        self.shown.append((self.done, shown))
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    monkeypatch.setattr(train, "tqdm", Bar)
+    monkeypatch.setattr(Bar, "made", [])
+    return Bar.made
+
+
+def test_progress_is_counted_in_tokens_from_where_a_run_continues(lm, blocks, tmp_path, bars):
+    with pytest.raises(store.Stopped):
+        train.train(run_of(), lm, blocks, checkpoint=tmp_path / "c", should_stop={5}.__contains__)
+    log = train.train(run_of(), lm, blocks, checkpoint=tmp_path / "c").log
+    assert [(bar.total, bar.done, bar.disable) for bar in bars] == [
+        (12 * 64, 5 * 64, False),
+        (12 * 64, 12 * 64, False),
+    ]
+    assert [shown for bar in bars for shown in bar.shown] == [
+        (row.tokens, {"fvu": f"{row.fvu:.4f}", "dead": f"{100 * row.dead_fraction:.1f}%"})
+        for row in log.itertuples()
+    ]
+
+
+def test_products_are_in_tensorfloat_where_the_run_says_so_and_only_then():
+    setting = torch.backends.cuda.matmul
+    for precision in ("fp32", "tf32", "fp16", "bf16"):
+        for before in (False, True):
+            setting.allow_tf32 = before
+            with contextlib.suppress(KeyError), train._products(precision):
+                assert setting.allow_tf32 == (precision == "tf32")
+                raise KeyError
+            assert setting.allow_tf32 == before
+    setting.allow_tf32 = False
+
+
+def test_a_device_is_waited_for_while_the_next_batch_is_made(lm, blocks, monkeypatch):
+    """But none is made that no step needs."""
+    events = []
+
+    class Queued:
+        device = torch.device("cuda")
+
+        def cpu(self):
+            events.append("wait")
+            return torch.zeros(2 + 3 + 1)
+
+    class Source(activations.TextSource):
+        def batches(self, *arguments):
+            for batch in super().batches(*arguments):
+                events.append("batch")
+                yield batch
+
+    def step(loop, batches, _, dead):
+        list(itertools.islice(batches, 2))
+        return Queued(), torch.arange(8 * 8)
+
+    monkeypatch.setattr(train._Loop, "step", step)
+    run = run_of(tokens=3 * 64)
+    train.train(run, Source(lm, blocks, run.site))
+    bias, two, ahead = ["batch"], ["batch", "batch"], ["batch", "wait", "batch"]
+    assert events == [*bias, *two, *ahead, *ahead, "wait"]
+
+
 # --- several processes --------------------------------------------------------------------------
+
+
+class Member:
+    """An accelerator as it is in one of several processes, which here are threads."""
+
+    num_processes = 2
+
+    def __init__(self, rank, given, barrier):
+        self.process_index, self.is_main_process = rank, rank == 0
+        self._accelerator, self._given, self._barrier = (
+            train.make_accelerator(run_of()),
+            given,
+            barrier,
+        )
+
+    def __getattr__(self, name):
+        return getattr(self._accelerator, name)
+
+    def reduce(self, tensor, how):
+        self._given[self.process_index] = tensor
+        self._barrier.wait()
+        total = sum(self._given)
+        self._barrier.wait()
+        return total / self.num_processes if how == "mean" else total
+
+
+def test_two_ranks_take_turns_and_train_what_one_does(blocks, uninterrupted, bars, tmp_path):
+    given, barrier, done = [None, None], threading.Barrier(2, timeout=60), {}
+    members = [Member(rank, given, barrier) for rank in (0, 1)]
+    models = [tiny_lm(), tiny_lm()]
+
+    def work(rank, stop):
+        arguments = {"accelerator": members[rank], "checkpoint": tmp_path / "c"}
+        try:
+            done[rank] = train.train(run_of(), models[rank], blocks, should_stop=stop, **arguments)
+        except store.Stopped:
+            done[rank] = None
+        except BaseException:
+            barrier.abort()
+            raise
+
+    for stop in ({5}.__contains__, lambda step: False):
+        threads = [threading.Thread(target=work, args=(rank, stop)) for rank in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert digest(done[0]) == digest(done[1])
+    for name, tensor in uninterrupted.sae.state_dict().items():
+        torch.testing.assert_close(done[0].sae.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+    logs = [trained.log.drop(columns="tokens_per_second") for trained in (done[0], uninterrupted)]
+    pd.testing.assert_frame_equal(*logs, rtol=1e-3)
+    assert sorted(bar.disable for bar in bars) == [False, False, True, True]
 
 
 def free_port():
@@ -391,7 +546,11 @@ def test_batches_that_cannot_be_dealt_evenly_are_refused():
     class Three:
         num_processes, process_index = 3, 0
 
-    with pytest.raises(SpecError, match=r"batch_tokens: expected a multiple of 3 micro-batches"):
+    message = (
+        "batch_tokens: expected a multiple of 3 micro-batches, one for each process, got 2 "
+        "micro-batches of 32 tokens"
+    )
+    with pytest.raises(SpecError, match=message):
         train._Plan.of(run_of(), Three())
 
 
@@ -409,6 +568,57 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(lm, blocks, tmp
     checkpoint.write_bytes(checkpoint.read_bytes()[:-10])
     with pytest.raises(store.StoreError, match="damaged checkpoint"):
         train.train(run_of(), lm, blocks, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(operator.methodcaller("pop", part) for part in ("run", "sae", "optimizer", "state")),
+        lambda content: content["state"].update(unknown=1),
+        lambda content: content["optimizer"].clear(),
+    ],
+)
+def test_a_checkpoint_with_other_contents_is_refused(lm, blocks, tmp_path, damage):
+    checkpoint = tmp_path / "checkpoint"
+    with pytest.raises(store.Stopped):
+        train.train(run_of(), lm, blocks, checkpoint=checkpoint, should_stop=lambda step: True)
+    content = store.load_checkpoint(checkpoint)
+    damage(content)
+    store.save_checkpoint(checkpoint, content)
+    with pytest.raises(store.StoreError, match=r"expected a checkpoint of this run; .*; delete it"):
+        train.train(run_of(), lm, blocks, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize(("written", "read"), [(True, True), (True, False), (False, True)])
+def test_the_scale_of_a_loss_in_half_precision_is_part_of_a_checkpoint(
+    lm, blocks, tmp_path, written, read
+):
+    """Where there is one: also a run that had none continues on a device that needs it."""
+
+    class Scaler:
+        scale = 7
+
+        def state_dict(self):
+            return {"scale": self.scale}
+
+        def load_state_dict(self, state):
+            self.scale = state["scale"]
+
+    class Half:
+        def __init__(self, scaler):
+            self.scaler, self._accelerator = scaler, train.make_accelerator(run_of())
+
+        def __getattr__(self, name):
+            return getattr(self._accelerator, name)
+
+    first, second = Scaler(), Scaler()
+    first.scale = 5
+    arguments = {"checkpoint": tmp_path / "c", "should_stop": {5}.__contains__}
+    before, after = Half(first if written else None), Half(second if read else None)
+    with pytest.raises(store.Stopped):
+        train.train(run_of(), lm, blocks, accelerator=before, **arguments)
+    train.train(run_of(), lm, blocks, accelerator=after, **arguments)
+    assert second.scale == (5 if written and read else 7)
 
 
 def test_a_checkpoint_does_not_depend_on_where_model_and_text_lie(lm, blocks, tmp_path):
