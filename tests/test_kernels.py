@@ -1,8 +1,10 @@
 """The sparse kernels against the dense definition, and the optimiser against its laws."""
 
 import copy
+import importlib.util
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -185,6 +187,44 @@ def test_encode_and_decode_alone_equal_autoencode():
         torch.testing.assert_close(again, y)
 
 
+@pytest.mark.parametrize("kernel", ["sparse", "dense", "candidates"])
+def test_a_code_has_as_many_columns_as_a_vector_keeps_latents_and_at_least_one(kernel):
+    x, encoder, _, bias, _ = problem()
+    scores = (x - bias) @ encoder.T
+    for least in (0.6 * scores.max(), 0.999 * scores.max(), scores.max() + 1):
+        kept = scores * (scores >= least)
+        code = kernels.encode(
+            x, encoder, bias, K, kernel, lambda values, least=least: values * (values >= least)
+        )
+        assert code.values.shape == code.indices.shape
+        assert code.values.shape[1] == max(1, (kept > 0).sum(1).max())
+        torch.testing.assert_close(
+            torch.zeros_like(scores).scatter(1, code.indices, code.values), kept
+        )
+
+
+@pytest.mark.parametrize("letters", ["sparse", "dense", "candidates"])
+def test_a_kernel_is_the_implementation_of_that_name(monkeypatch, letters):
+    """Which the numbers do not tell. Names that were read are equal, not the same."""
+    asked, kernel = [], "".join(list(letters))
+    for name in ("_dense_code", "_dense_decode", "_select_candidates", "_matmul"):
+        real = getattr(kernels, name)
+        monkeypatch.setattr(
+            kernels, name, lambda *a, n=name, real=real: asked.append(n) or real(*a)
+        )
+    monkeypatch.setattr(kernels, "sums_bfloat16_in_float32", lambda: True)
+    x, encoder, decoder, bias, _ = problem()
+    first = {"dense": "_dense_code", "candidates": "_select_candidates", "sparse": "_matmul"}
+    code = kernels.encode(x, encoder, bias, K, kernel)
+    assert asked[0] == first[letters]
+    asked.clear()
+    kernels.decode(*code[:2], decoder, kernel)
+    assert asked == ["_dense_decode"] * (letters == "dense")
+    kernels.autoencode(x, encoder, decoder, bias, K, kernel=kernel)
+    assert first[letters] in asked
+    assert ("_dense_decode" in asked) == ("_dense_code" in asked) == (letters == "dense")
+
+
 @pytest.mark.parametrize("spread", [0, 1e-6, 1e-3, 0.1, 1])
 def test_candidates_are_those_of_the_exact_scores_however_close_they_lie(spread):
     """Scores that bfloat16 cannot tell apart (small spread) are found as well."""
@@ -217,6 +257,40 @@ def test_a_latent_that_bfloat16_hides_as_well_as_it_can_is_found(off):
     found = kernels.select(x[None], encoder, 1, kernel="candidates")
     assert found.indices.tolist() == [[100]]
     assert found.values.item() == pytest.approx(float(latent @ x))
+
+
+def latents_near_65(*scores_and_errors):
+    """Each number in bfloat16 is near 2.5, so that such scores of 64 ones are sums of 2^-6, and is
+    off by less than half of that: in all by `error`."""
+    signs = torch.tensor([1.0] * 45 + [-1.0] * 19)
+    rows = []
+    for score, error in scores_and_errors:
+        steps = torch.arange(64).neg().add(round(64 * (score - 65)) + 63) // 64
+        rows.append(2.5 * signs + 2.0**-6 * steps + error / 64)
+        assert rows[-1].bfloat16().double().sum() == score
+    return torch.ones(1, 64), torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    ("first", "error"), [(65.25 + 2.0**-6, 0.225), (65.25 + 2.0**-6, 0.1), (65.75, 0.3)]
+)
+@pytest.mark.parametrize("place", [0, 1, 25, 48, 49])
+def test_a_latent_that_all_roundings_together_hide_is_found(first, error, place):
+    """Scores near 65 are rounded to halves: the hidden one's down by as much as can be, the first
+    one's up; and the errors of the weights do the same."""
+    rows = [(65, 0)] * 50
+    rows[place] = (65.25, error)
+    x, encoder = latents_near_65(*rows, (first, -error))
+    found = kernels.select(x, encoder, 1, kernel="candidates")
+    assert found.indices.item() == place
+    assert found.values.item() == pytest.approx(65.25 + error)
+
+
+def test_what_the_bound_proves_is_not_done_over(monkeypatch):
+    """66.5 and 65 with all their roundings are 66.25 - 0.3 and 65.25 + 0.3."""
+    monkeypatch.setattr(kernels, "select", None)  # must not be asked
+    x, encoder = latents_near_65(*[(65, 0.3)] * 50, (66.5, -0.3))
+    assert kernels._select_candidates(x, encoder, 1).indices.item() == 50
 
 
 def test_the_probe_of_the_processors_products_agrees_with_their_errors():
@@ -336,6 +410,39 @@ def test_gradients_do_not_depend_on_the_pieces_they_are_made_in(monkeypatch, ele
     monkeypatch.setattr(pairs, "PIECE", elements)
     pieces = gradient_of(encoder, decoder, bias, x)
     assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("package", "device", "interpreter", "precision", "message"),
+    [
+        (True, "cuda", False, torch.float32, None),
+        (True, "cpu", True, torch.float32, None),
+        (False, "cuda", False, torch.float32, "needs the package of that name"),
+        (True, "cpu", False, torch.float32, "needs a CUDA device, got cpu"),
+        (True, "xpu", False, torch.float32, "needs a CUDA device, got xpu"),
+        (True, "cuda", False, torch.bfloat16, "in float32, got torch.bfloat16"),
+    ],
+)
+def test_triton_alone_needs_its_package_a_device_and_single_precision(
+    monkeypatch, package, device, interpreter, precision, message
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: "found" if package else None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if interpreter:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for kernel in kernels.KERNELS:
+        refused = message is not None and kernel == "triton"
+        with pytest.raises(ValueError, match=message) if refused else nullcontext():
+            kernels.check(kernel, torch.device(device), precision)
+
+
+def test_functions_are_compiled_for_triton_on_a_gpu_only(monkeypatch):
+    monkeypatch.setattr(kernels, "_compiled", lambda function: ("compiled", function))
+    for kernel in kernels.KERNELS:
+        for device in ("cuda", "cpu", "xpu"):
+            found = kernels.fused(abs, kernel, torch.device(device))
+            gpu = kernel == "triton" and device == "cuda"
+            assert found == (("compiled", abs) if gpu else abs)
 
 
 @pytest.mark.parametrize("run", [1, 2, 7, 1000])
