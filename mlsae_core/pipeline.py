@@ -449,7 +449,7 @@ def batch_tokens(lm: LanguageModel) -> int:
 
 
 def checkpoint_path(identity: str) -> Path:
-    return store.STORE / "checkpoints" / f"{identity}.safetensors"
+    return store.STORE / "checkpoints" / f"{identity}.pt"
 
 
 def _compiled(lm: LanguageModel, run: RunSpec) -> LanguageModel:

@@ -1,31 +1,26 @@
 """Documents → packed token blocks, in disjoint splits.
 
-Three sources behind one interface: the embedded docstring corpus, local files, and hub data sets
-(streamed). A document belongs to train, validation or test by its own hash, so the splits are
-disjoint whatever the order of the text (Appendix A re-reads the training stream to validate; here
-nothing is read twice).
+Three kinds of text behind one interface: local files, hub data sets (streamed), and what other
+packages declare as a `Source`. A document belongs to train, validation or test by its own hash, so
+the splits are disjoint whatever the order of the text (Appendix A re-reads the training stream to
+validate; here nothing is read twice).
 """
 
 from __future__ import annotations
 
-import ast
 import collections
-import gc
+import functools
 import hashlib
 import importlib.metadata
-import inspect
 import io
 import itertools
 import json
-import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pandas as pd
 import pyarrow
 import pyarrow.parquet
 from safetensors import safe_open
@@ -34,14 +29,13 @@ from tqdm.auto import tqdm
 
 from mlsae_core import store
 from mlsae_core.keys import keyed, later
-from mlsae_core.spec import DataSpec, SpecError, read_yaml
+from mlsae_core.spec import DataSpec, SpecError
 
 if TYPE_CHECKING:
     import torch
 
 SPLITS = ("train", "validation", "test")
 DOCUMENTS_PER_CHUNK = 1024  # Appendix A: so many documents are joined before cutting
-DOCSTRINGS = "docstrings"  # the path of the embedded corpus
 _FORMATS = (".jsonl", ".json", ".txt", ".parquet")  # all but the last also with .zst
 
 
@@ -55,8 +49,26 @@ class Source(NamedTuple):
     identity: Callable[[], dict]
 
 
-#: Further texts by their path; other packages add theirs.
+#: Further texts by their path; other packages add theirs when they are imported.
 SOURCES: dict[str, Source] = {}
+
+
+def source(path: str) -> Source | None:
+    """The one of `SOURCES` with that path, after the package that declares it was imported."""
+    if path not in SOURCES and path in _declared():
+        _declared()[path].load()
+    return SOURCES.get(path)
+
+
+@functools.cache
+def _declared() -> dict[str, importlib.metadata.EntryPoint]:
+    """Modules by the path of the text that each adds to `SOURCES`, of all installed packages."""
+    return {found.name: found for found in importlib.metadata.entry_points(group="mlsae_core.text")}
+
+
+def _kinds() -> str:
+    """What a path can name, for messages."""
+    return ", ".join(dict.fromkeys([*SOURCES, *_declared(), "a hub id"]))
 
 
 def split_of(document: str) -> str:
@@ -76,17 +88,15 @@ def documents(data: DataSpec) -> Iterable[str]:
     Raises:
         SpecError: nothing is there, it cannot be read, or it has no such text column.
     """
-    if data.path == DOCSTRINGS:
-        return docstrings()
-    if data.path in SOURCES:
-        return list(SOURCES[data.path].documents())
+    if declared := source(data.path):
+        return list(declared.documents())
     return _distinct_documents(data)
 
 
 def split_documents(data: DataSpec) -> Iterable[tuple[str, str]]:
     """(split, document): each by its own hash, or as one of `SOURCES` says."""
-    if data.path in SOURCES:
-        return [(split, text) for text, split in SOURCES[data.path].documents().items()]
+    if declared := source(data.path):
+        return [(split, text) for text, split in declared.documents().items()]
     found = documents(data)
     pairs = ((split_of(text), text) for text in found)
     return list(pairs) if isinstance(found, list) else pairs
@@ -102,135 +112,6 @@ def _distinct_documents(data: DataSpec) -> Iterator[str]:
             if files:
                 seen.add(digest)
             yield text
-
-
-# --- the docstring corpus -----------------------------------------------------------------------
-
-
-def corpus_pins() -> dict[str, str]:
-    """Distribution → release of the packages whose docstrings are the embedded corpus."""
-    return {name: str(pin) for name, pin in corpus()["packages"].items()}
-
-
-def corpus() -> dict:
-    """What identifies the embedded corpus: its pins, and the least length of a document."""
-    return read_yaml(store.DATA / "docstrings.yml", typed=True)
-
-
-def corpus_drift() -> list[str]:
-    """Installed releases that differ from the corpus' pins, as `name pinned → installed`."""
-    pins = corpus_pins().items()
-    return [f"{name} {pin} → {_installed(name)}" for name, pin in pins if _installed(name) != pin]
-
-
-def _warn_of_drift(characters: dict[str, int]):
-    """Say which packages differ from the pins, and how much of the text comes from them."""
-    if drift := corpus_drift():
-        share = sum(characters.get(line.split()[0], 0) for line in drift)
-        share /= max(sum(characters.values()), 1)
-        print(
-            f"note: {len(drift)} of the {len(corpus_pins())} packages of the corpus, which hold "
-            f"{share:.0%} of its text, differ from its pins ({'; '.join(drift[:4])}"
-            f"{'; …' if len(drift) > 4 else ''}): new results come from slightly other text than "
-            "the shipped ones, which stay valid",
-            file=sys.stderr,
-        )
-
-
-def file_docstrings(path: Path) -> list[str]:
-    """Docstrings of a file's module, classes and functions; the file is parsed, never run."""
-    source = path.read_bytes()
-    if b'"""' not in source and b"'''" not in source:
-        return []  # one-line strings in single quotes are rare, and too short to keep
-    try:
-        pending: list[ast.AST] = [ast.parse(source)]
-    except (SyntaxError, ValueError):
-        return []  # templates and files for other Python versions
-    found = []
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            value = first.value if isinstance(first, ast.Expr) else None
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                found.append(inspect.cleandoc(value.value))
-        for block in ("body", "orelse", "finalbody", "handlers"):
-            children = getattr(node, block, None)
-            if isinstance(children, list):
-                pending.extend(children)
-    return found
-
-
-def _docstrings_of(paths: list[Path]) -> list[list[str]]:
-    gc.disable()  # syntax trees are large and acyclic: a third of the time otherwise
-    try:
-        return [file_docstrings(path) for path in paths]
-    finally:
-        gc.enable()
-
-
-def docstrings() -> list[str]:
-    """The embedded corpus in the order of its documents' hashes; extracted once per machine."""
-    installed = {name: _installed(name) for name in corpus_pins()}
-    spec = {"corpus": corpus(), "installed": installed}
-    identity = store.key("documents", spec, {})
-    artefact = store.find("documents", identity)
-    if artefact is None:
-
-        def fill(folder: Path) -> dict:
-            texts, characters = extract_docstrings()
-            frame = pd.DataFrame({"text": texts})
-            frame.to_parquet(folder / "documents.parquet", compression="zstd", index=False)
-            return {"documents": len(texts), "characters_per_package": characters}
-
-        artefact = store.write("documents", identity, spec, {}, fill)
-    _warn_of_drift(artefact.meta["characters_per_package"])
-    return pd.read_parquet(artefact.file("documents.parquet"))["text"].tolist()
-
-
-def _installed(name: str) -> str:
-    try:
-        return importlib.metadata.version(name).split("+")[0]
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _source_files(package: str) -> list[Path]:
-    """A distribution's Python files, without its tests."""
-    try:
-        listed = importlib.metadata.distribution(package).files or []
-    except importlib.metadata.PackageNotFoundError:
-        return []
-    inside = [f for f in listed if f.suffix == ".py" and not {"..", "tests", "test"} & set(f.parts)]
-    return [path for path in (Path(str(file.locate())) for file in inside) if path.is_file()]
-
-
-def extract_docstrings() -> tuple[list[str], dict[str, int]]:
-    """Distinct docstrings of the pinned packages in the order of their hashes.
-
-    Returns:
-        The documents, and characters per package (a text that several have counts for the first).
-    """
-    files = [(package, path) for package in corpus_pins() for path in _source_files(package)]
-    if not files:
-        raise SpecError(
-            "data.path: expected the packages of data/docstrings.yml, none is installed; install "
-            "the project's requirements, or name a file or a hub data set"
-        )
-    batches = [[path for _, path in files[start::64]] for start in range(64)]
-    with ProcessPoolExecutor(os.cpu_count() or 1) as pool:
-        read = pool.map(_docstrings_of, batches)
-        found = list(tqdm(read, "reading docstrings", len(batches)))
-    least, owner = corpus()["minimum_characters"], {}
-    for number, (package, _) in enumerate(files):
-        batch, position = number % 64, number // 64
-        for text in found[batch][position]:
-            if len(text) >= least:
-                owner.setdefault(text, package)
-    characters: collections.Counter[str] = collections.Counter()
-    for text, package in owner.items():
-        characters[package] += len(text)
-    return sorted(owner, key=document_hash), dict(characters)
 
 
 # --- files and hub data sets --------------------------------------------------------------------
@@ -250,7 +131,7 @@ def local_files(data: DataSpec) -> list[Path]:
         raise SpecError(f"data.path: expected a file ending in {formats}, got {data.path}")
     if _format(here) or data.path.startswith((".", "/", "~")) or data.path.count("/") > 1:
         raise SpecError(
-            f"data.path: expected {DOCSTRINGS}, a hub id, or a file or folder (from {Path.cwd()}, "
+            f"data.path: expected {_kinds()}, or a file or folder (from {Path.cwd()}, "
             f"if relative), got {data.path}"
         )
     return []
@@ -339,8 +220,8 @@ def _hub(data: DataSpec) -> Iterator[str]:
         raise
     except Exception as error:  # the library's errors are many; the reader needs one line
         raise SpecError(
-            f"data.path: expected {DOCSTRINGS}, a file, a folder or a hub data set; as the last "
-            f"{data.path} cannot be read: {_reason(error)}"
+            f"data.path: expected {_kinds()}, or a file or folder; as a hub id {data.path} cannot "
+            f"be read: {_reason(error)}"
         ) from error
 
 
@@ -350,15 +231,13 @@ def _reason(error: Exception) -> str:
 
 def is_streamed(data: DataSpec) -> bool:
     """Whether the text comes from a hub data set, whose length is not known."""
-    return data.path not in (DOCSTRINGS, *SOURCES) and not local_files(data)
+    return source(data.path) is None and not local_files(data)
 
 
 def data_key(data: DataSpec) -> dict:
-    """What identifies the text: package pins, hashes of local files, or a hub id and revision."""
-    if data.path == DOCSTRINGS:
-        return {DOCSTRINGS: corpus()} | later(data)
-    if data.path in SOURCES:
-        return SOURCES[data.path].identity() | later(data)
+    """What identifies the text: hashes of local files, a hub id and revision, or a source's own."""
+    if declared := source(data.path):
+        return declared.identity() | later(data)
     if files := local_files(data):
         hashes = [[_format(file), store.source_hash(file)] for file in files]
         return {"files": hashes, "text_column": data.text_column} | later(data)

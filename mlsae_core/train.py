@@ -420,7 +420,10 @@ class _Checkpoint:
             loop.optimizer.load_state_dict(content["optimizer"])
             if loop.accelerator.scaler and content["scaler"]:
                 loop.accelerator.scaler.load_state_dict(content["scaler"])
-            return _State(**content["state"])
+            state = _State(**content["state"])
+            if state.step not in range(loop.plan.steps + 1):
+                raise ValueError(f"its step is {state.step} of {loop.plan.steps}")
+            return state
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise store.StoreError(
                 f"{self.path}: expected a checkpoint of this run; {error}; delete it to start anew"

@@ -193,7 +193,7 @@ def test_wrong_usage_is_exit_code_2(call, arguments):
         ({"model": {"path": "x", "dtype": "int8"}}, "model.dtype: expected float32"),
         (
             {"data": {"path": "nowhere.jsonl", "context_length": 8}},
-            "data.path: expected docstrings, a hub id, or a file or",
+            "a hub id, or a file or folder",
         ),
         ({"data": {"path": "a", "context": 4}}, "data.context: unknown field; did you mean"),
         ({"raw": ""}, "spec.yml: expected `field: value` lines, got nothing"),

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from workers import sentences
 
-from mlsae_book import experiments, planted, stages
+from mlsae_book import corpus, experiments, planted, stages
 from mlsae_book.pretrain import train_tokenizer
 from mlsae_core import analysis, pipeline, spec, store, text
 from mlsae_core.lens import Lens
@@ -113,7 +113,7 @@ def numbers(inputs, data, tmp_path, monkeypatch):
     source = tmp_path / "module.py"
     source.write_text('"""One."""\nclass A:\n    """Two."""\n    def f():\n        """Three."""\n')
     return {
-        "documents": {"docstrings": "|".join(text.file_docstrings(source))},
+        "documents": {"docstrings": "|".join(corpus.file_docstrings(source))},
         "tokens": {"digest": tokens_digest(inputs)},
         "train": {name: float(log[name]) for name in ("loss", "fvu", "fvu_2")},
         "evaluate": {

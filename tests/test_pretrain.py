@@ -37,7 +37,7 @@ RECIPE = {
 def corpus(data, monkeypatch):
     """A small corpus in the place of the docstrings."""
     (data / "docstrings.yml").write_text("minimum_characters: 32\npackages: {none: 1.0}\n")
-    monkeypatch.setattr(text, "docstrings", lambda: sentences(400))
+    monkeypatch.setattr("mlsae_book.corpus.docstrings", lambda: sentences(400))
 
 
 def write(name, **changes):

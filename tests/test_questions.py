@@ -77,7 +77,7 @@ def test_a_question_is_in_the_split_of_its_docstring(data, monkeypatch):
     (data / "docstrings.yml").write_text("minimum_characters: 32\npackages: {none: 1.0}\n")
     tasks = [f"Task {i} of the list.\n\n:param a{i}: number {i}" for i in range(60)]
     shared = [f"Shared by several.\n\n:param x: the same\n\nNote {i}." for i in range(40)]
-    monkeypatch.setattr(text, "docstrings", lambda: tasks + shared)
+    monkeypatch.setattr(corpus, "docstrings", lambda: tasks + shared)
     spec = DataSpec(corpus.QUESTIONS)
     found = {question: split for split, question in text.split_documents(spec)}
     for i, docstring in enumerate(tasks):

@@ -11,6 +11,7 @@ import torch
 import workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from mlsae_core import store
 from mlsae_core.spec import SpecError
@@ -118,12 +119,12 @@ def test_leftovers_of_killed_processes_are_removed_and_never_listed(data):
     assert alive.exists()
     assert other.exists()
 
-    checkpoint = store.STORE / "checkpoints" / "a.safetensors"
+    checkpoint = store.STORE / "checkpoints" / "a.pt"
     store.save_checkpoint(checkpoint, {"a": 1})
-    half = checkpoint.with_name(f".a.safetensors-{ended.pid}")
+    half = checkpoint.with_name(f".a.pt-{ended.pid}")
     half.write_text("half")
     store.save_checkpoint(checkpoint, {"a": 2})
-    assert [path.name for path in checkpoint.parent.iterdir()] == ["a.safetensors"]
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["a.pt"]
 
 
 def test_processes_that_compute_the_same_do_not_mix(data, processes):
@@ -169,12 +170,24 @@ def test_a_checkpoint_holds_what_was_saved(tmp_path_factory, state):
     assert equal(state, store.load_checkpoint(path))
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 100, b"\x08" + b"\0" * 7 + b"{}      "])
-def test_a_damaged_checkpoint_is_named(tmp_path, content):
-    path = tmp_path / "checkpoint"
+@given(st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+def test_a_checkpoint_with_one_flipped_bit_is_named(tmp_path_factory, place, bit):
+    path = tmp_path_factory.getbasetemp() / "checkpoints" / "checkpoint"
+    store.save_checkpoint(path, {"weights": torch.arange(100.0), "step": 3})
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1 << bit
     path.write_bytes(content)
     with pytest.raises(store.StoreError, match=r"checkpoint: damaged checkpoint.*delete it"):
         store.load_checkpoint(path)
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
+    path = tmp_path / "checkpoint"
+    save_file({"0": torch.ones(3)}, path, metadata={"state": "{}"})  # of an earlier commit
+    for content in (path.read_bytes(), b"", b"x" * 100):
+        path.write_bytes(content)
+        with pytest.raises(store.StoreError, match=r"checkpoint: damaged checkpoint.*delete it"):
+            store.load_checkpoint(path)
 
 
 def model(folder, **files):

@@ -2,7 +2,6 @@
 
 import collections
 import gzip
-import importlib
 import itertools
 import json
 import math
@@ -226,7 +225,7 @@ def test_paths_are_files_folders_or_hub_ids(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     for path in ("none.jsonl", "./none", "/none", "a/b/c"):
-        with pytest.raises(SpecError, match=r"data\.path: expected docstrings, a hub id"):
+        with pytest.raises(SpecError, match=r"data\.path: expected .*a hub id, or a file"):
             text.is_streamed(DataSpec(path))
     with pytest.raises(SpecError, match=r"in the folder empty, got none"):
         text.is_streamed(DataSpec("empty"))
@@ -345,117 +344,3 @@ def test_a_hub_data_set_that_does_not_do_is_refused(hub, tokenizer, monkeypatch)
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(SpecError, match=r"data\.path: .*a/b cannot be read: no network"):
         list(text.documents(DataSpec("a/b")))
-
-
-# --- docstrings ---------------------------------------------------------------------------------
-
-SOURCE = '''"""The module says what it is for, at some length."""
-class A:
-    """A class with a docstring that is long enough."""
-    def f(self):
-        """Indented,
-            as docstrings are: it is cleaned."""
-    x = """not a docstring, although it is long enough"""
-    async def g(self):
-        r"""A raw docstring of a coroutine that is long."""
-if True:
-    def h():
-        """A function in a branch of the module, also read."""
-try:
-    pass
-except ValueError:
-    def i():
-        """short"""
-'''
-
-
-def test_docstrings_are_read_without_running_the_file(tmp_path):
-    path = tmp_path / "module.py"
-    path.write_text(SOURCE + "raise SystemExit\n")
-    assert sorted(text.file_docstrings(path)) == [
-        "A class with a docstring that is long enough.",
-        "A function in a branch of the module, also read.",
-        "A raw docstring of a coroutine that is long.",
-        "Indented,\nas docstrings are: it is cleaned.",
-        "The module says what it is for, at some length.",
-        "short",
-    ]
-    path.write_text('"""A template {{ that }} is no Python"""\n{% if %}\n')
-    assert text.file_docstrings(path) == []
-
-
-@pytest.fixture
-def packages(data, monkeypatch):
-    """Two installed packages and one that is not, pinned as the corpus."""
-    site = data / "site"
-    only = {name: f"Only in {name}, and long enough to be kept." for name in ("one", "two")}
-    for name, version in (("one", "1.0"), ("two", "2.10")):
-        for file in (f"{name}/a.py", f"{name}/tests/b.py", f"{name}/c.txt"):
-            (site / file).parent.mkdir(parents=True, exist_ok=True)
-            (site / file).write_text(SOURCE)
-        (site / name / "only.py").write_text(f'"""{only[name]}"""\n')
-        info = site / f"{name}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
-        files = (f"{name}/a.py", f"{name}/only.py", f"{name}/tests/b.py", f"{name}/c.txt")
-        (info / "RECORD").write_text("".join(f"{file},,\n" for file in files))
-    monkeypatch.syspath_prepend(str(site))
-    importlib.invalidate_caches()
-
-    def pin(**pins):
-        lines = "".join(f"  {name}: {version}\n" for name, version in pins.items())
-        (data / "docstrings.yml").write_text(f"minimum_characters: 32\npackages:\n{lines}")
-
-    pin(one="1.0", two="'2.10'")
-    return pin
-
-
-def test_the_corpus_is_every_distinct_long_docstring_in_the_order_of_hashes(packages, capsys):
-    documents = text.docstrings()
-    assert len(documents) == 7  # five of the source, one of each package; no test, nothing twice
-    assert documents == sorted(documents, key=text.document_hash)
-    assert "Only in one, and long enough to be kept." in documents
-    assert "differ" not in capsys.readouterr().err
-    (made,) = store.artefacts("documents")
-    by_package = made.meta["characters_per_package"]
-    assert sum(by_package.values()) == sum(map(len, documents))
-    assert by_package["two"] == len("Only in two, and long enough to be kept.")
-
-
-def test_drift_is_said_with_its_share_and_changes_no_key(packages, capsys, monkeypatch):
-    key = text.data_key(DataSpec())
-    text.docstrings()
-    capsys.readouterr()
-    real = text._installed
-    monkeypatch.setattr(text, "_installed", lambda name: "3.0" if name == "two" else real(name))
-    assert text.corpus_drift() == ["two 2.10 → 3.0"]
-    text.docstrings()
-    message = capsys.readouterr().err
-    (made,) = (a for a in store.artefacts("documents") if a.spec["installed"]["two"] == "3.0")
-    share = made.meta["characters_per_package"]["two"] / sum(
-        made.meta["characters_per_package"].values()
-    )
-    assert "note: 1 of the 2 packages" in message
-    assert f"hold {share:.0%} of its text" in message
-    assert "two 2.10 → 3.0" in message
-    assert text.data_key(DataSpec()) == key
-    packages(one="1.1", two="'2.10'")
-    assert text.data_key(DataSpec()) != key
-
-
-def test_pins_are_text_also_where_yaml_reads_a_number(packages):
-    packages(one="1.0", two="'2.10'")
-    assert text.corpus_pins() == {"one": "1.0", "two": "2.10"}
-    assert text.corpus_drift() == []
-
-
-def test_a_corpus_without_installed_packages_is_refused(packages):
-    packages(absent="1.0")
-    with pytest.raises(SpecError, match=r"data\.path: expected the packages.*none is installed"):
-        text.docstrings()
-    assert not [file for file in store.STORE.rglob("*") if file.is_file()]
-
-
-def test_the_shipped_corpus_is_what_is_installed():
-    assert len(text.corpus_pins()) > 30
-    assert all(isinstance(pin, str) for pin in text.corpus_pins().values())

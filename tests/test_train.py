@@ -491,7 +491,7 @@ def test_a_killed_process_is_continued_exactly(inputs, processes, tmp_path):
     os.kill(first.pid, signal.SIGKILL)
     first.join(300)
     assert first.exitcode == -signal.SIGKILL
-    assert list((killed / "store" / "checkpoints").glob("*.safetensors"))
+    assert list((killed / "store" / "checkpoints").glob("*.pt"))
     assert not (killed / "store" / "train").exists()
     again = processes.Process(target=workers.command, args=(arguments, killed))
     again.start()
@@ -561,6 +561,11 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(lm, blocks, tmp
     with pytest.raises(store.StoreError, match="belongs to another run; delete it to start anew"):
         train.train(run_of(seed=1), lm, blocks, checkpoint=checkpoint)
     content = store.load_checkpoint(checkpoint)
+    for step in (-5, 10**9, 0.5, "1"):
+        edited = content | {"state": content["state"] | {"step": step}}
+        store.save_checkpoint(checkpoint, edited)
+        with pytest.raises(store.StoreError, match=rf"its step is {step} of 12; delete it"):
+            train.train(run_of(), lm, blocks, checkpoint=checkpoint)
     del content["sae"]["pre_bias"]
     store.save_checkpoint(checkpoint, content)
     with pytest.raises(store.StoreError, match="expected a checkpoint of this run"):

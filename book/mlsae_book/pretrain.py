@@ -311,7 +311,7 @@ def pretrain(path: str | Path, stop_after: float | None = None) -> Path:
     validation = text.blocks(recipe.data, tokenizer, "validation")
     training = _Training(
         recipe, accelerator, model, _optimizers(model, recipe), train, validation,
-        store.STORE / "pretrain" / f"{folder.name}.safetensors",
+        store.STORE / "pretrain" / f"{folder.name}.pt",
     )  # fmt: skip
     state = training.restore()
     if recipe.base is not None and not state.log:  # what fine-tuning has to improve on
