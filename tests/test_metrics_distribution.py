@@ -215,11 +215,14 @@ def test_known_extremes():
     assert (one_layer.var_l, one_layer.mean_entropy) == (0, 0)
 
 
-def test_many_chunks_and_layers():
+def test_many_chunks_and_layers(monkeypatch):
     """More entries than one internal chunk, against the dense definition."""
     indices, values = codes(5, tokens=70, layers=50, latents=64, k=40)
     whole, small = LayerDistribution(50, 64, 3), LayerDistribution(50, 64, 3)
+    chunks, add = [], whole._add
+    monkeypatch.setattr(whole, "_add", lambda i, *rest: chunks.append(i.shape[1]) or add(i, *rest))
     whole.update(indices, values, torch.arange(70))
+    assert chunks == [65, 5]  # tokens of 50 · 40 entries, at most 2^17 together
     for t in range(70):
         small.update(indices[:, t : t + 1], values[:, t : t + 1], torch.tensor([t]))
     assert indices.numel() > 2**17
@@ -315,6 +318,24 @@ def test_gaussian_like_keeps_norms_and_is_isotropic():
     torch.testing.assert_close(direction.T @ direction / 10000, torch.eye(3) / 3, atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("empty", [(slice(0, 0), slice(None)), (slice(None), slice(0, 0))])
+def test_tokens_without_active_latents_count_as_seen(empty):
+    indices, values = codes(0)
+    total = LayerDistribution(LAYERS, LATENTS)
+    total.update(indices, values)
+    expected = total.compute()
+    nothing = indices[:, *empty], values[:, *empty]
+    total.update(*nothing)
+    assert_same(total.compute()._replace(tokens=23), expected)
+    assert total.tokens == 23 + nothing[0].shape[1]
+
+
+def test_two_blocks_are_enough_to_resample():
+    indices, values = codes(0)
+    total = accumulate(indices, values, 23, n_blocks=2, sequences=torch.arange(23))
+    assert total.bootstrap(50, torch.Generator().manual_seed(0)).var_l.unique().numel() == 3
+
+
 def test_errors_say_what_was_expected():
     indices, values = codes(0)
     total = LayerDistribution(LAYERS, LATENTS, n_blocks=2)
@@ -324,14 +345,18 @@ def test_errors_say_what_was_expected():
         total.update(indices, values)
     with pytest.raises(ValueError, match=r"sequences must be \(23,\)"):
         total.update(indices, values, torch.zeros(5))
-    with pytest.raises(ValueError, match=r"\[0, 9\), got 0 to 9"):
-        total.update(indices.clamp(max=0) + torch.tensor([0, 4, 9]), values, torch.zeros(23))
+    for wrong, message in ((9, "0 to 9"), (12, "0 to 12"), (-1, "-1 to 4"), (-3, "-3 to 4")):
+        with pytest.raises(ValueError, match=rf"\[0, 9\), got {message}"):
+            total.update(indices * 0 + torch.tensor([0, 4, wrong]), values, torch.zeros(23))
     with pytest.raises(ValueError, match="negative or nan"):
         total.update(indices, values * torch.nan, torch.zeros(23))
     with pytest.raises(ValueError, match="negative or nan"):
         total.update(indices, values - 1, torch.zeros(23))
-    with pytest.raises(ValueError, match=r"= \(4, token, k\)"):
-        total.update(indices[:2], values[:2], torch.zeros(23))
+    wrong = [(indices[:2], values[:2]), (indices[0], values[0]), (indices, values[:, :, :2])]
+    wrong += [(indices[:, :, 0], values[:, :, 0]), (indices[..., None], values[..., None])]
+    for pair in wrong:
+        with pytest.raises(ValueError, match=r"= \(4, token, k\), got"):
+            total.update(*pair, torch.zeros(23))
     with pytest.raises(ValueError, match="one size"):
         total.merge(LayerDistribution(LAYERS, LATENTS))
     with pytest.raises(ValueError, match="n_blocks ≥ 2"):

@@ -141,6 +141,12 @@ def test_wrong_shapes_say_what_was_expected():
     original, replaced, targets = draw(0)
     with pytest.raises(ValueError, match=r"\(2, 11, 7\)"):
         Downstream(2).update(original, replaced, targets)
+    message = r"= \(3, 11, 7\) and targets \(11,\), got \(3, 11, 7\) and \(10,\)"
+    with pytest.raises(ValueError, match=message):
+        Downstream(3).update(original, replaced, targets[:10])
+    for wrong in (replaced[:2], replaced[:, :10], replaced[:, :, :6], replaced[0]):
+        with pytest.raises(ValueError, match=r"vocabulary\) = \(3, 11, 7\) and targets"):
+            Downstream(3).update(original, wrong, targets)
     with pytest.raises(ValueError, match="one size"):
         Downstream(2).merge(Downstream(3))
     with pytest.raises(ValueError, match="equal leading axes"):

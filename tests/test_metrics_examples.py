@@ -1,5 +1,6 @@
 """Top activating examples against sorted lists."""
 
+import math
 import pickle
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlsae_core.metrics import TopExamples
+from mlsae_core.metrics import TopExamples, examples
 
 quick = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -69,14 +70,17 @@ def test_any_split_and_any_order_of_merging_is_the_sorted_list(seed, n_examples,
     assert as_lists(parts[2].merge(parts[0]).merge(parts[1])) == expected
 
 
-def test_more_entries_than_one_chunk():
+def test_more_entries_than_one_chunk(monkeypatch):
+    """Of 2^17 entries at most, so that memory is bounded, but not of much fewer."""
+    chunks, best = [], examples._best
+    monkeypatch.setattr(examples, "_best", lambda *a: chunks.append(0) or best(*a))
     generator = torch.Generator().manual_seed(0)
     indices = torch.rand(3, 24000, 7, generator=generator).topk(2).indices
     values = torch.rand(indices.shape, generator=generator)
     positions = torch.arange(24000)
     top = TopExamples(3, 7, 5)
     top.update(indices, values, positions)
-    assert indices.numel() > 2**17
+    assert len(chunks) == 2 == math.ceil(indices.numel() / 2**17)
     for layer in range(3):
         for latent in range(7):
             mine = (values[layer] * (indices[layer] == latent)).sum(1)
@@ -85,9 +89,20 @@ def test_more_entries_than_one_chunk():
             assert top.positions[layer, latent].tolist() == best.indices.tolist()
 
 
+@pytest.mark.parametrize("empty", [(slice(0, 0), slice(None)), (slice(None), slice(0, 0))])
+def test_tokens_without_active_latents_change_nothing(empty):
+    indices, values, positions = codes(0)
+    top = TopExamples(3, 7)
+    assert top.compute().values.shape == (3, 7, 10)
+    top.update(indices, values, positions)
+    expected = as_lists(top)
+    top.update(indices[:, *empty], values[:, *empty], positions[empty[0]])
+    assert as_lists(top) == expected == brute_force(indices, values, positions, 10)
+
+
 def test_errors_say_what_was_expected():
     indices, values, positions = codes(0)
-    with pytest.raises(ValueError, match=r"positions must be \(40,\)"):
+    with pytest.raises(ValueError, match=r"positions must be \(40,\), got \(3,\)"):
         TopExamples(3, 7).update(indices, values, positions[:3])
     with pytest.raises(ValueError, match=r"\[0, 2\)"):
         TopExamples(3, 2).update(indices, values, positions)

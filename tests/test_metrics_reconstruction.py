@@ -181,6 +181,18 @@ def test_moments_are_mean_and_variance(seed):
     torch.testing.assert_close(moments.scatter / 29, x.var(1, correction=0))
 
 
+def test_accumulators_that_have_seen_nothing_can_be_merged():
+    x, recon = activations(0)
+    empty = Reconstruction(3, 5).merge(Reconstruction(3, 5))
+    whole = accumulate(x, recon, [29])
+    for total in (empty.merge(whole), accumulate(x, recon, [29]).merge(Reconstruction(3, 5))):
+        result = total.compute()
+        assert result.tokens == 29
+        torch.testing.assert_close(result.fvu_global, fvu(x, recon))
+    with pytest.raises(ValueError, match="no tokens seen"):
+        Reconstruction(3, 5).merge(Reconstruction(3, 5)).compute()
+
+
 def test_degenerate_layers_and_wrong_shapes_say_so():
     constant = torch.ones(1, 4, 2)
     assert fvu(constant, constant + 1, "per_dimension").isinf().all()
@@ -194,7 +206,14 @@ def test_degenerate_layers_and_wrong_shapes_say_so():
         fvu(constant, constant, "per-dimension")
     with pytest.raises(ValueError, match=r"\(2, token, 2\), got \(1, 4, 2\)"):
         Reconstruction(2, 2).update(constant, constant)
-    with pytest.raises(ValueError, match="values must be"):
-        Reconstruction(1, 2).update(constant, constant, torch.ones(1, 3, 2))
+    for wrong in (torch.ones(1, 4), torch.ones(1, 4, 2, 1), torch.ones(2, 4, 2), constant[..., :1]):
+        with pytest.raises(ValueError, match=r"\(1, token, 2\), got "):
+            LayerMoments(1, 2).update(wrong)
+    for wrong in (torch.ones(1, 4), torch.ones(4, 2, 1)):
+        with pytest.raises(ValueError, match=r"d_model\), got .* and \(1, 4, 2\)"):
+            fvu(wrong, constant)
+    for wrong in (torch.ones(1, 3, 2), torch.ones(1, 4), torch.ones(1, 4, 2, 1)):
+        with pytest.raises(ValueError, match=r"values must be \(layer, token, k\) = \(1, 4, 'k'\)"):
+            Reconstruction(1, 2).update(constant, constant, wrong)
     with pytest.raises(ValueError, match="one size"):
         Reconstruction(1, 2).merge(Reconstruction(2, 2))
