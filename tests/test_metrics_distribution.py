@@ -330,6 +330,13 @@ def test_tokens_without_active_latents_count_as_seen(empty):
     assert total.tokens == 23 + nothing[0].shape[1]
 
 
+def test_what_is_kept_holds_no_graph():
+    indices, values = codes(0)
+    total = LayerDistribution(LAYERS, LATENTS)
+    total.update(indices, values.requires_grad_())
+    assert not any(t.requires_grad for t in (total.weights, total.totals, total.sums))
+
+
 def test_two_blocks_are_enough_to_resample():
     indices, values = codes(0)
     total = accumulate(indices, values, 23, n_blocks=2, sequences=torch.arange(23))

@@ -155,6 +155,13 @@ def test_wrong_shapes_say_what_was_expected():
         )
 
 
+def test_what_is_kept_holds_no_graph():
+    original, replaced, targets = draw(0)
+    total = Downstream(3)
+    total.update(original.requires_grad_(), replaced.requires_grad_(), targets)
+    assert not total.sums.requires_grad
+
+
 def test_uniformity_by_hand():
     y = torch.tensor([[1.0, -1.0, 0.0, 0.0], [3.0, 0.0, 0.0, 0.0], [3.0, -1.0, 0.0, 0.0]])
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))

@@ -100,6 +100,13 @@ def test_tokens_without_active_latents_change_nothing(empty):
     assert as_lists(top) == expected == brute_force(indices, values, positions, 10)
 
 
+def test_what_is_kept_holds_no_graph():
+    indices, values, positions = codes(0)
+    top = TopExamples(3, 7)
+    top.update(indices, values.requires_grad_(), positions)
+    assert not top.values.requires_grad
+
+
 def test_errors_say_what_was_expected():
     indices, values, positions = codes(0)
     with pytest.raises(ValueError, match=r"positions must be \(40,\), got \(3,\)"):

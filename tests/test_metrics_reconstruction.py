@@ -193,6 +193,17 @@ def test_accumulators_that_have_seen_nothing_can_be_merged():
         Reconstruction(3, 5).merge(Reconstruction(3, 5)).compute()
 
 
+def test_what_is_kept_holds_no_graph():
+    x, recon = (t.requires_grad_() for t in activations(0))
+    total = Reconstruction(3, 5)
+    total.update(x, recon, values=x.relu())
+    moments = LayerMoments(3, 5)
+    moments.update(x)
+    kept = (total.sums, *(t for m in (total.moments, moments) for t in (m.mean, m.scatter)))
+    assert not any(t.requires_grad for t in kept)
+    assert not fvu(x, recon).requires_grad
+
+
 def test_degenerate_layers_and_wrong_shapes_say_so():
     constant = torch.ones(1, 4, 2)
     assert fvu(constant, constant + 1, "per_dimension").isinf().all()
