@@ -285,6 +285,34 @@ def test_of_equally_similar_vectors_the_first_are_taken(blocks):
         most_similar(torch.ones(1, 3), vectors, 151)
 
 
+def test_results_hold_no_graph_and_mmcs_refuses_what_is_no_dictionary():
+    rows = random_rows(0, 6, 3).requires_grad_()
+    results = geometric_median(rows), *most_similar(rows, rows), *mmcs(rows)[2:]
+    assert not any(t.requires_grad for t in (*results, *cosine_histogram(rows)))
+    for wrong in (rows[0], rows[None], rows[:1], rows[:, None]):
+        with pytest.raises(ValueError, match=r"rows must be \(n, d\) with n ≥ 2, got"):
+            mmcs(wrong)
+    for wrong in (rows[0], rows[None], rows[:0]):
+        with pytest.raises(ValueError, match=r"points must be \(n, d\) with n ≥ 1, got"):
+            geometric_median(wrong)
+
+
+def test_all_vectors_may_be_asked_for_but_not_none():
+    rows = random_rows(0, 4, 3)
+    assert most_similar(rows, rows, 4).values.shape == (4, 4)
+    assert mmcs(rows[:2]).values.tolist() == pytest.approx([cosines(rows, rows)[0][1]] * 2)
+    assert math.isnan(mmcs_between(rows[:1], rows).std)
+    with pytest.raises(ValueError, match="k: expected 1 to 4, the number of vectors, got 0"):
+        most_similar(rows, rows, 0)
+
+
+def test_products_of_all_pairs_take_64_mib_at_a_time_in_single_precision():
+    """Of tensors without data, which may be as large as they like."""
+    a, b = torch.empty(2**14, 2, device="meta"), torch.empty(2**12, 2, device="meta")
+    held = [(start, 4 * block.numel()) for start, block in geometry._products(a, b)]
+    assert held == [(start, 2**26) for start in range(0, 2**14, 2**12)]
+
+
 def test_blocks_stay_within_their_size():
     sizes = [
         block.numel()
