@@ -30,6 +30,7 @@ PACKAGES = {
             "spec",
             "keys",
             "store",
+            "models",
             "metrics",
             "text",
             "products",
@@ -57,6 +58,7 @@ PACKAGES = {
         (
             "questions",
             "corpus",
+            "fetch",
             "as_released",
             "planted",
             "tune",
