@@ -81,6 +81,11 @@ FUZZ ?= 2000
 fuzz: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(FUZZ)
 
+# Every command killed at random moments, so many runs of each, and what they end with: minutes.
+KILLS ?= 15
+kills: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py $(KILLS)
+
 # Everything that is shipped, from nothing: hours. EXPERIMENTS=book/experiments/live.yml: a minute.
 EXPERIMENTS ?= $(wildcard book/experiments/*.yml)
 reproduce: $(STAMP)

@@ -165,7 +165,7 @@ def goods(folder: Path):
     write_jsonl(folder / "text.jsonl", [{"text": text} for text in documents])
     (folder / "text.txt").write_text("\n\n".join(documents))
     tokenizer, config = train_tokenizer(documents, 300), CONFIGS["gpt_neox"]()
-    config.vocab_size = len(tokenizer)
+    config.vocab_size, config.max_position_embeddings = len(tokenizer), 256  # as lenses need
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     n, d = config.num_hidden_layers, config.hidden_size
@@ -214,7 +214,7 @@ def recipe(good: Path, folder: Path) -> list[str]:
         "vocab_size": 300,
         "data": {"path": str(good / "text.jsonl"), "context_length": CONTEXT},
     }
-    (folder / "made").mkdir()
+    (folder / "made").mkdir(exist_ok=True)
     path = folder / "made/recipe.yml"
     path.write_text(yaml.safe_dump(fields))
     return ["book", "pretrain", str(path)]
