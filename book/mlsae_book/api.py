@@ -58,6 +58,7 @@ PACKAGES = {
         (
             "questions",
             "corpus",
+            "prose",
             "fetch",
             "as_released",
             "planted",
