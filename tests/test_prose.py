@@ -1,4 +1,4 @@
-"""The text `wikipedia`: what of an article is prose, and what stands in the place of the network."""
+"""The text `wikipedia`: what of an article is prose, and where it comes from without a network."""
 
 import bz2
 
