@@ -15,7 +15,7 @@ INPUTS := $(shell find book mlsae_core data benchmarks/results.json _config.yml 
 	-not -path 'data/store/*' -not -path '*/__pycache__/*' -not -path '*/.*' 2>/dev/null)
 
 .DEFAULT_GOAL := book
-.PHONY: setup book test processors mutants lab notebooks figure reproduce clean
+.PHONY: setup book test processors mutants fuzz kills lab notebooks figure reproduce clean
 
 setup: $(STAMP)
 
@@ -76,6 +76,16 @@ MUTANTS ?=
 mutants: $(STAMP)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[mutants]"
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(MUTANTS)
+
+# So many damaged and hostile inputs to every command: a quarter of an hour for the 2,000. Not in CI.
+FUZZ ?= 2000
+fuzz: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(FUZZ)
+
+# Every command killed at random moments, so many runs of each, and what they end with: minutes.
+KILLS ?= 15
+kills: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py $(KILLS)
 
 # Everything that is shipped, from nothing: hours. EXPERIMENTS=book/experiments/live.yml: a minute.
 EXPERIMENTS ?= $(wildcard book/experiments/*.yml)

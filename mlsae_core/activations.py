@@ -78,6 +78,27 @@ def hook_points(site: SiteSpec) -> tuple[str, ...]:
     return tuple(dict.fromkeys((site.source, target)))
 
 
+MASSIVE = 20
+"""Times the median norm of its sequence's vectors above which a vector's norm is massive: in the
+middle of the gap of SmolLM2-135M, 16,384 tokens of which are below 13 or, 67 of them, above 100."""
+
+
+@torch.no_grad()
+def massive(x: Tensor) -> Tensor:
+    """Whether a token has a massive activation at some layer (Sun et al. 2024, "Massive Activations
+    in Large Language Models"): a vector whose norm is above `MASSIVE` times the median of its
+    sequence and layer. So the tokens are found by what they do, wherever in a sequence they stand.
+
+    Args:
+        x: (layer, batch, position, d_model).
+
+    Returns:
+        (batch, position) bool; nothing is massive among fewer than three positions.
+    """
+    norms = torch.linalg.vector_norm(x.float(), dim=-1)
+    return (norms > MASSIVE * norms.median(-1, keepdim=True).values).any(0)
+
+
 @torch.no_grad()
 def gather(
     captured: dict[str, Tensor],
@@ -95,13 +116,15 @@ def gather(
         captured: hook point -> (layer, batch, position, d_model), at `layers`.
         tokens: (batch, position) int64.
         keep: (batch, position) bool, False at special tokens; on the CPU, so that the host need
-            not wait for a device to count them.
+            not wait for a device to count them, unless the site excludes massive activations.
         index: number of the batch, for messages.
         check: whether activations that are not finite are refused, for which the host waits.
 
     Raises:
         ActivationError: NaN or infinite activations, or nothing but special tokens.
     """
+    if site.massive == "excluded":
+        keep = keep & ~massive(captured[site.source]).cpu()
     sequence, position = keep.nonzero(as_tuple=True)
     if not len(sequence):
         raise ActivationError(

@@ -9,7 +9,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from mlsae_core import store
+from mlsae_core import models
 from mlsae_core.spec import GivenSpec, ModelSpec, RunSpec, SpecError, SubjectSpec
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ def model_config(model: ModelSpec):
     """The configuration of a language model: its dimensions, without its weights."""
     from transformers import AutoConfig
 
-    folder = store.model_folder(model.path)
-    known = ", ".join(store.shipped_models())
+    folder = models.folder(model.path)
+    known = ", ".join(models.known())
     with reading(
         f"model.path: expected a shipped name ({known}), a Hugging Face folder or a hub id, got "
         f"{model.path}, whose config.json cannot be read"

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from mlsae_core import store
+from mlsae_core import models
 from mlsae_core.products import fast_products
 from mlsae_core.spec import HookPoint, ModelSpec, SpecError
 
@@ -520,14 +521,14 @@ def _norms(modules: list[nn.Module]) -> list[nn.Module]:
 
 def _resolve(model: ModelSpec) -> tuple[str, str, str | None]:
     """Path for Hugging Face, display name and revision of a shipped name, a folder or a hub id."""
-    folder = store.model_folder(model.path)
+    folder = models.weights(model.path)
     if folder is None:
         return model.path, model.path.split("/")[-1], model.revision
     if model.random_weights is None and not any(folder.glob("*.safetensors")):
         raise SpecError(f"model.path: {model.path!r} has no weights; expected *.safetensors")
     if not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").is_file():
         raise SpecError(f"model.path: {model.path!r} has no tokenizer; expected tokenizer.json")
-    return str(folder), folder.resolve().name, None
+    return str(folder), Path(model.path).resolve().name, None
 
 
 def _first(output):

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mlsae_core import store, text
+from mlsae_core import models, store, text
 from mlsae_core.fits import check, check_width, load_lens, memory_of, reading
 from mlsae_core.keys import keyed, run_settings, stored, stored_run
 from mlsae_core.spec import (
@@ -63,7 +63,7 @@ def input_parents(run: SubjectSpec) -> dict[str, str]:
     """Content of the language model, the text and the lens, which all of a run's results need."""
     basis = run.site.basis
     return {
-        "model": store.model_key(run.model.path, run.model.revision),
+        "model": models.key(run.model.path, run.model.revision),
         "data": text_key(run.data),
         "lens": "identity" if basis == "identity" else _lens_key(basis),
     }
@@ -149,7 +149,7 @@ class Session:
         """The language model of a spec, loaded once."""
         from mlsae_core.lm import LanguageModel
 
-        wanted = spec, store.model_key(spec.path, spec.revision)
+        wanted = spec, models.key(spec.path, spec.revision)
         if wanted not in self._models:
             with reading(f"model.path: {spec.path} could not be loaded"):
                 loaded = LanguageModel.load(spec, self.device)

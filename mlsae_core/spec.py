@@ -101,6 +101,8 @@ class SiteSpec(Spec):
         with one; alignment: ``aligned`` (translator l+1 for the residual stream after block l) or
         ``as-released`` (translator l).
     stacked: concatenate the layers into one vector (the feature-stacked alternative).
+    massive: whether tokens with massive activations (`activations.massive`) are ``kept``, or
+        ``excluded`` as special tokens are: neither read, counted nor replaced.
     """
 
     layers: Literal["all"] | tuple[int, ...] = "all"
@@ -109,6 +111,7 @@ class SiteSpec(Spec):
     basis: str = "identity"
     alignment: Literal["aligned", "as-released"] = "aligned"
     stacked: bool = False
+    massive: Literal["kept", "excluded"] = added("kept")
 
     def __post_init__(self):
         super().__post_init__()

@@ -12,7 +12,6 @@ it.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import hashlib
 import importlib.metadata
@@ -37,6 +36,7 @@ MODELS, SHIPPED, STORE = DATA / "models", DATA / "shipped", DATA / "store"
 # Raise a stage's version when its numbers change; tests/test_golden.py fails when they do without.
 # Other packages add theirs.
 STAGES = {
+    "models": 1,
     "tokens": 1,
     "train": 1,
     "evaluate": 1,
@@ -329,39 +329,7 @@ def load_checkpoint(path: Path):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-# --- language models --------------------------------------------------------------------------
-
-
-def shipped_models() -> list[str]:
-    """Names of the language models under ``data/models``."""
-    return sorted(path.parent.name for path in MODELS.glob("*/config.json"))
-
-
-def model_folder(path: str) -> Path | None:
-    """The folder of a shipped name or a path; nothing if `path` can only be a hub id."""
-    if Path(path).name == path:
-        if (MODELS / path / "config.json").is_file():
-            return MODELS / path
-        if (MODELS / path / "recipe.yml").is_file():
-            raise SpecError(
-                f"model.path: {path} is not trained yet; `python -m mlsae_book pretrain {path}` "
-                "trains it"
-            )
-        if near := difflib.get_close_matches(path, shipped_models(), n=1, cutoff=0.8):
-            raise SpecError(f"model.path: no model {path}; did you mean `{near[0]}`?")
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise SpecError(
-                f"model.path: {path} has no config.json; expected a Hugging Face folder"
-            )
-        return folder
-    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise SpecError(
-            f"model.path: expected a shipped name ({', '.join(shipped_models())}), a hub id or a "
-            f"folder (from {Path.cwd()}, if relative), got {path}"
-        )
-    return None
+# --- lenses and dictionaries ------------------------------------------------------------------
 
 
 def lens_folder(basis: str) -> Path:
@@ -369,21 +337,6 @@ def lens_folder(basis: str) -> Path:
     if Path(basis).name == basis and (DATA / "lenses" / basis / "config.json").is_file():
         return DATA / "lenses" / basis
     return Path(basis).expanduser()
-
-
-def model_key(path: str, revision: str | None) -> str:
-    """Identity of a model: the hash of a folder's weights, config and tokenizer, or id@revision."""
-    folder = model_folder(path)
-    if folder is None:
-        return f"{path}@{revision or 'main'}"
-    tokenizer = ("tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt")
-    patterns = ("config.json", "*.safetensors", *tokenizer)
-    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
-    digests = {file.name: source_hash(file) for file in files}
-    return hashlib.sha256(canonical(digests).encode()).hexdigest()[:16]
-
-
-# --- dictionaries -----------------------------------------------------------------------------
 
 
 def dictionary_folder(path: str | os.PathLike[str], revision: str | None = None) -> Path:

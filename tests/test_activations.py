@@ -3,7 +3,7 @@ import torch
 from test_lens import random_lens
 from tiny_lm import D_MODEL, EOS, N_LAYERS, PAD, tiny_lm, tiny_tokens
 
-from mlsae_core.activations import ActivationError, stream
+from mlsae_core.activations import MASSIVE, ActivationError, massive, stream
 from mlsae_core.spec import SiteSpec, SpecError
 
 
@@ -101,3 +101,33 @@ def test_a_batch_of_special_tokens_and_unknown_layers_are_refused(lm):
         next(stream(lm, [torch.full((2, 3), EOS)], SiteSpec()))
     with pytest.raises(SpecError, match=r"layers: expected .* from 0 to 2"):
         next(stream(lm, [tiny_tokens()], SiteSpec(layers=(2, 3))))
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize(("sequence", "position"), [(0, 0), (1, 4)])
+def test_planted_massive_activations_are_found_wherever_they_stand(lm, layer, sequence, position):
+    x = lm.capture(torch.full((2, 7), 5), range(N_LAYERS))["residual"]
+    assert not massive(x).any()
+    x[layer, sequence, position] *= 2 * MASSIVE
+    assert massive(x).nonzero().tolist() == [[sequence, position]]
+    assert not massive(x.flip(0) * 1e-3)[1 - sequence].any()  # no scale, no other sequence
+    assert massive(x[:, sequence : sequence + 1]).nonzero().tolist() == [[0, position]]
+
+
+def test_excluded_massive_activations_are_left_out_at_every_layer(lm, monkeypatch):
+    tokens = tiny_tokens()
+    (every,) = stream(lm, [tokens], SiteSpec())
+    capture = lm.capture
+
+    def with_sinks(*arguments):
+        captured = capture(*arguments)
+        captured["residual"][-1, :, 0] *= 100  # at one layer alone
+        return captured
+
+    monkeypatch.setattr(lm, "capture", with_sinks)
+    (kept,) = stream(lm, [tokens], SiteSpec())
+    (batch,) = stream(lm, [tokens], SiteSpec(massive="excluded"))
+    rest = every.position > 0
+    assert torch.equal(kept.position, every.position)
+    assert torch.equal(batch.position, every.position[rest])
+    assert torch.equal(batch.source, every.source[:, rest])

@@ -18,7 +18,7 @@ from tiny_lm import VOCAB, tiny_lm
 
 from mlsae_book import planted, pretrain, stages, tune
 from mlsae_book.tables.transfer import Target
-from mlsae_core import keys, pipeline, spec, store, text, train
+from mlsae_core import keys, models, pipeline, spec, store, text, train
 from mlsae_core.spec import DataSpec, EvaluateSpec, Removed, Renamed, Spec, SpecError, added
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +74,7 @@ def key_of(stage, entry, recorded, monkeypatch, **changes):
             patched.setitem(store.STAGES, name, of["version"])
         patched.setattr(stages, "PROMPTS", recorded["prompts"])
         patched.setattr(pipeline, "input_parents", lambda run: trained["parents"])
-        patched.setattr(store, "model_key", lambda *a: parents["model"])
+        patched.setattr(models, "key", lambda *a: parents["model"])
         patched.setattr(pipeline, "_hash", lambda value: parents["data"])
         patched.setattr(store, "find", lambda stage, identity: identity)
         if stage == "planted":

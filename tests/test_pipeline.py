@@ -61,6 +61,7 @@ OTHER = {
     "basis": "lens",
     "alignment": "as-released",
     "stacked": True,
+    "massive": "excluded",
     "expansion_factor": 4,
     "k": 8,
     "aux_k": 0,

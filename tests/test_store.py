@@ -1,4 +1,4 @@
-"""The store: keys, whole-or-nothing writes, damage, leftovers, checkpoints, models."""
+"""The store: keys, whole-or-nothing writes, damage, leftovers, checkpoints."""
 
 import json
 import os
@@ -188,51 +188,6 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(store.StoreError, match=r"checkpoint: damaged checkpoint.*delete it"):
             store.load_checkpoint(path)
-
-
-def model(folder, **files):
-    folder.mkdir(parents=True)
-    defaults = {"config.json": "{}", "model.safetensors": "w", "tokenizer.json": "t"}
-    for name, content in (defaults | files).items():
-        (folder / name).write_text(content)
-    return str(folder)
-
-
-def test_a_models_key_is_its_content_not_its_place(data, tmp_path):
-    here = store.model_key(model(tmp_path / "a"), None)
-    assert store.model_key(model(tmp_path / "b", **{"README.md": "x"}), "main") == here
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "merges.txt"):
-        path = model(tmp_path / name, **{name: "other"})
-        assert store.model_key(path, None) != here
-    model(store.MODELS / "shipped")
-    assert store.model_key("shipped", None) == here
-    assert store.model_key("owner/name", "abc") == "owner/name@abc"
-    assert store.model_key("owner/name", None) == "owner/name@main"
-    (tmp_path / "a" / "model.safetensors").write_text("new weights")
-    assert store.model_key(str(tmp_path / "a"), None) != here  # although hashes are remembered
-
-
-def test_models_that_are_not_there_are_named(data, tmp_path):
-    model(store.MODELS / "neox-2l")
-    (store.MODELS / "planned").mkdir()
-    (store.MODELS / "planned" / "recipe.yml").write_text("")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("")
-    for path, message in {
-        "neox-3l": "did you mean `neox-2l`?",
-        "planned": "pretrain planned",
-        "empty": "empty has no config.json",
-        "./none": "expected a shipped name (neox-2l), a hub id or a folder",
-        "a/b/c": "expected a shipped name",
-        "file": "expected a shipped name",
-        "../models/neox-2l": "expected a shipped name",
-    }.items():
-        with pytest.raises(SpecError) as error:
-            store.model_folder(path)
-        assert str(error.value).startswith("model.path: ")
-        assert message in str(error.value)
-    assert store.model_folder("gpt2") is None
-    assert store.shipped_models() == ["neox-2l"]
 
 
 def test_looking_results_up_needs_neither_torch_nor_transformers():

@@ -10,7 +10,7 @@ from tiny_lm import D_MODEL, EOS, N_LAYERS, VOCAB, tiny_lm, tiny_tokens
 
 from mlsae_book import tune
 from mlsae_book.__main__ import main
-from mlsae_core import pipeline, store
+from mlsae_core import models, pipeline, store
 from mlsae_core.lens import Lens
 from mlsae_core.spec import DataSpec, SiteSpec, SpecError, run_from_dict
 from mlsae_core.store import Stopped
@@ -165,7 +165,7 @@ def test_a_lens_is_made_once_and_found_by_its_model(data, inputs, monkeypatch):
     names = {"config.json", "params.safetensors", "training.json", "log.csv"}
     assert {file.name for file in folder.iterdir()} == names
     facts = json.loads((folder / "training.json").read_text())
-    assert facts["model"] == store.model_key("gpt_neox", None)
+    assert facts["model"] == models.key("gpt_neox", None)
     assert len(facts["kl_before"]) == len(facts["kl_after"]) == N_LAYERS
     assert facts["validation_tokens"] == 64
     assert facts["spec"]["tokens"] == 512

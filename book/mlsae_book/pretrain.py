@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from mlsae_book import corpus
-from mlsae_core import store, text
+from mlsae_core import models, store, text
 from mlsae_core.keys import keyed
 from mlsae_core.spec import DataSpec, ModelSpec, Spec, SpecError, added, build, read_yaml
 from mlsae_core.store import Stopped
@@ -98,10 +98,10 @@ def train_tokenizer(documents: list[str], vocab_size: int):
 
 def _shipped(recipe: Recipe, name: str) -> Path:
     """The folder of the model that a field of the recipe names."""
-    folder = store.model_folder(getattr(recipe, name))
+    folder = models.folder(getattr(recipe, name))
     if folder is None:
         raise SpecError(
-            f"recipe.{name}: expected one of {', '.join(store.shipped_models())} or a folder, got "
+            f"recipe.{name}: expected one of {', '.join(models.shipped())} or a folder, got "
             f"{getattr(recipe, name)}"
         )
     return folder
@@ -276,7 +276,7 @@ def read_recipe(path: str | Path) -> tuple[Recipe, Path]:
 
 def _identity(recipe: Recipe) -> dict:
     """What a checkpoint belongs to: the recipe, and the weights from which it starts."""
-    start = {} if recipe.base is None else {"base": store.model_key(recipe.base, None)}
+    start = {} if recipe.base is None else {"base": models.key(recipe.base, None)}
     return keyed(recipe) | start
 
 

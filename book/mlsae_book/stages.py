@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlsae_book import corpus  # noqa: F401 (so that its text is known)
-from mlsae_core import fits, pipeline, store
+from mlsae_core import fits, models, pipeline, store
 from mlsae_core.keys import keyed, later, run_settings
 from mlsae_core.pipeline import Batches, Keyed, Session, Stage
 from mlsae_core.spec import EvaluateSpec, SpecError, SubjectSpec, flat, to_dict
@@ -42,7 +42,7 @@ def transfer_key(run: SubjectSpec, settings: EvaluateSpec, target: Target) -> Ke
     """Key, spec and parents of a transfer to another model: of its content, and of its text's."""
     fields, parents = pipeline.measured(run)
     parents |= {
-        "model": store.model_key(target.model.path, target.model.revision),
+        "model": models.key(target.model.path, target.model.revision),
         "data": pipeline.text_key(target.data),
     }
     own = {**fields, **keyed(settings), "target": target.settings()}

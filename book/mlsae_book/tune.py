@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mlsae_core import store, text
+from mlsae_core import models, store, text
 from mlsae_core.keys import stored
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
@@ -243,7 +243,7 @@ def make(model: str, spec: TuneSpec | None = None, force: bool = False) -> Path:
     """
     spec = spec or TuneSpec()
     folder = store.DATA / "lenses" / Path(model).name
-    identity = {"model": store.model_key(model, None), "spec": to_dict(spec)}
+    identity = {"model": models.key(model, None), "spec": to_dict(spec)}
     if not force and _made_of(folder) == identity:
         return folder
     lm = LanguageModel.load(ModelSpec(model), process_state().device)

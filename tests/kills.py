@@ -1,0 +1,182 @@
+"""Kill every command at random moments and see that what it ends with is what it would have been.
+
+`make kills` kills more than 100 times, tests/test_kills.py a few. Each trial runs one command in a
+data folder of its own, interrupts it up to three times after a random part of the time that it
+takes, by SIGKILL or by a signal that it answers (SIGTERM, SIGHUP, SIGINT), runs it to its end, and
+compares every file that it wrote, bit by bit but for dates and seconds, with those of a run that
+nobody killed. A user's files stand beside its inputs and outputs, and must be there at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from fuzz import goods, prepare, recipe, run_fields, write_spec
+from workers import use_data
+
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+TIMES = {"seconds", "written", "tokens_per_second"}
+
+
+def train(good: Path, folder: Path) -> list[str]:
+    return ["core", "train", write_spec(folder, run_fields(good, tokens=8192))]
+
+
+def evaluate(good: Path, folder: Path) -> list[str]:
+    return ["core", "evaluate", write_spec(folder, run_fields(good)), "--tokens", "512"]
+
+
+def lens(good: Path, folder: Path) -> list[str]:
+    return ["book", "lens", str(good / "model"), "--tokens", "4096"]
+
+
+def materialise(good: Path, folder: Path) -> list[str]:
+    fields = {"title": "two", "run": run_fields(good), "sweep": {"k": [2, 4]},
+              "evaluate": {"tokens": 256}, "analyses": ["evaluate", "distributions"]}  # fmt: skip
+    return ["book", "materialise", write_spec(folder, fields), "--ship"]
+
+
+COMMANDS = {
+    "train": train,
+    "evaluate": evaluate,
+    "lens": lens,
+    "pretrain": recipe,
+    "materialise": materialise,
+}
+
+
+def run(arguments: list[str], folder: Path):
+    """Run a command in this process, a fork; it writes checkpoints as often as it can."""
+    for name, stream in (("out", 1), ("err", 2)):
+        os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    os.chdir(folder)
+    use_data(folder / "data")
+    from mlsae_book.__main__ import main as book
+    from mlsae_core import train as training
+    from mlsae_core.__main__ import main as core
+
+    training.CHECKPOINT_EVERY = training.train.__kwdefaults__["checkpoint_seconds"] = 0.0
+    package, *arguments = arguments
+    code = (core if package == "core" else book)(arguments)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+
+def start(arguments: list[str], folder: Path):
+    child = multiprocessing.get_context("fork").Process(target=run, args=(arguments, folder))
+    child.start()
+    return child
+
+
+def written(folder: Path) -> dict[str, bytes | str]:
+    """What a command made, by path: whole files, without the dates and seconds in them."""
+    found: dict[str, bytes | str] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or name in ("out", "err"):
+            continue
+        if path.name in ("meta.json", "training.json"):
+            facts = json.loads(path.read_text())
+            files = dict.fromkeys(facts.get("files", {}), "")  # log.csv has seconds
+            kept = {key: value for key, value in facts.items() if key not in TIMES | {"files"}}
+            found[name] = json.dumps(kept | {"files": files})
+        elif path.name == "log.csv":
+            log = pd.read_csv(path)
+            found[name] = log.drop(columns=[c for c in log if c in TIMES]).to_csv()
+        elif path.name == "README.md":
+            lines = path.read_text().splitlines()
+            found[name] = "\n".join(line for line in lines if not line.startswith("| seconds"))
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def differences(made: dict, expected: dict) -> str:
+    """What of the files is missing, too many, or another; nothing where they are the same."""
+    names = sorted(made.keys() ^ expected.keys())
+    names += sorted(n for n in made.keys() & expected.keys() if made[n] != expected[n])
+    return ", ".join(names)
+
+
+def trial(name: str, number: int, good: Path, seconds: float, expected: dict) -> tuple[int, str]:
+    """Kill a command up to three times and let it end: the number of kills, and what is wrong."""
+    dealt, kills = random.Random(f"{name} {number}"), 0
+    with tempfile.TemporaryDirectory(prefix="kills-") as made:
+        folder = place(Path(made))
+        arguments = COMMANDS[name](good, folder)
+        for _ in range(dealt.randint(1, 3)):
+            child = start(arguments, folder)
+            child.join(dealt.uniform(0.05, 1.1) * seconds)
+            if not child.is_alive():
+                break
+            sent = dealt.choice(SIGNALS)
+            os.kill(child.pid, sent)
+            child.join(10)
+            if child.is_alive():
+                child.kill()
+                return kills, f"still runs 10 s after {sent.name}"
+            kills += 1
+            if sent != signal.SIGKILL and "Traceback" in (folder / "err").read_text():
+                return kills, f"{sent.name}: {(folder / 'err').read_text()[-500:]}"
+        child = start(arguments, folder)
+        child.join(60)
+        if child.exitcode != 0:
+            child.kill()
+            return kills, f"exit code {child.exitcode}: {(folder / 'err').read_text()[-500:]}"
+        return kills, differences(written(folder), expected)
+
+
+def place(folder: Path) -> Path:
+    """A folder for one command, with files of a user's where its own will be."""
+    for beside in ("data/lenses", "data/models", "data/shipped", "data/store", "made"):
+        (folder / beside).mkdir(parents=True, exist_ok=True)
+        (folder / beside / "mine.txt").write_text("a user's")
+    corpus = {"packages": {"accelerate": version("accelerate")}, "minimum_characters": 40}
+    (folder / "data/docstrings.yml").write_text(yaml.safe_dump(corpus))
+    return folder
+
+
+def main(trials: int = 15) -> int:
+    """So many trials of each command; says what is wrong, and how many kills there were."""
+    prepare()
+    kills, faults = Counter(), 0
+    with tempfile.TemporaryDirectory() as kept:
+        good = Path(kept)
+        goods(good)
+        for name, make in COMMANDS.items():
+            for _ in range(2):  # the second as warm as those that are killed
+                with tempfile.TemporaryDirectory(prefix="kills-") as made:
+                    folder = place(Path(made))
+                    arguments, begun = make(good, folder), time.monotonic()
+                    child = start(arguments, folder)
+                    child.join()
+                    seconds, expected = time.monotonic() - begun, written(folder)
+                    if child.exitcode:
+                        sys.exit(f"{name}: expected it to work, got {(folder / 'err').read_text()}")
+            for number in range(trials):
+                count, wrong = trial(name, number, good, seconds, expected)
+                kills[name] += count
+                if wrong:
+                    faults += 1
+                    print(f"{name} {number}: {wrong}", flush=True)
+    for name, count in kills.items():
+        print(f"{name:12} {count} kills in {trials} runs")
+    print(f"{kills.total()} kills, {faults} faults")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(int, sys.argv[1:])))
