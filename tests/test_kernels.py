@@ -445,6 +445,23 @@ def test_functions_are_compiled_for_triton_on_a_gpu_only(monkeypatch):
             assert found == (("compiled", abs) if gpu else abs)
 
 
+def test_a_gradient_is_made_in_pieces_of_2_mib_in_single_precision(monkeypatch):
+    sizes, bags = [], torch.nn.functional.embedding_bag
+
+    def counted(*arguments, **settings):
+        piece = bags(*arguments, **settings)
+        sizes.append(4 * piece.numel())
+        return piece
+
+    monkeypatch.setattr(torch.nn.functional, "embedding_bag", counted)
+    chosen = pairs.Pairs([torch.tensor([[0], [2**13]])], torch.empty(2**13 + 1, 128))
+    out = torch.empty(2**13 + 1, 128)
+    assert chosen.sum_by_latent([torch.ones(2, 1)], torch.ones(2, 128), out) is out
+    assert sizes == [2**21, 2**21, 4 * 128]
+    assert out[[0, -1]].eq(1).all()
+    assert not out[1:-1].any()
+
+
 @pytest.mark.parametrize("run", [1, 2, 7, 1000])
 def test_sums_by_latent_do_not_depend_on_the_runs_they_are_made_in(monkeypatch, run):
     """One latent has most pairs, others none; cuts fall on the beginnings of latents and beside."""
