@@ -1,4 +1,4 @@
-# make book | test | processors | mutants | lab | notebooks | figure | reproduce | setup | clean
+# make book | test | processors | mutants | fuzz | kills | lab | notebooks | stamp | figure | reproduce | setup | clean
 #
 # Every target first installs the project into .venv, once: a stamp there depends on the pins.
 
@@ -15,7 +15,7 @@ INPUTS := $(shell find book mlsae_core data benchmarks/results.json _config.yml 
 	-not -path 'data/store/*' -not -path '*/__pycache__/*' -not -path '*/.*' 2>/dev/null)
 
 .DEFAULT_GOAL := book
-.PHONY: setup book test processors mutants fuzz kills lab notebooks figure reproduce clean
+.PHONY: setup book test processors mutants fuzz kills stamp lab notebooks figure reproduce clean
 
 setup: $(STAMP)
 
@@ -43,9 +43,16 @@ $(STAMP): pyproject.toml constraints.txt
 book: $(BUILT)
 	@echo "The book is at _build/html/index.html"
 
+# Outputs are taken from the notebooks where these are of today's code. `make book EXECUTE=1` executes
+# all of them.
+ifdef EXECUTE
+.PHONY: $(BUILT)
+export EXECUTE
+endif
+
 # After a failed build Sphinx would not read the unchanged pages again, and so would not warn again.
 $(BUILT): $(STAMP) $(INPUTS)
-	@test -e $@ || rm -rf _build/.doctrees
+	@test -e $@ -a -z "$(EXECUTE)" || rm -rf _build/.doctrees $(if $(EXECUTE),_build/.jupyter_cache)
 	@rm -f $@
 	@$(BIN)/jupyter-book build -n -W --keep-going book/ && $(BIN)/python -m mlsae_book.sphinx_ext || { \
 	  $(BIN)/python -m pip check >/dev/null || echo "A package is missing: run \`rm -r $(VENV)\` and try again."; \
@@ -108,6 +115,11 @@ notebooks: $(STAMP)
 	  --ClearMetadataPreprocessor.preserve_nb_metadata_mask=jupytext \
 	  --TagRemovePreprocessor.enabled=True \
 	  --TagRemovePreprocessor.remove_all_outputs_tags=remove-output $(CHAPTERS:.py=.ipynb)
+	@$(BIN)/python -m mlsae_book.execution $(CHAPTERS)
+
+# Say that the stored outputs are of today's code, after every cell has given them once more.
+stamp: $(STAMP)
+	@$(BIN)/python -m pytest --nbval -q book/ && $(BIN)/python -m mlsae_book.execution
 
 # The README's picture is the landing page's chart.
 figure: $(STAMP)

@@ -144,33 +144,6 @@ def test_conda_environment_declares_no_version_but_pythons():
     assert set(extras) == {"book", "test"} <= set(PROJECT["optional-dependencies"])
 
 
-# The execution cache ----------------------------------------------------------------------------
-
-
-def test_outputs_are_cached_under_what_they_depend_on(tmp_path):
-    def write(name, text):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        return sphinx_ext.fingerprint(tmp_path)
-
-    keys = [
-        write("mlsae_core/sae.py", "a"),
-        write("mlsae_core/sae.py", "b"),
-        write("mlsae_core/metrics/fvu.py", "a"),
-        write("book/mlsae_book/charts/layers.py", "a"),
-        write("book/experiments/one.yml", "a"),
-        write("data/docstrings.yml", "a"),
-        write("data/models/one/config.json", "a"),
-        write("benchmarks/results.json", "a"),
-        write("constraints.txt", "a"),
-    ]
-    assert len(set(keys)) == len(keys)
-    assert write("mlsae_core/sae.py", "b") == keys[-1]
-    for irrelevant in ("book/mlsae_book/sphinx_ext.py", "data/store/runs/1/meta.json", "README.md"):
-        assert write(irrelevant, "a") == keys[-1], irrelevant
-
-
 # Pages ------------------------------------------------------------------------------------------
 
 

@@ -71,12 +71,13 @@ PACKAGES = {
             "pretrain",
             "reproduce",
             "api",
+            "execution",
             "sphinx_ext",
         ),
     ),
 }
 #: Modules that only build the book.
-BUILD = ("mlsae_book.api", "mlsae_book.sphinx_ext")
+BUILD = ("mlsae_book.api", "mlsae_book.execution", "mlsae_book.sphinx_ext")
 
 
 def public(tree: ast.Module) -> Iterator[tuple[str, str, str]]:

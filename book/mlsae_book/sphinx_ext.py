@@ -1,11 +1,10 @@
-"""Sphinx extension of the book: charts, mathematics and the execution cache, all without a network.
+"""Sphinx extension of the book: charts, mathematics and outputs, all without a network.
 
 - Vega-Lite outputs become figures that `book/_theme/charts.js` draws; Vega itself is taken from
   vl-convert-python when the book is built.
 - Equations become MathML when the book is built: KaTeX reads them, browsers draw them natively.
   A mistake in an equation is a warning, so it fails the build.
-- Executed notebooks are cached under a hash of all that they could depend on: a changed package,
-  experiment, model, shipped result or pin executes them again, and undoing it finds the old cache.
+- Outputs are those stored in the notebooks where these are today's (`execution.py`).
 
 `python -m mlsae_book.sphinx_ext figure` draws the README's figure, and
 `python -m mlsae_book.sphinx_ext` fails where a chapter of `_toc.yml` has no page in `_build/html`.
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging as stdlib_logging
 import shutil
 import sys
 import unicodedata
@@ -27,28 +25,16 @@ from typing import Any
 from xml.etree import ElementTree
 
 from docutils import nodes
-from jupyter_cache import get_cache
-from jupyter_cache.executors import load_executor
 from myst_nb.core.render import MimeRenderPlugin
 from sphinx.util import logging
 from sphinx.util.math import get_node_equation_number
 from sphinx_external_toc.parsing import parse_toc_yaml
 
-from mlsae_book import charts
+from mlsae_book import charts, execution
 from mlsae_core import __version__
 
 MATHML = "http://www.w3.org/1998/Math/MathML"
 VEGA, FONT = "vega.js", "STIXTwoMath-Regular.ttf"
-#: What the outputs of a notebook depend on, beside its own cells.
-INPUTS = (
-    "mlsae_core/**/*.py",
-    "book/mlsae_book/**/*.py",
-    "book/experiments/**/*",
-    "data/**/*",
-    "benchmarks/results.json",
-    "constraints.txt",
-)
-
 logger = logging.getLogger(__name__)
 ElementTree.register_namespace("", MATHML)
 
@@ -225,23 +211,10 @@ def _math_or_warning(node: nodes.Element, display: bool) -> str:
 # The build ---------------------------------------------------------------------------------------
 
 
-def fingerprint(root: Path) -> str:
-    """Hash of the files under ``root`` that a chapter's outputs may depend on."""
-    digest = hashlib.sha256()
-    for path in sorted({p for pattern in INPUTS for p in root.glob(pattern) if p.is_file()}):
-        name = path.relative_to(root).as_posix()
-        if name != "book/mlsae_book/sphinx_ext.py" and not name.startswith("data/store/"):
-            digest.update(f"{name}\0{path.stat().st_size}\0".encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def _prepare(app, config) -> None:
     """Point the execution cache at these inputs; lay third-party files beside the static ones."""
     build = Path(app.outdir).parent
-    config.nb_execution_cache_path = str(
-        build / ".jupyter_cache" / fingerprint(Path(app.srcdir).parent)
-    )
+    config.nb_execution_cache_path = str(execution.cache_path(build, Path(app.srcdir).parent))
     assets = build / ".assets"
     assets.mkdir(parents=True, exist_ok=True)
     import vl_convert
@@ -254,26 +227,6 @@ def _prepare(app, config) -> None:
     files = distribution("ziamath").files or []
     shutil.copyfile(str(next(f for f in files if f.name == FONT).locate()), assets / FONT)
     config.html_static_path.append(str(assets))
-
-
-def _execute_ahead(app, env, chapters: list[str]) -> None:
-    """Execute what is not in the cache side by side; MyST-NB would do one notebook at a time.
-
-    A notebook that fails is not cached, so MyST-NB executes it again and says what is wrong.
-    """
-    if app.config.nb_execution_mode != "cache":
-        return
-    store = get_cache(app.config.nb_execution_cache_path)
-    paths = [str(env.doc2path(chapter)) for chapter in chapters]
-    notebooks = [path for path in paths if path.endswith(".ipynb")]
-    for path in notebooks:
-        store.add_nb_to_project(path)
-    if notebooks:
-        logger.info("executing the notebooks that are not in the cache: some minutes")
-        quiet = stdlib_logging.getLogger(__name__)
-        quiet.setLevel(stdlib_logging.WARNING)
-        executor = load_executor("local-parallel", store, logger=quiet)
-        executor.run_and_cache(filter_uris=notebooks, timeout=app.config.nb_execution_timeout)
 
 
 def _drop_thebe(app, pagename, templatename, context, doctree) -> None:
@@ -316,8 +269,10 @@ def setup(app) -> dict[str, Any]:
     app.add_js_file("print.js")
     app.add_html_math_renderer("mathml", (_visit_math, None), (_visit_math_block, None))
     app.connect("config-inited", _prepare, priority=10)
-    app.connect("env-before-read-docs", _execute_ahead)
+    app.connect("env-before-read-docs", execution.provide)
+    app.connect("html-page-context", execution.say_what_failed)
     app.connect("html-page-context", _drop_thebe, priority=900)
+    app.connect("build-finished", execution.list_what_failed)
     return {"version": __version__, "parallel_read_safe": True, "parallel_write_safe": False}
 
 
