@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,14 +154,16 @@ def train(
         its end; ``tokens_per_second`` since the start.
 
     Raises:
-        SpecError: precision, batch, k, layers or hook points that do not fit the model or device,
-            or an accelerator on another device than the model.
-        StoreError: a checkpoint that is damaged or belongs to another run.
+        SpecError: precision, batch, k or site that do not fit the activations or device, or an
+            accelerator on another device than theirs.
+        StoreError: a checkpoint that is damaged, of another run or of other activations.
         Stopped: NaN or infinite activations or loss, text that holds nothing but special tokens
             (with the batch, the step and the last checkpoint), or a stop that was asked for.
     """
     if blocks is not None:
         source = activations.TextSource(source, blocks, run.site, lens)
+    sites = (replace(s, layers=s.indices(source.n_layers)) for s in (run.site, source.site))
+    activations.check_site(*sites, [f.name for f in fields(run.site)], "are")
     accelerator = accelerator or make_accelerator(run, cpu=source.device.type == "cpu")
     device = torch.empty(0, device=accelerator.device).device  # with its number
     if device != source.device:
@@ -399,6 +401,7 @@ class _Checkpoint:
         scaler = loop.accelerator.scaler
         content = {
             "run": run_settings(loop.run),
+            "source": loop.source.key,
             "sae": loop.sae.state_dict(),
             "optimizer": loop.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler else {},
@@ -416,6 +419,8 @@ class _Checkpoint:
         try:
             if content["run"] != run_settings(loop.run):
                 raise ValueError("it belongs to another run")
+            if content["source"] != loop.source.key:
+                raise ValueError("it was trained on other activations")
             loop.sae.load_state_dict(content["sae"])
             loop.optimizer.load_state_dict(content["optimizer"])
             if loop.accelerator.scaler and content["scaler"]:

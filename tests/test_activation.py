@@ -13,14 +13,13 @@ import test_train
 import torch
 from safetensors.torch import load_file, save_file
 from test_analysis import BATCHES
-from tiny_lm import tiny_lm
+from tiny_lm import reading, tiny_lm
 
 from mlsae_book.planted import PlantedSpec, World, score
 from mlsae_core import analysis, kernels, keys, objective, pairs, store, train
 from mlsae_core.activation import ACTIVATIONS
-from mlsae_core.lens import Lens
 from mlsae_core.sae import MLSAE
-from mlsae_core.spec import SaeSpec, SiteSpec, SpecError
+from mlsae_core.spec import SaeSpec, SpecError
 
 L, T, D, N, K = 3, 40, 16, 128, 4
 OTHERS = ["batchtopk", "jumprelu"]
@@ -423,11 +422,12 @@ def test_a_run_trains_continues_and_is_evaluated(activation, tmp_path):
     assert test_train.digest(other) != test_train.digest(whole)
     assert whole.log.fvu.iloc[-1] < 0.9 * whole.log.fvu.iloc[0]
     assert (whole.log.auxk > 0).any()
-    sae, lens = whole.sae.eval(), Lens.load(SiteSpec())
+    sae = whole.sae.eval()
     assert sae.activation.threshold.min() > 0.1
-    table = analysis.evaluate(lm, sae, lens, SiteSpec(), BATCHES, progress=False)
-    read = [batch.source for batch in analysis.stream(lm, BATCHES, SiteSpec(), lens)]
-    active = torch.cat([scores_of(sae, x) > sae.activation.threshold for x in read], 1)
+    source = reading(lm, BATCHES)
+    table = analysis.evaluate(source, sae, progress=False)
+    found = [scores_of(sae, batch.source) for batch in source.batches(1)]
+    active = torch.cat(found, 1) > sae.activation.threshold
     expected = active.sum(-1).double().mean(1)
     torch.testing.assert_close(torch.tensor(table.l0), expected, rtol=1e-6, atol=0)
     assert expected.std() > 0

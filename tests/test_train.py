@@ -18,9 +18,10 @@ import torch
 import workers
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from tiny_lm import EOS, VOCAB, tiny_lm, tiny_network, tiny_tokenizer
+from tiny_lm import EOS, VOCAB, read, tiny_lm, tiny_network, tiny_tokenizer
 
-from mlsae_core import activations, metrics, objective, spec, store, train
+from mlsae_core import metrics, objective, spec, store, train
+from mlsae_core.activations import TextSource
 from mlsae_core.lm import LanguageModel
 from mlsae_core.spec import SpecError
 from mlsae_core.text import TokenBlocks
@@ -104,15 +105,15 @@ def test_tokens_are_moved_to_the_models_device_once(monkeypatch):
     seen = []
 
     class Elsewhere:
-        n_layers, device = 1, torch.device("meta")
+        n_layers, d_model, device = 1, 1, torch.device("meta")
 
         def capture(self, tokens, *_):
             seen.append(tokens)
 
         keep_mask = capture
 
-    monkeypatch.setattr(activations, "gather", lambda _, tokens, *__: seen.append(tokens))
-    list(activations.stream(Elsewhere(), [torch.zeros(2, 3).long()], run_of().site))
+    monkeypatch.setattr(TextSource, "_gather", lambda _, __, tokens, *___: seen.append(tokens))
+    list(read(Elsewhere(), [torch.zeros(2, 3).long()]))
     assert [tokens.device.type for tokens in seen] == ["cpu", "meta", "meta"]
     assert seen[1] is seen[2]
 
@@ -240,9 +241,7 @@ def test_a_steps_gradient_is_the_mean_over_its_micro_batches(lm, blocks):
     run = run_of(tokens=64)
     trained = train.train(run, lm, blocks).sae
     expected = train.build_sae(run, lm)
-    micro_batches = list(
-        itertools.islice(activations.stream(lm, blocks.batches(4, seed=0), run.site), 2)
-    )
+    micro_batches = list(itertools.islice(TextSource(lm, blocks, run.site).batches(4, seed=0), 2))
     scaled, _ = expected.standardise(micro_batches[0].source)
     with torch.no_grad():
         expected.pre_bias.copy_(metrics.geometric_median(scaled.flatten(0, 1)))
@@ -270,7 +269,7 @@ def test_a_transcoder_predicts_the_target(lm, blocks):
     """The first row of the log is of the untrained dictionary and the first batch."""
     run = run_of(tokens=32, batch_tokens=32, source="mlp_input", target="mlp_output")
     log = train.train(run, lm, blocks).log
-    [batch] = itertools.islice(activations.stream(lm, blocks.batches(4, seed=0), run.site), 1)
+    [batch] = itertools.islice(TextSource(lm, blocks, run.site).batches(4, seed=0), 1)
     expected = train.build_sae(run, lm)
     with torch.no_grad():
         scaled = expected.standardise(batch.source)[0].flatten(0, 1)
@@ -347,7 +346,7 @@ def test_a_device_is_waited_for_while_the_next_batch_is_made(lm, blocks, monkeyp
             events.append("wait")
             return torch.zeros(2 + 3 + 1)
 
-    class Source(activations.TextSource):
+    class Source(TextSource):
         def batches(self, *arguments):
             for batch in super().batches(*arguments):
                 events.append("batch")

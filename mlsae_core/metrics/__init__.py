@@ -2,7 +2,7 @@
 
 Pure functions, and accumulators that see each batch once, take memory that does not grow with the
 number of tokens, can be merged in any order and can be pickled, so that several processes can
-share the work. All sums are float64.
+share the work (`Drift` keeps a row for each sequence). All sums are float64.
 """
 
 from mlsae_core.metrics.distribution import (
@@ -11,6 +11,7 @@ from mlsae_core.metrics.distribution import (
     Variances,
     basic_interval,
     gaussian_like,
+    layer_moments,
     permute_layers,
 )
 from mlsae_core.metrics.downstream import (
@@ -31,7 +32,6 @@ from mlsae_core.metrics.geometry import (
     DriftResult,
     MaxCosine,
     Similar,
-    adjacent_cosine,
     copied_rows,
     cosine_histogram,
     gaussian_rows,
@@ -63,7 +63,6 @@ __all__ = [
     "Similar",
     "TopExamples",
     "Variances",
-    "adjacent_cosine",
     "basic_interval",
     "ce_recovered",
     "centred_logit",
@@ -76,6 +75,7 @@ __all__ = [
     "geometric_median",
     "kl_divergence",
     "latent_importance",
+    "layer_moments",
     "logit_mse",
     "mmcs",
     "mmcs_between",
