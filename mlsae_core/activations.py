@@ -205,6 +205,7 @@ class First:
 PutBack = Callable[[list[int], Tensor, Tensor], Iterator[tuple[Tensor, Tensor, Tensor]]]
 
 
+@dataclass(eq=False)
 class TextSource:
     """A language model that reads text: an `ActivationSource`.
 
@@ -212,31 +213,21 @@ class TextSource:
     cores, and on a GPU kernels are queued, and training must not wait for them: activations that
     are not finite are refused on a CPU and in passes without a seed, else whoever trains looks.
 
-    blocks: (batch, position) int64 tokens are its `batches`; none where `on` gives a text.
+    blocks: (batch, position) int64 tokens are its `batches`; none where they come later.
     lens: the basis of the activations; by default the one the site names.
     """
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        blocks: TokenBlocks | StreamedBlocks | First | None,
-        site: SiteSpec,
-        lens: Lens | None = None,
-    ):
-        self.lm, self.blocks, self.site = lm, blocks, site
-        self.lens = (lens if lens is not None else Lens.load(site)).to(lm.device)
-        self.n_layers, self.d_model, self.device = lm.n_layers, lm.d_model, lm.device
-        self.layers = site.indices(lm.n_layers)
-        target = site.source if site.target == "same" else site.target
-        self.points = tuple(dict.fromkeys((site.source, target)))  # the last one is the target
+    lm: LanguageModel
+    blocks: TokenBlocks | StreamedBlocks | First | None
+    site: SiteSpec
+    lens: Lens | None = None
 
-    def on(self, blocks) -> TextSource:
-        """The same, reading another text."""
-        return TextSource(self.lm, blocks, self.site, self.lens)
-
-    def at(self, site: SiteSpec) -> TextSource:
-        """The same in the same basis, at another site."""
-        return TextSource(self.lm, self.blocks, site, self.lens)
+    def __post_init__(self):
+        self.lens = (Lens.load(self.site) if self.lens is None else self.lens).to(self.lm.device)
+        self.n_layers, self.d_model = self.lm.n_layers, self.lm.d_model
+        self.device, self.layers = self.lm.device, self.site.indices(self.n_layers)
+        target = self.site.source if self.site.target == "same" else self.site.target
+        self.points = tuple(dict.fromkeys((self.site.source, target)))  # the last is the target
 
     @property
     def n_sequences(self) -> int | None:
@@ -372,10 +363,8 @@ class TextSource:
 def save(source: ActivationSource, folder: str | os.PathLike[str], size: int = 8) -> Path:
     """Write one pass over a source as a folder that `SavedSource` reads; nothing is replaced.
 
-    A file of safetensors for each `size` sequences: ``source`` and, for a transcoder, ``target``
-    (layer, vector, d_model) float32; ``position`` (vector,); ``text`` (sequence, position);
-    ``lengths`` (sequence,), the vectors of each. As metadata the site, and the model's number of
-    layers.
+    A file of safetensors for each `size` sequences, with the tensors of a `Batch`, `target` for a
+    transcoder alone; as metadata the site, and the model's number of layers.
 
     Raises:
         SpecError: something is there already, or a stacked site: whoever reads may stack layers.
@@ -388,11 +377,9 @@ def save(source: ActivationSource, folder: str | os.PathLike[str], size: int = 8
     with store.atomic_folder(folder, replace=False) as work:
         batches = one_pass(source.batches(size), source, size, "saving")
         for number, batch in enumerate(batches):
-            arrays = {"source": batch.source, "position": batch.position, "text": batch.text}
-            if batch.target is not batch.source:
-                arrays["target"] = batch.target
-            arrays["lengths"] = batch.sequence.bincount(minlength=len(batch.text))
-            arrays = {name: array.cpu().contiguous() for name, array in arrays.items()}
+            arrays = {name: x.cpu().contiguous() for name, x in vars(batch).items()}
+            if batch.target is batch.source:
+                del arrays["target"]
             save_file(arrays, work / f"{number:06}.safetensors", facts)
     return folder
 
@@ -480,8 +467,8 @@ class SavedSource:
 
 
 def _read_head(file: Path) -> tuple[tuple[SiteSpec, int, int, int], list[int]]:
-    """Site, number of the model's layers, width and context of saved activations; the vectors of
-    each sequence."""
+    """Site, model's number of layers, width and context of saved activations, and the number of
+    vectors of each sequence."""
     with safe_open(file, "pt") as saved:
         facts = saved.metadata() or {}
         if not facts.keys() >= {"site", "n_layers"}:
@@ -489,16 +476,14 @@ def _read_head(file: Path) -> tuple[tuple[SiteSpec, int, int, int], list[int]]:
         site, n_layers = stored(SiteSpec, json.loads(facts["site"])), int(facts["n_layers"])
         _, vectors, width = saved.get_slice("source").get_shape()
         sequences, context = saved.get_slice("text").get_shape()
-        lengths = saved.get_tensor("lengths").tolist()
-        shapes = {"source": [len(site.indices(n_layers)), vectors, width], "position": [vectors]}
+        shapes = {"source": [len(site.indices(n_layers)), vectors, width]}
+        shapes |= {"position": [vectors], "sequence": [vectors]}
         if site.target != "same":
             shapes["target"] = shapes["source"]
         for name, expected in shapes.items():
             if (shape := saved.get_slice(name).get_shape()) != expected:
                 raise ValueError(f"expected {name} of shape {expected}, got {shape}")
-    if len(lengths) != sequences or sum(lengths) != vectors:
-        raise ValueError(
-            f"expected lengths of {sequences} sequences that make {vectors} vectors, got "
-            f"{len(lengths)} that make {sum(lengths)}"
-        )
+        lengths = saved.get_tensor("sequence").bincount(minlength=sequences).tolist()
+    if len(lengths) > sequences:
+        raise ValueError(f"expected vectors of {sequences} sequences, got {len(lengths)}")
     return (site, n_layers, width, context), lengths

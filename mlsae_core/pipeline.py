@@ -180,13 +180,20 @@ class Session:
         identity, spec, parents = this.key(run, settings)
         if found := self.find(stage, identity, spec):
             return found
-        subject = self._subject(this, run, settings)
+        source, size, read = None, 1, this.read or run
+        if not {"text", "model"} & set(this.needs):
+            check(run)
+        else:
+            source = self.source(read, settings)
+            tokens = batch_tokens(source.lm) if this.any_batch else EVALUATION_BATCH_TOKENS
+            size = max(tokens // read.data.context_length, 1)
+        sae = self.sae(run) if "dictionary" in this.needs else None
 
         def fill(folder: Path) -> dict:
             from mlsae_core.activations import ActivationError
 
             try:
-                return this.measure(folder, subject)
+                return this.measure(folder, Subject(run, settings, source, size, sae))
             except ActivationError as error:
                 raise Stopped(f"{stage}: {error}") from error
 
@@ -209,7 +216,7 @@ class Session:
         source = self.source(run)
         if self.compile:
             source = _compiled(source, run)
-        source = source.on(self.blocks(run, "train"))
+        source = replace(source, blocks=self.blocks(run, "train"))
         if self.trackers:
             accelerator.init_trackers("mlsae", config={"spec": canonical(spec)})
         checkpoint = checkpoint_path(identity)
@@ -284,7 +291,7 @@ class Session:
     def source(self, run: SubjectSpec, settings: EvaluateSpec | None = None) -> TextSource:
         """The activations of a run, after a look at whether model, lens and text fit each other.
 
-        settings: which text is read; without them none is there yet (`TextSource.on`).
+        settings: which text is read; without them there is none yet.
         """
         from mlsae_core.activations import First, TextSource
 
@@ -298,19 +305,7 @@ class Session:
         if settings is None:
             return source
         sequences = max(settings.tokens // run.data.context_length, 1)
-        return source.on(First(self.blocks(run, settings.split), sequences))
-
-    def _subject(self, stage: Stage, run: SubjectSpec, settings: EvaluateSpec | None) -> Subject:
-        """What a stage needs of a run."""
-        source, size, read = None, 1, stage.read or run
-        if {"text", "model"} & set(stage.needs):
-            source = self.source(read, settings)
-            tokens = batch_tokens(source.lm) if stage.any_batch else EVALUATION_BATCH_TOKENS
-            size = max(tokens // read.data.context_length, 1)
-        else:
-            check(run)
-        sae = self.sae(run) if "dictionary" in stage.needs else None
-        return Subject(run, settings, source, size, sae)
+        return replace(source, blocks=First(self.blocks(run, settings.split), sequences))
 
     def find(self, stage: str, identity: str, spec: dict) -> Artefact | None:
         """What exists and may be used; all processes look before any of them computes."""
@@ -458,14 +453,12 @@ def checkpoint_path(identity: str) -> Path:
 
 def _compiled(source: TextSource, run: RunSpec) -> TextSource:
     """The source with its model compiled for the micro-batches of a run."""
-    from mlsae_core.activations import TextSource
-
     context = run.data.context_length
     tokens = source.lm.special_ids.new_zeros(run.train.micro_batch_tokens // context, context)
     with reading(f"--compile: {run.model.path} could not be compiled"):
         lm = source.lm.compiled()
         lm.capture(tokens, source.layers, source.points)
-    return TextSource(lm, source.blocks, source.site, source.lens)
+    return replace(source, lm=lm)
 
 
 def _leaves(spec: dict, prefix: str = "") -> dict:

@@ -200,7 +200,7 @@ def test_weak_latents_are_left_out_and_bad_prompts_refused():
     assert len(layers.prompt_distributions(*inputs, PROMPTS[:1], least=1e9)) == 0
     with pytest.raises(SpecError, match="prompt: expected 1 to"):
         layers.prompt_distributions(*inputs, [""])
-    stacked = inputs[0].at(SiteSpec(stacked=True))
+    stacked = reading(tiny_lm(), [], SiteSpec(stacked=True))
     with pytest.raises(SpecError, match="stacked: expected false for distributions over layers"):
         layers.prompt_distributions(stacked, tiny_sae(), PROMPTS)
 

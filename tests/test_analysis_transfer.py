@@ -1,6 +1,7 @@
 """Dictionaries at other layers: the matrix's diagonal, the MLSAE's row, and brute force."""
 
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -191,7 +192,7 @@ def test_the_dictionary_is_measured_in_the_target_on_its_rollouts(inputs, data):
     table = pd.read_csv(stages.transfer(session, run, SETTINGS, target).file("transfer.csv"))
     lm, read = session.lm(target.model), target.read(run)
     source = session.source(read, SETTINGS)
-    source = source.on(Rollouts(lm, source.blocks, 3, 0))
+    source = replace(source, blocks=Rollouts(lm, source.blocks, 3, 0))
     expected = analysis.evaluate(source, session.sae(run), 2048 // 8, start=3)
     table = table.drop(columns="trained_here").astype(float)
     pd.testing.assert_frame_equal(table, expected.astype(float), rtol=1e-6)

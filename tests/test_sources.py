@@ -290,10 +290,8 @@ def test_what_cannot_be_read_or_written_is_named(lm, blocks, tmp_path):  # noqa:
     file = next(iter(folder.iterdir()))
     arrays, facts = load_file(file), safe_open(file, "pt").metadata()
     for changes, message in (
-        (
-            {"lengths": arrays["lengths"][:-1]},
-            r"lengths of 3 sequences that make \d+ vectors, got 2",
-        ),
+        ({"sequence": arrays["sequence"] + 1}, "expected vectors of 3 sequences, got 4"),
+        ({"sequence": arrays["sequence"][1:]}, r"expected sequence of shape \[\d+\], got"),
         ({"position": arrays["position"][:-1]}, r"expected position of shape \[\d+\], got"),
         ({"source": arrays["source"][:2].contiguous()}, r"expected source of shape \[3, \d+, 16\]"),
         ({"text": arrays["text"][:, :4].contiguous()}, "files of one site and size, got 2 kinds"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import torch
 from torch import Tensor
@@ -45,7 +47,7 @@ def importance(
     """
     needs_model(source)
     check(source.site)
-    source = source.on(First(source.blocks, sequences))
+    source = replace(source, blocks=First(source.blocks, sequences))
     generator = torch.Generator().manual_seed(0)
     batches = one_pass(source.blocks.batches(size), source, size, "importance", progress)
     found = [_batch(source, sae, tokens, positions, generator) for tokens in batches]

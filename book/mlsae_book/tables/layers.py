@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -216,7 +217,8 @@ def _prompt(source, sae, prompt: str):
     """Distributions of one prompt, its largest activation per latent, and its codes."""
     needs_model(source)
     source.site.refuse_stacked("distributions over layers")
-    [batch] = source.on(TokenBlocks(np.array([prompt_ids(source.lm, prompt)]))).batches(1)
+    blocks = TokenBlocks(np.array([prompt_ids(source.lm, prompt)]))
+    [batch] = replace(source, blocks=blocks).batches(1)
     values, indices = sae.encode(batch.source)
     found = LayerDistribution(len(batch.source), sae.n_latents, device=source.device)
     found.update(indices, values)

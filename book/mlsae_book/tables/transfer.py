@@ -67,7 +67,8 @@ class Target(Spec):
         """What the model reads of a text: it, or its rollouts."""
         if self.text == "given":
             return given
-        return given.on(Rollouts(given.lm, given.blocks, self.prompt_tokens, self.seed))
+        rollouts = Rollouts(given.lm, given.blocks, self.prompt_tokens, self.seed)
+        return dataclasses.replace(given, blocks=rollouts)
 
 
 class Rollouts:
@@ -150,7 +151,7 @@ def across_layers(
             f"target.model: expected a model of width {sae.n_inputs}, that of the dictionary, got "
             f"{source.lm.name} of width {source.d_model}"
         )
-    everywhere = source.at(dataclasses.replace(source.site, layers="all"))
+    everywhere = dataclasses.replace(source, site=dataclasses.replace(source.site, layers="all"))
     table = analysis.evaluate(
         everywhere, sae, size, ablations=ablations, start=start, progress=progress
     )
