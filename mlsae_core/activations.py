@@ -240,7 +240,7 @@ class TextSource:
         digest = hashlib.sha256()
         lens = (self.lens.weight, self.lens.bias) if self.lens.weight is not None else ()
         for tensor in (*self.lm.model.parameters(), *lens):
-            digest.update(tensor.flatten()[:64].double().cpu().numpy().tobytes())
+            digest.update(tensor.flatten()[:64].detach().cpu().double().numpy())
         blocks = self.blocks.blocks if isinstance(self.blocks, First) else self.blocks
         if isinstance(blocks, TokenBlocks):
             digest.update(np.ascontiguousarray(blocks.blocks))

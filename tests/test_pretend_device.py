@@ -12,7 +12,7 @@ import test_pipeline
 import test_train
 import torch
 from pretend_device import waits
-from tiny_lm import EOS, VOCAB, tiny_network, tiny_tokenizer
+from tiny_lm import EOS, VOCAB, tiny_network, tiny_tokenizer, train_on_text
 from torch.utils._python_dispatch import TorchDispatchMode
 from workers import use_data
 
@@ -130,8 +130,8 @@ def train_on(device, checkpoint=None):
     inputs = inputs_on(device)
     if checkpoint is not None:
         with pytest.raises(store.Stopped, match="after step 5 of 12"):
-            train.train(*inputs, checkpoint=checkpoint, should_stop={5}.__contains__)
-    sae, log, _ = train.train(*inputs, checkpoint=checkpoint)
+            train_on_text(*inputs, checkpoint=checkpoint, should_stop={5}.__contains__)
+    sae, log, _ = train_on_text(*inputs, checkpoint=checkpoint)
     assert sae.encoder.device.type == device
     weights = {name: x.cpu().numpy() for name, x in sae.state_dict().items()}
     return log.drop(columns="tokens_per_second"), weights
@@ -170,7 +170,7 @@ def waits_of_steps(micro_batches, ranks=1, put_back=None):
             loss = objective.loss
             patch.setattr(objective, "loss", lambda *a: loss(*a[:-1], None))
         run, *rest = inputs_on("pretend", micro_batch_tokens=64 // micro_batches)
-        log = train.train(run, *rest, should_stop=note).log
+        log = train_on_text(run, *rest, should_stop=note).log
     assert log.auxk.item() > 0
     return seen[1:]
 
@@ -201,7 +201,7 @@ def batches_made(device):
     with pytest.MonkeyPatch.context() as patch:
         gather = TextSource._gather
         patch.setattr(TextSource, "_gather", lambda *a: made.append(0) or gather(*a))
-        train.train(run, lm, blocks, should_stop=lambda _: bool(seen.append(len(made))))
+        train_on_text(run, lm, blocks, should_stop=lambda _: bool(seen.append(len(made))))
     return [*seen, len(made)]
 
 

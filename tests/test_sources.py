@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_train import CONTEXT, blocks, digest, lm, run_of  # noqa: F401 (fixtures)
-from tiny_lm import EOS, tiny_lm
+from tiny_lm import EOS, tiny_lm, train_on_text
 
 from mlsae_book.planted import PlantedSpec, World
 from mlsae_book.tables import drift, examples, importance, latents, layers, total_variance, transfer
@@ -96,7 +96,7 @@ def test_one_pass_of_every_source_has_its_sequences_in_order(source):
 
 
 def test_training_on_saved_activations_is_training_on_the_text(lm, blocks, tmp_path):  # noqa: F811
-    expected = digest(train.train(run_of(), lm, blocks))
+    expected = digest(train_on_text(run_of(), lm, blocks))
     assert digest(train.train(run_of(), TextSource(lm, blocks, SiteSpec()))) == expected
     source = SavedSource(saved(tmp_path / "a", lm, blocks))
     assert digest(train.train(run_of(), source)) == expected
@@ -152,7 +152,7 @@ def test_a_checkpoint_knows_its_activations(lm, blocks, tmp_path):  # noqa: F811
         with pytest.raises(store.StoreError, match=r"c: .* it was trained on other activations; d"):
             train.train(run_of(), source, checkpoint=checkpoint)
     done = train.train(run_of(), SavedSource(folder), checkpoint=checkpoint)
-    assert digest(done) == digest(train.train(run_of(), lm, blocks))
+    assert digest(done) == digest(train_on_text(run_of(), lm, blocks))
 
 
 def test_text_is_known_by_its_model_its_tokens_and_its_basis(lm, blocks):  # noqa: F811

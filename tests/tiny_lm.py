@@ -11,6 +11,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mlsae_core import train
 from mlsae_core.activations import TextSource
 from mlsae_core.lm import LanguageModel
 from mlsae_core.spec import SiteSpec
@@ -94,3 +95,8 @@ def reading(lm, batches, site=SiteSpec(), lens=None):  # noqa: B008 (frozen)
 def read(*arguments):
     """Their batches."""
     return reading(*arguments).batches(1)
+
+
+def train_on_text(run, lm, blocks, **options):
+    """A dictionary trained on a language model that reads this text."""
+    return train.train(run, TextSource(lm, blocks, run.site), **options)
