@@ -51,7 +51,7 @@ def transfer_key(run: SubjectSpec, settings: EvaluateSpec, target: Target) -> Ke
     return store.key("transfer", own, parents), spec, parents
 
 
-def prompts_key(run: SubjectSpec, settings: EvaluateSpec | None = None) -> Keyed:
+def prompts_key(run: SubjectSpec) -> Keyed:
     """Key, spec and parents of the single prompts: of the run and of `PROMPTS`."""
     own, parents = pipeline.measured(run)
     return store.key("prompts", own | {"prompts": PROMPTS}, parents), {"run": flat(run)}, parents
@@ -166,5 +166,12 @@ pipeline.register(
     Stage("examples", 1, _examples, **_BY_LAYER),
     Stage("importance", 1, _importance),
     Stage("duplicates", 1, _duplicates, **_BY_LAYER),
-    Stage("prompts", 1, _prompts, ("dictionary", "model"), by_layer=True, key=prompts_key),
+    Stage(
+        "prompts",
+        1,
+        _prompts,
+        ("dictionary", "model"),
+        by_layer=True,
+        key=lambda run, _: prompts_key(run),
+    ),
 )
