@@ -31,7 +31,7 @@ def test_a_key_depends_on_everything_and_on_nothing_else(monkeypatch):
 
     assert key() == key(spec={"b": 2, "a": 1})
     others = {
-        key("evaluate"), key(spec={"a": 1, "b": 3}), key(spec={"a": 1}), key(parents={"p": "y"})
+        key("models"), key(spec={"a": 1, "b": 3}), key(spec={"a": 1}), key(parents={"p": "y"})
     }  # fmt: skip
     assert len(others | {key()}) == 5
     before = key()
