@@ -160,18 +160,29 @@ def test_replacing_with_zero_recovers_nothing_and_explains_nothing():
     assert (table["fvu_global"] >= 1).all()
 
 
-def test_the_last_layer_is_replaced_at_kept_positions_only():
+@pytest.mark.parametrize("massive", ["kept", "excluded"])
+def test_the_last_layer_is_replaced_at_kept_positions_only(monkeypatch, massive):
     """After the last block a position's prediction depends on nothing but its own vector."""
+    monkeypatch.setattr(activations, "MASSIVE", 1)  # above the median: many are
     lm, tokens = tiny_lm(), tiny_tokens(1)
-    options = {"progress": False, "ablations": False}
-    site = SiteSpec(layers=(N_LAYERS - 1,))
-    table = analysis.evaluate(reading(lm, [tokens], site), Constant(0.5), **options)
+    source = reading(lm, [tokens], SiteSpec(layers=(N_LAYERS - 1,), massive=massive))
+    table = analysis.evaluate(source, Constant(0.5), progress=False)
+    plain = analysis.evaluate(source, Constant(0.5), ablations=False, progress=False)
+    pd.testing.assert_frame_equal(plain, table[list(plain)])
+    assert not any(column.startswith("ce_recovered") for column in plain)
     original = lm.original(tokens).residual[-1]
-    keep = lm.keep_mask(tokens)[..., None]
-    logits = [lm.logits(x)[0, :-1] for x in (original, torch.where(keep, original / 2, original))]
-    before, after = (torch.nn.functional.cross_entropy(v, tokens[0, 1:]) for v in logits)
-    assert table["delta_ce"][0] == pytest.approx(float(after - before), abs=1e-6)
-    assert not any(column.startswith("ce_recovered") for column in table)
+    keep = lm.keep_mask(tokens)
+    if massive == "excluded":
+        keep &= ~activations.massive(original[None])
+    assert table["tokens"][0] == keep.sum() == (6 if massive == "kept" else 3)
+    mean = original[keep].mean(0).expand_as(original)
+    ce = []
+    for x in (original, original / 2, torch.zeros_like(original), mean):
+        logits = lm.logits(torch.where(keep[..., None], x, original))[0, :-1]
+        ce.append(float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:])))
+    names = ["ce_original", "ce_replaced", "ce_zero", "ce_mean"]
+    assert table.loc[0, names].tolist() == pytest.approx(ce, abs=1e-6)
+    assert table["delta_ce"][0] == pytest.approx(ce[1] - ce[0], abs=1e-6)
 
 
 def test_sparsity_and_dead_latents_are_counted_by_layer():

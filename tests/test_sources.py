@@ -282,6 +282,7 @@ def test_what_cannot_be_read_or_written_is_named(lm, blocks, tmp_path):  # noqa:
         ({"target": "mlp_output"}, "target: expected same, as .* saved, got mlp_output"),
         ({"basis": "lens"}, "basis: expected identity, as .* saved, got lens"),
         ({"alignment": "as-released"}, "alignment: expected aligned, as .* saved, got as-rel"),
+        ({"massive": "excluded"}, "massive: expected kept, as .* saved, got excluded"),
     ):
         with pytest.raises(SpecError, match=message):
             SavedSource(folder, SiteSpec(**site))
