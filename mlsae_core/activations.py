@@ -408,7 +408,14 @@ class SavedSource:
         for file in self.files:
             try:
                 kind, lengths = _read_head(file)
-            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            except (
+                SafetensorError,
+                OSError,
+                RuntimeError,
+                ValueError,
+                KeyError,
+                TypeError,
+            ) as error:
                 raise SpecError(f"{file}: expected saved activations: {error}") from None
             kinds.add(kind)
             ends = itertools.pairwise(itertools.accumulate(lengths, initial=0))
@@ -483,7 +490,7 @@ def _read_head(file: Path) -> tuple[tuple[SiteSpec, int, int, int], list[int]]:
         for name, expected in shapes.items():
             if (shape := saved.get_slice(name).get_shape()) != expected:
                 raise ValueError(f"expected {name} of shape {expected}, got {shape}")
-        lengths = saved.get_tensor("sequence").bincount(minlength=sequences).tolist()
-    if len(lengths) > sequences:
-        raise ValueError(f"expected vectors of {sequences} sequences, got {len(lengths)}")
-    return (site, n_layers, width, context), lengths
+        sequence = saved.get_tensor("sequence")
+    if not torch.equal(sequence.clamp(0, sequences - 1).sort().values, sequence):
+        raise ValueError(f"expected vectors of {sequences} sequences in order, got others")
+    return (site, n_layers, width, context), sequence.bincount(minlength=sequences).tolist()

@@ -291,7 +291,10 @@ def test_what_cannot_be_read_or_written_is_named(lm, blocks, tmp_path):  # noqa:
     file = next(iter(folder.iterdir()))
     arrays, facts = load_file(file), safe_open(file, "pt").metadata()
     for changes, message in (
-        ({"sequence": arrays["sequence"] + 1}, "expected vectors of 3 sequences, got 4"),
+        ({"sequence": arrays["sequence"] + 1}, "vectors of 3 sequences in order, got others"),
+        ({"sequence": arrays["sequence"] - 1}, "vectors of 3 sequences in order, got others"),
+        ({"sequence": arrays["sequence"].flip(0)}, "vectors of 3 sequences in order, got others"),
+        ({"sequence": arrays["sequence"].float()}, "expected saved activations: "),
         ({"sequence": arrays["sequence"][1:]}, r"expected sequence of shape \[\d+\], got"),
         ({"position": arrays["position"][:-1]}, r"expected position of shape \[\d+\], got"),
         ({"source": arrays["source"][:2].contiguous()}, r"expected source of shape \[3, \d+, 16\]"),
