@@ -408,14 +408,7 @@ class SavedSource:
         for file in self.files:
             try:
                 kind, lengths = _read_head(file)
-            except (
-                SafetensorError,
-                OSError,
-                RuntimeError,
-                ValueError,
-                KeyError,
-                TypeError,
-            ) as error:
+            except (SafetensorError, OSError, RuntimeError, ValueError, LookupError) as error:
                 raise SpecError(f"{file}: expected saved activations: {error}") from None
             kinds.add(kind)
             ends = itertools.pairwise(itertools.accumulate(lengths, initial=0))
