@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from mlsae_core import models
+from mlsae_core import models, store
 from mlsae_core.spec import GivenSpec, ModelSpec, RunSpec, SpecError, SubjectSpec
 
 if TYPE_CHECKING:
@@ -20,11 +20,22 @@ if TYPE_CHECKING:
     from mlsae_core.sae import MLSAE
 
 
+# Vectors in float32 that are held for each layer and token of a batch: in training as measured on a
+# GPU (benchmarks/gpu.json); an evaluation replaces each layer by three, and of each a block makes
+# about 16.
+_TRAINING_VECTORS, EVALUATION_VECTORS = 14, 3 * 16
+
+
 def model_config(model: ModelSpec):
-    """The configuration of a language model: its dimensions, without its weights."""
+    """The configuration of a language model: its dimensions, without its weights.
+
+    Those of some models of the hub are in ``dimensions.yml``, and need no network.
+    """
     from transformers import AutoConfig
 
     folder = models.folder(model.path)
+    if folder is None and (known := models.dimensions().get(model.path)):
+        return AutoConfig.for_model(**known)
     known = ", ".join(models.known())
     with reading(
         f"model.path: expected a shipped name ({known}), a Hugging Face folder or a hub id, got "
@@ -70,14 +81,52 @@ def _check_memory(run: RunSpec, n_latents: int):
     """Refuse a dictionary that cannot be trained in this machine's memory."""
     from mlsae_core import train
 
-    # Two matrices; of each the weights, the gradient and Adam's two moments, in float32.
-    needed = 2 * 4 * 4 * n_latents * n_latents // run.sae.expansion_factor
+    needed = 4 * _dictionary(run, n_latents)
     memory = memory_of(train.process_state().device)
     if needed > memory:
         raise SpecError(
             f"expansion_factor: expected a dictionary that can be trained in {memory / 1e9:.0f} GB "
             f"of memory, got {n_latents} latents, which need {needed / 1e9:.0f} GB"
         )
+
+
+def _dictionary(run: RunSpec, n_latents: int) -> int:
+    """Bytes of the two matrices, in float32. The gradient takes as many, Adam's moments twice."""
+    return 2 * 4 * n_latents * n_latents // run.sae.expansion_factor
+
+
+class Memory(NamedTuple):
+    """Bytes that a stage takes of one device, by estimate.
+
+    model: the language model's weights. dictionary: the autoencoder's. training: its gradient and
+    Adam's moments. batch: the activations of a batch, and what is made of them.
+    """
+
+    model: int
+    dictionary: int
+    training: int
+    batch: int
+
+
+def memory(run: SubjectSpec, training: bool, batch_tokens: int) -> Memory:
+    """What training takes, or an analysis of the dictionary, in each process."""
+    config = model_config(run.model)
+    width, depth = config.hidden_size, config.num_hidden_layers
+    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * width
+    number = 4 if run.model.dtype == "float32" else 2
+    if isinstance(run, RunSpec):
+        dictionary = _dictionary(run, run.n_latents(depth, width))
+    else:
+        folder = store.dictionary_folder(run.dictionary.path, run.dictionary.revision)
+        dictionary = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    vectors = _TRAINING_VECTORS if training else EVALUATION_VECTORS
+    layers = len(run.site.indices(depth)) if training else depth
+    return Memory(
+        model=number * (12 * depth * width**2 + embeddings),
+        dictionary=dictionary,
+        training=3 * dictionary if training else 0,
+        batch=4 * vectors * layers * width * batch_tokens,
+    )
 
 
 def check_width(sae: MLSAE, run: GivenSpec):

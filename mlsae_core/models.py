@@ -9,6 +9,7 @@ a package of the Python index: its ``origin.yml`` says in which, and the SHA-256
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import sys
 from pathlib import Path
@@ -25,6 +26,12 @@ def shipped() -> list[str]:
 def known() -> list[str]:
     """Names of the language models under ``data/models``, those to be fetched among them."""
     return sorted(path.parent.name for path in store.MODELS.glob("*/config.json"))
+
+
+@functools.cache
+def dimensions() -> dict[str, dict]:
+    """Fields of the configurations of some models of the hub, by their ids."""
+    return read_yaml(Path(__file__).with_name("dimensions.yml"), typed=True)
 
 
 def folder(path: str) -> Path | None:

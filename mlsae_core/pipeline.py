@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mlsae_core import models, store, text
-from mlsae_core.fits import check, check_width, load_lens, memory_of, reading
+from mlsae_core.fits import (
+    EVALUATION_VECTORS,
+    check,
+    check_width,
+    load_lens,
+    memory_of,
+    reading,
+)
 from mlsae_core.keys import keyed, run_settings, stored, stored_run
 from mlsae_core.spec import (
     DataSpec,
@@ -157,10 +164,13 @@ class Session:
 
     def blocks(self, run: SubjectSpec, split: str) -> text.TokenBlocks | text.StreamedBlocks:
         """The packed text of a run's split; the main process tokenises for all."""
-        from mlsae_core import train
-
-        with train.process_state().main_process_first():
-            return text.blocks(run.data, self.lm(run.model).tokenizer, split)
+        tokenizer = self.lm(run.model).tokenizer
+        if not is_main_process():
+            _wait()
+        found = text.blocks(run.data, tokenizer, split)
+        if is_main_process():
+            _wait()
+        return found
 
     # --- stages -------------------------------------------------------------------------------
 
@@ -431,18 +441,17 @@ def _wait():
     if _processes() > 1:
         from mlsae_core import train
 
-        train.process_state().wait_for_everyone()
+        train.meet()
 
 
 def batch_tokens(lm: LanguageModel) -> int:
     """Tokens of a batch where any will do: on a GPU as many as fit a quarter of it.
 
-    The largest thing held is `analysis.evaluate`'s growing batch: three choices for each layer, and
-    of each what a block makes of it, about 16 float32 vectors.
+    The largest thing held is `analysis.evaluate`'s growing batch.
     """
     if lm.device.type != "cuda":
         return EVALUATION_BATCH_TOKENS
-    each = 3 * lm.n_layers * 16 * 4 * lm.d_model
+    each = 4 * EVALUATION_VECTORS * lm.n_layers * lm.d_model
     fit = max(memory_of(lm.device) // 4 // each, EVALUATION_BATCH_TOKENS)
     return min(1 << (fit.bit_length() - 1), 32 * EVALUATION_BATCH_TOKENS)
 

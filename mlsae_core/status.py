@@ -8,8 +8,13 @@ import numpy as np
 import pandas as pd
 
 from mlsae_core import fits, pipeline, store
+from mlsae_core.pipeline import EVALUATION_BATCH_TOKENS
 from mlsae_core.spec import EvaluateSpec, Experiment, RunSpec, SubjectSpec
 from mlsae_core.store import Artefact
+
+# Operations a second, as `_operations` counts them, of one H200 with `--kernel triton --compile` in
+# bfloat16: a test holds it to benchmarks/gpu.json.
+GPU_SPEED = 5.8e14
 
 
 def provenance(artefact: Artefact) -> dict:
@@ -30,11 +35,13 @@ def stages(experiment: Experiment, run: SubjectSpec) -> list[str]:
 
 
 def status(experiment: Experiment) -> pd.DataFrame:
-    """One row per result: shipped, stored, begun or missing, and the seconds it would still take.
+    """One row per result: shipped, stored, begun or missing, and what it would still take.
 
-    The estimate counts floating-point operations and divides by the measured speed of a matrix
-    product on this machine; expect it to be right within a factor of two. A run that was begun
-    continues from its checkpoint and takes less.
+    ``seconds`` on this machine, by a count of floating-point operations and the measured speed of a
+    matrix product; expect it to be right within a factor of two. ``gpu_hours`` by the speed of
+    training on one H200, as it was measured at the size of Pythia-70m; several share them.
+    ``memory_gb`` of each process, at least (`fits.memory`). ``disk_gb`` of the weights and the last
+    checkpoint. A run that was begun continues from its checkpoint and takes less.
     """
     rows, speed = [], None
     for labels, run in experiment.runs:
@@ -42,12 +49,22 @@ def status(experiment: Experiment) -> pd.DataFrame:
             if stage not in stages(experiment, run):
                 continue
             identity = pipeline.STAGES[stage].key(run, experiment.evaluate)[0]
-            state, seconds = _state(stage, identity), 0.0
-            if state in ("begun", "missing"):
+            row = {"stage": stage, "key": identity, "state": _state(stage, identity)}
+            costs = {"seconds": 0, "gpu_hours": 0.0, "memory_gb": 0.0, "disk_gb": 0.0}
+            if row["state"] in ("begun", "missing"):
                 speed = speed or _speed()
-                seconds = _operations(stage, run, experiment.evaluate) / speed
-            row = {"stage": stage, "key": identity, "state": state, "seconds": round(seconds)}
-            rows.append(labels | row)
+                operations = _operations(stage, run, experiment.evaluate)
+                training = stage == "train"
+                batch = run.train.micro_batch_tokens if training else EVALUATION_BATCH_TOKENS
+                memory = fits.memory(run, training, batch)
+                costs = {
+                    "seconds": round(operations / speed),
+                    "gpu_hours": operations / GPU_SPEED / 3600,
+                    "memory_gb": sum(memory) / 1e9,
+                    # The dictionary, and in a checkpoint once more, with Adam's two moments.
+                    "disk_gb": 4 * memory.dictionary * training / 1e9,
+                }
+            rows.append(labels | row | costs)
     return pd.DataFrame(rows)
 
 
