@@ -189,12 +189,15 @@ class First:
     def __len__(self) -> int:
         return self.sequences
 
-    def batches(self, size: int, seed: int | None = None, start: int = 0) -> Iterator[Tensor]:
+    def batches(
+        self, size: int, seed: int | None = None, start: int = 0, every: int = 1
+    ) -> Iterator[Tensor]:
         """As the whole text gives them; the last batch may be smaller."""
-        left, batches = self.sequences - start * size, self.blocks.batches(size, seed, start)
-        while left > 0 and (tokens := next(batches, None)) is not None:
-            yield tokens[:left]
-            left -= len(tokens)
+        numbers = range(start, math.ceil(self.sequences / size), every)
+        for number, tokens in zip(
+            numbers, self.blocks.batches(size, seed, start, every), strict=False
+        ):
+            yield tokens[: self.sequences - number * size]
 
 
 #: Called with layers, as rows of the batch; their reconstruction, (layer, token, d_model), in the
@@ -257,8 +260,7 @@ class TextSource:
             ActivationError: NaN or infinite activations, or nothing but special tokens.
         """
         check = seed is None or self.device.type == "cpu"
-        own = itertools.islice(self.blocks.batches(size, seed, start), 0, None, every)
-        for index, tokens in enumerate(own):
+        for index, tokens in enumerate(self.blocks.batches(size, seed, start, every)):
             keep = self.lm.keep_mask(tokens)
             tokens = to_device(tokens, self.device)
             captured = self.lm.capture(tokens, self.layers, self.points)
@@ -440,8 +442,8 @@ class SavedSource:
         Raises:
             ActivationError: NaN or infinite activations, or nothing but special tokens.
         """
-        numbers = TokenBlocks(np.arange(self.n_sequences)[:, None]).batches(size, seed, start)
-        for index, chosen in enumerate(itertools.islice(numbers, 0, None, every)):
+        numbers = TokenBlocks(np.arange(self.n_sequences)[:, None])
+        for index, chosen in enumerate(numbers.batches(size, seed, start, every)):
             yield self._read([self._places[number] for number in chosen.flatten().tolist()], index)
 
     def _read(self, places: list[tuple[Path, int, int, int]], index: int) -> Batch:

@@ -439,9 +439,9 @@ def is_main_process() -> bool:
 def _wait():
     """Meet the other processes of an accelerate launch, if there are any."""
     if _processes() > 1:
-        from mlsae_core import train
+        from mlsae_core import processes
 
-        train.meet()
+        processes.meet()
 
 
 def batch_tokens(lm: LanguageModel) -> int:

@@ -32,10 +32,12 @@ from mlsae_core.keys import keyed, later
 from mlsae_core.spec import DataSpec, SpecError
 
 if TYPE_CHECKING:
+    import datasets
     import torch
 
 SPLITS = ("train", "validation", "test")
 DOCUMENTS_PER_CHUNK = 1024  # Appendix A: so many documents are joined before cutting
+LANES = 16  # at most, of a hub data set: as many processes read it without overlap
 _FORMATS = (".jsonl", ".json", ".txt", ".parquet")  # all but the last also with .zst
 
 
@@ -82,15 +84,17 @@ def document_hash(document: str) -> bytes:
     return hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
 
 
-def documents(data: DataSpec) -> Iterable[str]:
+def documents(data: DataSpec, rows: Iterable[dict] | None = None) -> Iterable[str]:
     """Documents that are not blank, in their order; of local sources no document twice.
+
+    rows: those of a hub data set that are to be read; by default all.
 
     Raises:
         SpecError: nothing is there, it cannot be read, or it has no such text column.
     """
     if declared := source(data.path):
         return list(declared.documents())
-    return _distinct_documents(data)
+    return _distinct_documents(data, rows)
 
 
 def split_documents(data: DataSpec) -> Iterable[tuple[str, str]]:
@@ -102,10 +106,10 @@ def split_documents(data: DataSpec) -> Iterable[tuple[str, str]]:
     return list(pairs) if isinstance(found, list) else pairs
 
 
-def _distinct_documents(data: DataSpec) -> Iterator[str]:
+def _distinct_documents(data: DataSpec, rows: Iterable[dict] | None) -> Iterator[str]:
     files, seen = local_files(data), set()
-    rows = (text for file in files for text in _file_documents(file, data)) if files else _hub(data)
-    for text in rows:
+    own = (text for file in files for text in _file_documents(file, data))
+    for text in own if files else _hub(data, rows):
         if not text.isascii():  # halves of surrogate pairs, which no tokenizer takes
             text = text.encode("utf-8", "replace").decode()
         if text.strip() and (digest := document_hash(text)) not in seen:
@@ -206,23 +210,35 @@ def _text(row, column: str) -> str:
     return value or ""
 
 
-def _hub(data: DataSpec) -> Iterator[str]:
+def _hub(data: DataSpec, rows: Iterable[dict] | None) -> Iterator[str]:
     """Documents of a hub data set, streamed by the `datasets` library."""
-    import datasets
-
     try:
-        rows = datasets.load_dataset(
-            data.path, data.name, split=data.split, revision=data.revision, streaming=True
-        )
-        for row in rows:
+        for row in _opened(data) if rows is None else rows:
             yield _text(row, data.text_column)
     except SpecError:
         raise
-    except Exception as error:  # the library's errors are many; the reader needs one line
-        raise SpecError(
-            f"data.path: expected {_kinds()}, or a file or folder; as a hub id {data.path} cannot "
-            f"be read: {_reason(error)}"
-        ) from error
+    except Exception as error:
+        raise _unreadable(data, error) from error
+
+
+def _opened(data: DataSpec) -> datasets.IterableDataset:
+    """A hub data set, of which nothing but its list of files is read yet."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(
+            data.path, data.name, split=data.split, revision=data.revision, streaming=True
+        )
+    except Exception as error:
+        raise _unreadable(data, error) from error
+
+
+def _unreadable(data: DataSpec, error: Exception) -> SpecError:
+    """The library's errors are many; the reader needs one line."""
+    return SpecError(
+        f"data.path: expected {_kinds()}, or a file or folder; as a hub id {data.path} cannot be "
+        f"read: {_reason(error)}"
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -241,7 +257,8 @@ def data_key(data: DataSpec) -> dict:
     if files := local_files(data):
         hashes = [[_format(file), store.source_hash(file)] for file in files]
         return {"files": hashes, "text_column": data.text_column} | later(data)
-    return {n: v for n, v in keyed(data).items() if n != "context_length"}
+    hub = {n: v for n, v in keyed(data).items() if n != "context_length"}
+    return hub | {"lanes": LANES}
 
 
 # --- tokens -------------------------------------------------------------------------------------
@@ -321,61 +338,91 @@ class TokenBlocks:
         return len(self.blocks)
 
     def batches(
-        self, batch_size: int, seed: int | None = None, start: int = 0
+        self, batch_size: int, seed: int | None = None, start: int = 0, every: int = 1
     ) -> Iterator[torch.Tensor]:
-        """Yield (batch_size, position) int64 tensors from batch number `start` on.
+        """Yield (batch_size, position) int64 tensors: every `every`-th batch from `start` on.
 
         Without a seed: one pass in order, the last batch may be smaller. With one: endless passes,
         each in its own order, so batch n is a pure function of (seed, n) and a resumed training
         sees what an uninterrupted one would have.
         """
         if seed is None:
-            for first in range(start * batch_size, len(self), batch_size):
+            for first in range(start * batch_size, len(self), every * batch_size):
                 yield _tensor(self.blocks[first : first + batch_size])
             return
-        orders: dict[int, np.ndarray] = {}
-        for number in itertools.count(start):
+        order, ordered = np.empty(0, int), None
+        for number in itertools.count(start, every):
             rows = []
             for position in range(number * batch_size, (number + 1) * batch_size):
                 epoch, index = divmod(position, len(self))
-                if epoch not in orders:
-                    orders.pop(epoch - 2, None)
-                    orders[epoch] = _order(len(self), seed, epoch)
-                rows.append(orders[epoch][index])
+                if epoch != ordered:
+                    order, ordered = _order(len(self), seed, epoch), epoch
+                rows.append(order[index])
             yield _tensor(self.blocks[rows])
 
 
 class StreamedBlocks:
-    """Packed sequences of one split of a hub data set, tokenised as they come, in their order.
+    """Packed sequences of one split of a hub data set, tokenised as they come.
 
-    Two chunks of documents are read and tokenised ahead, beside whatever uses the first.
+    For endless passes its files are dealt to lanes: a power of two of them, at most `LANES` and at
+    most one for each file. Each lane packs its own text, in order, and batch n is the next one of
+    lane n % lanes: a function of the data set, however many processes share the batches. A process
+    that takes every m-th reads nothing but the lanes from which those come.
+
+    Two chunks of documents of a lane are read and tokenised ahead, beside whatever uses the first.
     """
 
     def __init__(self, data: DataSpec, tokenizer, split: str):
         self.data, self.tokenizer, self.split = data, tokenizer, split
 
     def batches(
-        self, batch_size: int, seed: int | None = None, start: int = 0
+        self, batch_size: int, seed: int | None = None, start: int = 0, every: int = 1
     ) -> Iterator[torch.Tensor]:
-        """Yield (batch_size, position) int64 tensors from batch number `start` on (fast-forwarded).
+        """Yield (batch_size, position) int64 tensors: every `every`-th batch from `start` on.
 
-        Without a seed: one pass, the last batch may be smaller. With one: endless passes, joined
-        without a gap, in the data set's order whatever the seed.
+        Without a seed: one pass over all files in order, the last batch may be smaller. With one:
+        endless passes of each lane, joined without a gap, in the data set's order whatever the
+        seed. What comes before `start` in the lanes is read again, and skipped.
         """
-        sequences = itertools.islice(self._sequences(seed is not None), start * batch_size, None)
-        while rows := list(itertools.islice(sequences, batch_size)):
-            yield _tensor(np.stack(rows))
+        if seed is None:
+            sequences = itertools.islice(self._sequences(None), start * batch_size, None)
+            for number in itertools.count():
+                if not (rows := list(itertools.islice(sequences, batch_size))):
+                    return
+                if number % every == 0:
+                    yield _tensor(np.stack(rows))
+        read: dict[int, tuple[Iterator[np.ndarray], int]] = {}
+        for number in itertools.count(start, every):
+            turn, lane = divmod(number, self.lanes)
+            sequences, done = read.get(lane) or (self._sequences(lane), 0)
+            first = (turn - done) * batch_size
+            yield _tensor(np.stack([*itertools.islice(sequences, first, first + batch_size)]))
+            read[lane] = sequences, turn + 1
 
-    def _sequences(self, endless: bool) -> Iterator[np.ndarray]:
+    @functools.cached_property
+    def lanes(self) -> int:
+        """Number of lanes."""
+        return 1 << (min(self._rows.num_shards, LANES).bit_length() - 1)
+
+    @functools.cached_property
+    def _rows(self) -> datasets.IterableDataset:
+        return _opened(self.data)
+
+    def _sequences(self, lane: int | None) -> Iterator[np.ndarray]:
+        """The sequences of a lane, again and again; without one, all of them once."""
+        lanes, index = (1, 0) if lane is None else (self.lanes, lane)
         while True:
-            chosen = (text for text in documents(self.data) if split_of(text) == self.split)
+            rows = self._rows.shard(num_shards=lanes, index=index, contiguous=False)
+            chosen = (text for text in documents(self.data, rows) if split_of(text) == self.split)
             found = False
             for chunk in ahead(pack(chosen, self.tokenizer, self.data.context_length)):
                 found = found or len(chunk) > 0
                 yield from chunk
-            if not found:
+            if not found and lanes == 1:
                 raise SpecError(_too_short(self.data, self.split))
-            if not endless:
+            if not found:  # files of next to nothing: all of them then
+                lanes, index = 1, 0
+            if lane is None:
                 return
 
 

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, parse_flag_from_env
+from accelerate.utils import LoggerType
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -28,6 +28,7 @@ from mlsae_core import activations, kernels, metrics, objective, store
 from mlsae_core.activations import ActivationError, ActivationSource, Batch
 from mlsae_core.kernels import Kernel
 from mlsae_core.keys import run_settings
+from mlsae_core.processes import process_state
 from mlsae_core.sae import MLSAE
 from mlsae_core.spec import RunSpec, SpecError
 from mlsae_core.store import Stopped
@@ -44,20 +45,6 @@ class Trained(NamedTuple):
     sae: MLSAE
     log: pd.DataFrame
     seconds: float
-
-
-def process_state(cpu: bool = False) -> PartialState:
-    """This process among those of an accelerate launch, on the CPU where the launch says so.
-
-    cpu: also where the launch does not, which only a process that is alone can decide.
-    """
-    cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
-    state = PartialState(cpu=cpu)
-    other = state.device.type != "cpu" if cpu else state._cpu
-    if other and state.num_processes == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        state = PartialState(cpu=cpu)
-    return state
 
 
 def make_accelerator(

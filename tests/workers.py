@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -77,6 +78,52 @@ def slow_command(arguments: list[str], data: Path, checkpoint_steps: int):
 
     store.save_checkpoint = save_and_mark
     command(arguments, data)
+
+
+def streaming_command(
+    arguments: list[str],
+    data: Path,
+    url: str,
+    rank: tuple[int, int, int],
+    checkpoint_steps: int | None = None,
+):
+    """Run the command line on text of the hub at `url`, as one rank of several."""
+    import hub
+
+    hub.use(url, data / "cache", f"rank{rank[0]}")
+    if rank[1] > 1:
+        as_rank(*rank)
+    if checkpoint_steps is None:
+        command(arguments, data)
+    slow_command(arguments, data, checkpoint_steps)
+
+
+def tokenise_slowly(
+    spec: Path, data: Path, rank: tuple[int, int, int], limit: float, seconds: float
+):
+    """Get a run's text as one rank of several, whose collectives may take `limit` seconds."""
+    use_data(data)
+    as_rank(*rank)
+    from datetime import timedelta
+
+    import torch.distributed.distributed_c10d as distributed
+
+    distributed._get_default_timeout = lambda backend: timedelta(seconds=limit)
+    from mlsae_core import pipeline, text
+    from mlsae_core.spec import SpecError, load_run
+
+    pack = text._pack_splits
+
+    def slow(*arguments):
+        time.sleep(seconds)
+        return pack(*arguments)
+
+    text._pack_splits = slow
+    try:
+        pipeline.Session().blocks(load_run(spec), "train")
+    except (SpecError, store.Stopped) as error:
+        os._exit(2 if isinstance(error, SpecError) else 1)
+    os._exit(0)
 
 
 def write_twice(folder: Path, text: str, go):

@@ -45,6 +45,7 @@ PACKAGES = {
             "formats",
             "sae",
             "objective",
+            "processes",
             "train",
             "analysis",
             "fits",
