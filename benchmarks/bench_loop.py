@@ -112,7 +112,7 @@ class _PackedAnew:
         self.context, self.tokenizer = run.data.context_length, tokenizer
         self.documents = list(itertools.islice(text.documents(run.data), 6000))
 
-    def batches(self, size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+    def batches(self, size: int, seed: int, start: int = 0, every: int = 1) -> Iterator[Tensor]:
         """As `mlsae_core.text.TokenBlocks` has it, in the order of the documents."""
         sequences = self._sequences()
         while True:

@@ -30,6 +30,7 @@ from mlsae_core.keys import stored
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.metrics import LayerMoments
+from mlsae_core.processes import ALONE, Share
 from mlsae_core.spec import SiteSpec, SpecError, canonical, to_dict
 from mlsae_core.text import StreamedBlocks, TokenBlocks, data_key
 
@@ -96,18 +97,26 @@ class ActivationSource(Protocol):
 
 
 def one_pass(
-    batches: Iterable[T], source: ActivationSource, size: int, name: str, progress: bool = True
+    batches: Iterable[T],
+    source: ActivationSource,
+    size: int,
+    name: str,
+    progress: bool = True,
+    share: Share = ALONE,
 ) -> Iterator[T]:
     """The batches of `size` sequences of a source, with a progress bar.
+
+    share: whose they are.
 
     Raises:
         ValueError: there are none.
     """
-    batch = None
-    total = math.ceil(source.n_sequences / size) if source.n_sequences else None
-    for batch in tqdm(batches, name, total, disable=not progress):
+    batch, total = None, None
+    if source.n_sequences:
+        total = math.ceil((math.ceil(source.n_sequences / size) - share.index) / share.count)
+    for batch in tqdm(batches, name, total, disable=not progress or share.index > 0):
         yield batch
-    if batch is None:
+    if batch is None and share.index == 0:
         raise ValueError("source: expected at least one sequence, got none")
 
 
@@ -300,7 +309,9 @@ class TextSource:
 
     # --- putting vectors back -----------------------------------------------------------------
 
-    def passes(self, size: int, start: int = 0) -> Iterator[tuple[Batch, PutBack]]:
+    def passes(
+        self, size: int, start: int = 0, share: Share = ALONE
+    ) -> Iterator[tuple[Batch, PutBack]]:
         """`batches` in order, each with what puts vectors in the place of its target's.
 
         Vectors are replaced at the positions of the batch, one layer at a time, and the rest of
@@ -308,11 +319,13 @@ class TextSource:
         last makes one prediction, scored against the token that really follows.
 
         start: the position from which on the batch has vectors and predictions are made.
+        share: which batches.
 
         Raises:
             ActivationError: NaN or infinite activations, or nothing but special tokens.
         """
-        for index, tokens in enumerate(self.blocks.batches(size)):
+        own = self.blocks.batches(size, None, share.index, share.count)
+        for index, tokens in enumerate(own):
             tokens = tokens.to(self.device)
             keep = self.lm.keep_mask(tokens)
             keep[:, :start] = False

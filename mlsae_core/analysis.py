@@ -27,6 +27,7 @@ from mlsae_core.metrics import (
     gaussian_like,
     permute_layers,
 )
+from mlsae_core.processes import ALONE, Share
 from mlsae_core.sae import MLSAE
 
 # What distributions over layers are compared with: see `distributions`.
@@ -44,6 +45,7 @@ def evaluate(
     layers_at_once: int | None = None,
     start: int = 0,
     progress: bool = True,
+    share: Share = ALONE,
 ) -> pd.DataFrame:
     """Reconstruction error and downstream loss of every layer.
 
@@ -63,6 +65,7 @@ def evaluate(
         start: the position from which on vectors are replaced and measured, and predictions scored;
             those before it are context.
         progress: show a progress bar.
+        share: where several processes measure together, each of which gets the whole table.
 
     Returns:
         One row per layer. Means over `tokens` non-special tokens: ``fvu_global``,
@@ -92,9 +95,10 @@ def evaluate(
     ablated = torch.zeros(others.shape[:2], dtype=torch.float64, device=device)  # Σ CE
     active = torch.zeros(n, sae.n_latents + 1, dtype=torch.bool, device=device)
 
-    alone = zip(source.batches(size), itertools.repeat(None), strict=False)
-    passes = source.passes(size, start) if replaces else alone
-    for batch, put_back in one_pass(passes, source, size, "evaluate", progress):
+    own = source.batches(size, None, share.index, share.count)
+    alone = zip(own, itertools.repeat(None), strict=False)
+    passes = source.passes(size, start, share) if replaces else alone
+    for batch, put_back in one_pass(passes, source, size, "evaluate", progress, share):
         target = None if batch.target is batch.source else batch.target
         output = sae(batch.source) if target is None else sae(batch.source, target)
         values, indices = (part.expand(n, -1, -1) for part in output.topk)
@@ -112,7 +116,8 @@ def evaluate(
                         losses = cross_entropy(scores, following)
                         ablated[row, column] += losses.sum(dtype=torch.float64)
 
-    active = active[:, :-1].double()
+    share.merge(reconstruction, downstream)
+    ablated, active = share.sum(ablated), (share.sum(active) > 0)[:, :-1].double()
     columns = reconstruction.compute()._asdict()
     columns |= {"dead": 1 - active.amax(0).mean(), "inactive": 1 - active.mean(1)}
     if replaces:
@@ -142,6 +147,7 @@ def distributions(
     *,
     replicates: int = 1000,
     progress: bool = True,
+    share: Share = ALONE,
 ) -> tuple[dict[str, Tensor], dict]:
     """Distributions of every latent over layers, their variances, intervals and null models.
 
@@ -152,6 +158,7 @@ def distributions(
     Args:
         size: sequences that are read at a time; the null models are drawn batch by batch.
         replicates: bootstrap replicates over blocks of sequences, for 95 % intervals.
+        share: where several processes measure together, each of which gets the whole result.
 
     Returns:
         Arrays, no wider than the three digits they are read to: ``probs``, ``probs_permuted``,
@@ -173,14 +180,21 @@ def distributions(
     # The numbers depend on where they are drawn; a GPU would wait for those of a CPU.
     drawn_on = device if device.type == "cuda" else "cpu"
     generator, noise = (torch.Generator(drawn_on).manual_seed(seed) for seed in (0, 1))
-    seen = 0
-    for batch in one_pass(source.batches(size), source, size, "distributions", progress):
-        values, indices = sae.encode(batch.source)
-        found.update(indices, values, batch.sequence + seen)
-        sums["permuted"].update(*permute_layers(indices, values, generator))
-        values, indices = sae.encode(gaussian_like(batch.source, noise))
-        sums["gaussian"].update(indices, values)
-        seen += len(batch.text)
+    own = source.batches(size, None, share.index, share.count)
+    own = one_pass(own, source, size, "distributions", progress, share)
+    for number, (counts, batch) in enumerate(share.rounds(own)):
+        for index, tokens in enumerate(counts):
+            if index != share.index:  # what another draws, so that it is the same without it
+                torch.rand(n, tokens, generator=generator, device=drawn_on)
+                torch.randn(n, tokens, source.d_model, generator=noise, device=drawn_on)
+            elif batch is not None:
+                values, indices = sae.encode(batch.source)
+                first = (number * share.count + index) * size
+                found.update(indices, values, batch.sequence + first)
+                sums["permuted"].update(*permute_layers(indices, values, generator))
+                values, indices = sae.encode(gaussian_like(batch.source, noise))
+                sums["gaussian"].update(indices, values)
+    share.merge(found, *sums.values())
     result, nulls = found.compute(), {name: null.compute() for name, null in sums.items()}
     resampled = found.bootstrap(replicates, generator)
 

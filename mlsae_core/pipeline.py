@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from mlsae_core.activations import TextSource
     from mlsae_core.kernels import Kernel
     from mlsae_core.lm import LanguageModel
+    from mlsae_core.processes import Share
     from mlsae_core.sae import MLSAE
 
 Mode = Literal["cached", "force", "read-only"]
@@ -124,9 +126,9 @@ class Session:
     `mlsae_core.kernels`. compile: whether training runs the language model compiled. Neither is a
     part of a result's identity, since the numbers are the same up to rounding.
 
-    Under `accelerate launch` all processes train; the main one measures and writes, the others
-    wait. Whatever can be refused is refused (SpecError) before text is tokenised or anything is
-    computed.
+    Under `accelerate launch` all processes train, and measure what is `Stage.shared`; the rest the
+    main one measures, and it writes, while the others wait. Whatever can be refused is refused
+    (SpecError) before text is tokenised or anything is computed.
     """
 
     mode: Mode = "cached"
@@ -198,16 +200,17 @@ class Session:
             tokens = batch_tokens(source.lm) if this.any_batch else EVALUATION_BATCH_TOKENS
             size = max(tokens // read.data.context_length, 1)
         sae = self.sae(run) if "dictionary" in this.needs else None
+        share = _share() if this.shared else None
 
         def fill(folder: Path) -> dict:
             from mlsae_core.activations import ActivationError
 
             try:
-                return this.measure(folder, Subject(run, settings, source, size, sae))
+                return this.measure(folder, Subject(run, settings, source, size, sae, share))
             except ActivationError as error:
                 raise Stopped(f"{stage}: {error}") from error
 
-        return self.write(stage, identity, spec, parents, fill)
+        return self.write(stage, identity, spec, parents, fill, this.shared)
 
     def train(self, run: RunSpec) -> Artefact:
         """The trained dictionary: `model.safetensors`, `config.json` and `log.csv`."""
@@ -328,10 +331,18 @@ class Session:
             raise StoreError(_missing(stage, identity, spec))
         return found
 
-    def write(self, stage, identity, spec, parents, fill: Callable[[Path], dict]) -> Artefact:
-        """The main process calls `fill` and writes the artefact; the others wait for it."""
+    def write(
+        self, stage, identity, spec, parents, fill: Callable[[Path], dict], shared: bool = False
+    ) -> Artefact:
+        """The main process calls `fill` and writes the artefact; the others wait for it.
+
+        shared: or call `fill` as well, for their part; what they write is thrown away.
+        """
         if is_main_process():
             store.write(stage, identity, spec, parents, fill, replace=self.mode == "force")
+        elif shared:
+            with tempfile.TemporaryDirectory() as folder:
+                fill(Path(folder))
         _wait()
         made = self._made[stage, identity] = store.read(store.STORE / stage / identity)
         return made
@@ -342,7 +353,8 @@ class Subject:
     """What a stage measures.
 
     run, settings: what is asked for. source: the activations, read `size` sequences at a time.
-    sae: the dictionary. None where the stage does not need it.
+    sae: the dictionary. None where the stage does not need it. share: this process' part of what
+    is read, where the stage is shared.
     """
 
     run: SubjectSpec
@@ -350,6 +362,7 @@ class Subject:
     source: TextSource | None
     size: int
     sae: MLSAE | None
+    share: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -363,6 +376,7 @@ class Stage:
     by_layer: whether it needs a vector of every layer, so that stacked sites are refused.
     any_batch: whether the result is the same to rounding however the text is cut into batches;
         others draw random numbers batch by batch, or hold a graph of what they read.
+    shared: whether all processes of a launch measure, each its `Subject.share`; else the main one.
     key: of (run, settings). read: the run whose model and text are read, where it is not the one
         whose dictionary is measured. parts: gives the specs that stand in that of the artefact
         beside the run and the settings.
@@ -374,6 +388,7 @@ class Stage:
     needs: tuple[str, ...] = ("dictionary", "text")
     by_layer: bool = False
     any_batch: bool = False
+    shared: bool = False
     key: Callable[[SubjectSpec, EvaluateSpec | None], Keyed] | None = None
     read: SubjectSpec | None = None
     parts: Callable[[], dict[str, type[Spec]]] = dict
@@ -386,8 +401,9 @@ class Stage:
 def _evaluate(folder: Path, subject: Subject) -> dict:
     from mlsae_core import analysis
 
+    ablations = subject.settings.ablations
     table = analysis.evaluate(
-        subject.source, subject.sae, subject.size, ablations=subject.settings.ablations
+        subject.source, subject.sae, subject.size, ablations=ablations, share=subject.share
     )
     table.to_csv(folder / "evaluation.csv", index=False, float_format="%.8g")
     return {"tokens": int(table.tokens.iloc[0])}
@@ -398,7 +414,9 @@ def _distributions(folder: Path, subject: Subject) -> dict:
 
     from mlsae_core import analysis
 
-    arrays, numbers = analysis.distributions(subject.source, subject.sae, subject.size)
+    arrays, numbers = analysis.distributions(
+        subject.source, subject.sae, subject.size, share=subject.share
+    )
     save_file(arrays, folder / "distributions.safetensors")
     (folder / "variances.json").write_text(json.dumps(numbers, indent=1) + "\n")
     return {"tokens": numbers["tokens"]}
@@ -417,8 +435,8 @@ def register(*stages: Stage):
 
 register(
     Stage("train", 1, None, key=lambda run, _: run_key(run)),
-    Stage("evaluate", 1, _evaluate, any_batch=True),
-    Stage("distributions", 2, _distributions, by_layer=True),
+    Stage("evaluate", 1, _evaluate, any_batch=True, shared=True),
+    Stage("distributions", 2, _distributions, by_layer=True, shared=True),
 )
 
 
@@ -442,6 +460,16 @@ def _wait():
         from mlsae_core import processes
 
         processes.meet()
+
+
+def _share() -> Share:
+    """The part of this process in what all of a launch measure."""
+    from mlsae_core import processes
+
+    if _processes() == 1:
+        return processes.ALONE
+    state = processes.process_state()
+    return processes.Share(state.process_index, state.num_processes)
 
 
 def batch_tokens(lm: LanguageModel) -> int:

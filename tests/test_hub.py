@@ -8,16 +8,19 @@ import time
 
 import datasets
 import hub as doubles
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import workers
 from huggingface_hub import constants
+from safetensors.numpy import load_file
 from test_train import free_port, results, spec_text
 from workers import sentences
 
 from mlsae_book.pretrain import train_tokenizer
 from mlsae_core import text
+from mlsae_core.sae import MLSAE
 from mlsae_core.spec import DataSpec
 
 DATA = DataSpec("owner/texts", context_length=8)
@@ -164,6 +167,41 @@ def test_two_processes_on_a_stream_are_killed_continue_and_train_what_one_does(
     pd.testing.assert_frame_equal(one[1], two[1], check_exact=True)
     files = [artefact.meta["files"]["model.safetensors"] for artefact, _ in (one, two)]
     assert files[0] == files[1]
+
+
+def test_three_processes_measure_what_one_does(inputs, processes, tmp_path):
+    """Batches are dealt to them: four, so that only one of them has any in the second round."""
+    MLSAE(16, 128, 4, generator=torch.Generator().manual_seed(0)).save_pretrained(tmp_path / "sae")
+    fields = {
+        "model": inputs / "gpt_neox",
+        "data": f"{{path: {inputs / 'text.jsonl'}, context_length: 8}}",
+        "dictionary": tmp_path / "sae",
+    }
+    spec, port = tmp_path / "spec.yml", free_port()
+    spec.write_text("".join(f"{name}: {value}\n" for name, value in fields.items()))
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    ranks = [(together, (rank, 3, port)) for rank in range(3)]
+    started = [
+        processes.Process(target=workers.measure, args=(spec, *where))
+        for where in ((alone, None), *ranks)
+    ]
+    for process in started:
+        process.start()
+    assert codes(started) == [0] * 4
+
+    def found(stage, name, read):
+        folders = [next((data / "store" / stage).iterdir()) for data in (alone, together)]
+        return [read(folder / name) for folder in folders]
+
+    one, several = found("evaluate", "evaluation.csv", pd.read_csv)
+    assert 3 * 1024 < one.tokens[0] < 4 * 1024 - 200  # the special ones left out
+    pd.testing.assert_frame_equal(several, one, rtol=1e-6)
+    one, several = found("distributions", "distributions.safetensors", load_file)
+    for name, array in one.items():
+        np.testing.assert_allclose(several[name], array, rtol=1e-3, err_msg=name)
+    one, several = found("distributions", "variances.json", lambda path: path.read_text())
+    one, several = (pd.json_normalize(json.loads(text)) for text in (one, several))
+    pd.testing.assert_frame_equal(several, one, rtol=1e-9)  # what was drawn at random as well
 
 
 @pytest.mark.parametrize("context", [8, 10**6])

@@ -83,7 +83,7 @@ class Given:
     def __init__(self, batches):
         self.given = list(batches)
 
-    def batches(self, size, seed=None, start=0):
+    def batches(self, size, seed=None, start=0, every=1):
         yield from self.given
 
 

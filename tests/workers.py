@@ -98,6 +98,21 @@ def streaming_command(
     slow_command(arguments, data, checkpoint_steps)
 
 
+def measure(spec: Path, data: Path, rank: tuple[int, int, int] | None = None):
+    """Evaluate a dictionary and find its distributions, maybe as one rank of several."""
+    use_data(data)
+    if rank is not None:
+        as_rank(*rank)
+    from mlsae_core import pipeline
+    from mlsae_core.spec import EvaluateSpec, load_run
+
+    pipeline.EVALUATION_BATCH_TOKENS = 1024
+    session, run, settings = pipeline.Session(), load_run(spec), EvaluateSpec(10_000, "train")
+    session.evaluate(run, settings)
+    session.distributions(run, settings)
+    os._exit(0)
+
+
 def tokenise_slowly(
     spec: Path, data: Path, rank: tuple[int, int, int], limit: float, seconds: float
 ):
