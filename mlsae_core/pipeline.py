@@ -64,6 +64,8 @@ def _hash(value) -> str:
 def run_key(run: RunSpec) -> Keyed:
     """Key, spec and parents of a run's training: content, never paths, so it holds anywhere."""
     parents = input_parents(run)
+    if text.is_streamed(run.data):  # the order in which training reads it
+        parents["lanes"] = str(text.LANES)
     return store.key("train", run_settings(run), parents), flat(run), parents
 
 

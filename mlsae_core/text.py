@@ -257,8 +257,7 @@ def data_key(data: DataSpec) -> dict:
     if files := local_files(data):
         hashes = [[_format(file), store.source_hash(file)] for file in files]
         return {"files": hashes, "text_column": data.text_column} | later(data)
-    hub = {n: v for n, v in keyed(data).items() if n != "context_length"}
-    return hub | {"lanes": LANES}
+    return {n: v for n, v in keyed(data).items() if n != "context_length"}
 
 
 # --- tokens -------------------------------------------------------------------------------------

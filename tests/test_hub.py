@@ -19,9 +19,9 @@ from test_train import free_port, results, spec_text
 from workers import sentences
 
 from mlsae_book.pretrain import train_tokenizer
-from mlsae_core import text
+from mlsae_core import pipeline, text
 from mlsae_core.sae import MLSAE
-from mlsae_core.spec import DataSpec
+from mlsae_core.spec import DataSpec, run_from_dict
 
 DATA = DataSpec("owner/texts", context_length=8)
 FILES = 5  # so 4 lanes, the first of two files
@@ -88,6 +88,15 @@ def test_each_lane_packs_its_own_files_and_batches_take_turns(hub, tokenizer):
         some = list(blocks.batches(3, None, start, every))
         assert all(map(torch.equal, some, one_pass[start::every]))
         assert len(some) == len(one_pass[start::every])
+
+
+def test_the_order_of_a_training_is_part_of_its_key(tmp_path):
+    local = workers.write_jsonl(tmp_path / "text.jsonl", [{"text": "la"}])
+    model = workers.write_jsonl(tmp_path / "config.json", []).parent
+    for path, order in (("owner/texts", {"lanes": "16"}), (str(local), {})):
+        fields = {"model": str(model), "data": path, "expansion_factor": 1, "k": 1, "tokens": 9999}
+        parents = pipeline.run_key(run_from_dict(fields))[2]
+        assert {name: parents[name] for name in parents if name == "lanes"} == order
 
 
 @pytest.mark.parametrize(("files", "lanes"), [(1, 1), (2, 2), (3, 2), (31, 16), (32, 16)])
