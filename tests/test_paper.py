@@ -69,12 +69,15 @@ def test_the_costs_of_the_papers_default_are_those_that_were_measured():
 
 
 def test_the_readmes_table_is_computed():
-    rows = []
+    rows, sums = [], []
     for labels, run in costs("models")[0].runs:
         memory = fits.memory(run, True, run.train.micro_batch_tokens)
+        sums.append(sum(memory) / 1e9)
         cells = [labels["case"], *(f"{size / 1e9:.1f}" for size in (*memory, sum(memory)))]
         rows.append(f"| {' | '.join(cells)} |\n")
     assert "".join(rows) in README, "".join(rows)
+    assert max(sums[:-2]) < 40 < min(sums[-2:])  # as it says of cards
+    assert max(sums) < 80
 
 
 def test_the_readmes_batch_script_ends_in_a_checkpoint_and_asks_for_more_time(tmp_path):
