@@ -213,7 +213,7 @@ def _text(row, column: str) -> str:
 def _hub(data: DataSpec, rows: Iterable[dict] | None) -> Iterator[str]:
     """Documents of a hub data set, streamed by the `datasets` library."""
     try:
-        for row in _opened(data) if rows is None else rows:
+        for row in _data_set(data) if rows is None else rows:
             yield _text(row, data.text_column)
     except SpecError:
         raise
@@ -221,7 +221,7 @@ def _hub(data: DataSpec, rows: Iterable[dict] | None) -> Iterator[str]:
         raise _unreadable(data, error) from error
 
 
-def _opened(data: DataSpec) -> datasets.IterableDataset:
+def _data_set(data: DataSpec) -> datasets.IterableDataset:
     """A hub data set, of which nothing but its list of files is read yet."""
     import datasets
 
@@ -405,7 +405,7 @@ class StreamedBlocks:
 
     @functools.cached_property
     def _rows(self) -> datasets.IterableDataset:
-        return _opened(self.data)
+        return _data_set(self.data)
 
     def _sequences(self, lane: int | None) -> Iterator[np.ndarray]:
         """The sequences of a lane, again and again; without one, all of them once."""
