@@ -30,7 +30,10 @@ import yaml
 from tiny_lm import CONFIGS
 from workers import sentences, use_data, write_jsonl
 
+from mlsae_core import store
+
 SECONDS, MEGABYTES, LINE = 10.0, 2048, 1200
+RECORDED = 2000  # inputs of which the outcomes are kept
 CODES = {0: "works", 1: "stopped", 2: "refused"}
 CONTEXT = 16
 
@@ -393,6 +396,14 @@ def sample(count: int) -> list[tuple[str, int]]:
     ]
 
 
+def record(name: str, facts: dict):
+    """Keep what a whole run found, for the book's page of promises."""
+    about = store.provenance()
+    facts |= {"commit": about["commit"], "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    path = Path(__file__).with_name(f"{name}.json")
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+
+
 def main(count: int = 2000) -> int:
     """Try so many inputs; list what is wrong and count the rest."""
     prepare()
@@ -410,7 +421,10 @@ def main(count: int = 2000) -> int:
                       flush=True)  # fmt: skip
     for name, outcomes in counts.items():
         print(f"{name:20}", ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common()))
-    print(f"{sum(c.total() for c in counts.values())} inputs, {faults} faults")
+    total = sum(c.total() for c in counts.values())
+    print(f"{total} inputs, {faults} faults")
+    if total >= RECORDED:
+        record("fuzz", {"inputs": total, "faults": faults, "kinds": counts})
     return bool(faults)
 
 

@@ -23,10 +23,11 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
-from fuzz import goods, prepare, recipe, run_fields, write_spec
+from fuzz import goods, prepare, recipe, record, run_fields, write_spec
 from workers import use_data
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+RECORDED = 100  # kills of which the outcome is kept
 TIMES = {"seconds", "written", "tokens_per_second"}
 
 
@@ -175,6 +176,10 @@ def main(trials: int = 15) -> int:
     for name, count in kills.items():
         print(f"{name:12} {count} kills in {trials} runs")
     print(f"{kills.total()} kills, {faults} faults")
+    if kills.total() >= RECORDED:
+        record(
+            "kills", {"kills": kills.total(), "faults": faults, "runs": trials, "commands": kills}
+        )
     return bool(faults)
 
 
