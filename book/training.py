@@ -48,8 +48,9 @@
 import pandas as pd
 
 from mlsae_book import charts, experiments, tables, widgets
+from mlsae_book.declared import load_experiment
 from mlsae_core import pipeline
-from mlsae_core.spec import flat, load_experiment
+from mlsae_core.spec import flat
 
 charts.use_book_theme()
 
