@@ -36,11 +36,13 @@ class ActivationError(RuntimeError):
 class Batch:
     """Activations of one batch of sequences, in float32 and in the lens space.
 
-    source: (layer, token, d_model), what the autoencoder reads; with ``stacked`` sites
-        (1, token, n_layers · d_model), the layers in order.
-    target: what it predicts, of the same layout; the same object as `source` for an autoencoder.
-    tokens: (token,) int64, the token at each position.
-    sequence, position: (token,) int64, where each token stood in the batch of sequences.
+    Args:
+        source: (layer, token, d_model), what the autoencoder reads; with ``stacked`` sites (1,
+            token, n_layers · d_model), the layers in order.
+        target: what it predicts, of the same layout; the same object as `source` for an
+            autoencoder.
+        tokens: (token,) int64, the token at each position.
+        sequence, position: (token,) int64, where each token stood in the batch of sequences.
     """
 
     source: Tensor
@@ -53,8 +55,10 @@ class Batch:
 class ActivationSource(Protocol):
     """Where activations come from: all that training knows of a model and a text.
 
-    n_layers: of the model, of which a site chooses some. d_model: length of a layer's vector.
-    device: where batches are.
+    Attributes:
+        n_layers: of the model, of which a site chooses some.
+        d_model: length of a layer's vector.
+        device: where batches are.
     """
 
     n_layers: int

@@ -355,9 +355,10 @@ class Session:
 class Stage:
     """A kind of result of a run.
 
-    name, version: as keys and folders have them; the version is raised when its numbers change.
-    make: called with (session, run, settings), finds or computes the artefact.
-    parts: gives the specs that stand in that of the artefact beside the run and the settings.
+    Args:
+        name, version: as keys and folders have them; the version is raised when its numbers change.
+        make: called with (session, run, settings), finds or computes the artefact.
+        parts: gives the specs that stand in that of the artefact beside the run and the settings.
     """
 
     name: str
