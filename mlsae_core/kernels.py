@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlsae_core import pairs
+from mlsae_core.fields import SpecError
 from mlsae_core.products import fast_products
 
 Kernel = Literal["sparse", "candidates", "dense", "triton"]
@@ -70,17 +71,15 @@ It is differentiable, and makes nobody wait for a device.
 
 
 def check(kernel: str, device: torch.device, precision: torch.dtype = torch.float32) -> None:
-    """Raise ValueError where a kernel cannot run on that device, or with such parameters."""
+    """Refuse a kernel that cannot run on that device, or with such parameters."""
     if kernel != "triton":
         return
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("kernel: triton needs the package of that name; `pip install triton`")
+        raise SpecError("kernel: triton needs the package of that name; `pip install triton`")
     if device.type != "cuda" and "TRITON_INTERPRET" not in os.environ:
-        raise ValueError(f"kernel: triton needs a CUDA device, got {device}; take sparse")
+        raise SpecError(f"kernel: triton needs a CUDA device, got {device}; take sparse")
     if precision != torch.float32:
-        raise ValueError(
-            f"kernel: triton needs parameters in float32, got {precision}; take sparse"
-        )
+        raise SpecError(f"kernel: triton needs parameters in float32, got {precision}; take sparse")
 
 
 def fused(function: Callable, kernel: str, device: torch.device) -> Callable:

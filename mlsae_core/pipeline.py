@@ -179,10 +179,10 @@ class Session:
         identity, spec, parents = run_key(run)
         if found := self.find("train", identity, spec):
             return found
-        from mlsae_core import activations, train
+        from mlsae_core import activations, kernels, train
 
         accelerator = train.make_accelerator(run, self.trackers, project_dir=store.STORE)
-        train.check_kernel(self.kernel, accelerator.device)
+        kernels.check(self.kernel, accelerator.device)
         lm, lens = self.inputs(run)
         if self.compile:
             lm = _compiled(lm, run)
