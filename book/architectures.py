@@ -26,9 +26,9 @@
 from mlsae_book import charts, experiments, stages, widgets
 from mlsae_book.charts import layers as layer_charts
 from mlsae_book.charts import sweeps as sweep_charts
-from mlsae_book.declared import load_experiment
 from mlsae_book.tables import layers, spread, sweeps
 from mlsae_core import pipeline
+from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
 results = experiments.materialise(load_experiment("experiments/architectures.yml"))

@@ -32,9 +32,9 @@
 # %% tags=["remove-cell"]
 from mlsae_book import charts, experiments, stages, widgets
 from mlsae_book.charts import layers as layer_charts
-from mlsae_book.declared import load_experiment
 from mlsae_book.tables import layers
 from mlsae_core import pipeline
+from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
 experiment = load_experiment("experiments/default.yml")

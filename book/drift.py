@@ -31,8 +31,8 @@
 # %% tags=["remove-cell"]
 from mlsae_book import charts, experiments
 from mlsae_book.charts import drift as drift_charts
-from mlsae_book.declared import load_experiment
 from mlsae_book.tables import drift
+from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
 made = experiments.measure(load_experiment("experiments/drift.yml"), "drift")

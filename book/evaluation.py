@@ -36,8 +36,8 @@
 # %% tags=["remove-cell"]
 from mlsae_book import charts, experiments, widgets
 from mlsae_book.charts import fidelity as fidelity_charts
-from mlsae_book.declared import load_experiment
 from mlsae_book.tables import fidelity, sweeps
+from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
 results = experiments.materialise(load_experiment("experiments/default.yml"))

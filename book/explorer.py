@@ -29,10 +29,10 @@ from IPython.display import HTML
 
 from mlsae_book import charts, experiments, widgets
 from mlsae_book.charts import latents as latent_charts
-from mlsae_book.declared import load_experiment
 from mlsae_book.tables import examples, interventions, latents
 from mlsae_core import pipeline
 from mlsae_core.lens import Lens
+from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
 default = experiments.materialise(load_experiment("experiments/default.yml"))

@@ -23,9 +23,8 @@
 from mlsae_book import charts, experiments
 from mlsae_book.charts import fidelity as fidelity_charts
 from mlsae_book.charts import latents as latent_charts
-from mlsae_book.declared import load_experiment
 from mlsae_book.tables import fidelity, transfer
-from mlsae_core.spec import DataSpec, EvaluateSpec
+from mlsae_core.spec import DataSpec, EvaluateSpec, load_experiment
 
 charts.use_book_theme()
 mlp = experiments.materialise(load_experiment("experiments/transcoder.yml"))

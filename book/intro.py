@@ -23,8 +23,8 @@
 import pandas as pd
 
 from mlsae_book import charts, experiments, tables
-from mlsae_book.declared import load_experiment
 from mlsae_core import pipeline
+from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
 experiment = load_experiment("experiments/default.yml")

@@ -29,8 +29,8 @@
 # %% tags=["remove-cell"]
 from mlsae_book import charts, experiments
 from mlsae_book.charts import transfer as transfer_charts
-from mlsae_book.declared import load_experiment
 from mlsae_book.tables import fidelity, transfer
+from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
 single = experiments.materialise(load_experiment("experiments/single.yml"))

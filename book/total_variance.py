@@ -41,11 +41,10 @@
 # %% tags=["remove-cell", "nbval-ignore-output"]
 from mlsae_book import charts, experiments, widgets
 from mlsae_book.charts import sweeps as sweep_charts
-from mlsae_book.declared import load_experiment
 from mlsae_book.tables import total_variance
 from mlsae_core import pipeline
 from mlsae_core.lens import Lens
-from mlsae_core.spec import EvaluateSpec
+from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
 _, run = load_experiment("experiments/default.yml").runs[0]

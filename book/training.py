@@ -48,9 +48,8 @@
 import pandas as pd
 
 from mlsae_book import charts, experiments, tables, widgets
-from mlsae_book.declared import load_experiment
 from mlsae_core import pipeline
-from mlsae_core.spec import flat
+from mlsae_core.spec import flat, load_experiment
 
 charts.use_book_theme()
 

@@ -34,15 +34,15 @@
 from mlsae_book import charts, experiments, stages
 from mlsae_book.charts import layers as layer_charts
 from mlsae_book.charts import lenses as lens_charts
-from mlsae_book.declared import load_experiment
 from mlsae_book.tables import layers, lenses
 from mlsae_core import pipeline
-from mlsae_core.spec import EvaluateSpec
+from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
 results = experiments.materialise(load_experiment("experiments/lens.yml"))
 read = experiments.all_distributions(results)
 session, (_, run) = pipeline.Session(), results.runs[0]
+lm = session.lm(run.model)
 
 # %% [markdown]
 # ## What a lens reads
@@ -52,7 +52,6 @@ session, (_, run) = pipeline.Session(), results.runs[0]
 # that share no parameter. All translators start at zero, where reading is the *logit lens*.
 
 # %% tags=["hide-input", "nbval-ignore-output"]
-lm = session.lm(run.model)
 batches = pipeline.Batches(session.blocks(run, "test"), run, EvaluateSpec(tokens=4096))
 lens_charts.divergences(
     lenses.divergences(lm, run.model.path, batches),

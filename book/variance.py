@@ -39,16 +39,16 @@
 # %% tags=["remove-cell"]
 from mlsae_book import charts, experiments
 from mlsae_book.charts import layers as layer_charts
-from mlsae_book.declared import load_experiment
 from mlsae_book.tables import layers, sweeps
 from mlsae_core import pipeline
 from mlsae_core.lens import Lens
-from mlsae_core.spec import EvaluateSpec
+from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
 default = load_experiment("experiments/default.yml")
 made = experiments.swept("distributions")
 made["Default run"] = experiments.measure(default, "distributions", training="4 M tokens")
+ratios = layers.variance_sweeps(made)
 
 # %% [markdown]
 # ## The two ratios
@@ -58,7 +58,6 @@ made["Default run"] = experiments.measure(default, "distributions", training="4 
 # the codes of Gaussian vectors.
 
 # %% tags=["hide-input"]
-ratios = layers.variance_sweeps(made)
 layer_charts.variance_ratios(
     ratios,
     title="In every run latents prefer layers: the first ratio is well below its null models",

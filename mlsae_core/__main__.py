@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from mlsae_core import store
 from mlsae_core.cli import Commands, mode, show
-from mlsae_core.spec import EvaluateSpec, build, load_run
+from mlsae_core.spec import EvaluateSpec, build, load_experiment, load_run
 
 _EXAMPLE = """\
 a minimal SPEC.yml:
@@ -21,8 +22,8 @@ a minimal SPEC.yml:
 
 All other fields have defaults, documented in mlsae_core/spec.py. In the place of the last four,
 `dictionary: PATH` names weights that are there, a folder or a hub id (`{path: owner/name,
-revision: …}`): they are measured as those of a run are. `python -m mlsae_book status SPEC.yml` says
-what exists of a spec, and what the rest would cost.
+revision: …}`): they are measured as those of a run are. An EXPERIMENT.yml has `title`,
+`run` (the fields above), `sweep` (field: [values]) and `evaluate` (tokens, split).
 
 Relative paths in these files start at the working directory. Results are looked up in data/shipped,
 then in data/store, where new ones are written; MLSAE_DATA names another folder in the place of
@@ -60,6 +61,30 @@ def _evaluate(options: argparse.Namespace):
         print(artefact.path)
 
 
+def _status(options: argparse.Namespace):
+    if options.experiment is not None:
+        experiment = load_experiment(options.experiment)
+        from mlsae_core import status
+
+        return show(status.status(experiment))
+    import pandas as pd
+
+    from mlsae_core import status
+
+    rows = []
+    for stage in store.stages():
+        for artefact in store.artefacts(stage):
+            state = "shipped" if artefact.path.is_relative_to(store.SHIPPED) else "stored"
+            row = status.provenance(artefact)
+            if isinstance(row["tokens"], dict):  # of each split
+                row["tokens"] = sum(row["tokens"].values())
+            rows.append({**row, "state": state})
+    if not rows:
+        return print(f"no results yet, neither in {store.SHIPPED} nor in {store.STORE}")
+    columns = ["stage", "key", "state", "tokens", "seconds", "written"]
+    return show(pd.DataFrame(rows, columns=columns).astype({"tokens": "Int64"}))
+
+
 def _commands() -> Commands:
     commands = Commands(
         "mlsae_core",
@@ -90,6 +115,15 @@ def _commands() -> Commands:
     evaluate.add_argument("--tokens", default=defaults.tokens, help=about_tokens)
     evaluate.add_argument(
         "--split", default=defaults.split, help="train, validation or test (default)"
+    )
+    commands.add(
+        _status,
+        "status",
+        "what exists and what the rest would cost; without a file, all results",
+        "EXPERIMENT",
+        "YAML file of an experiment or a run",
+        mode=False,
+        nargs="?",
     )
     return commands
 

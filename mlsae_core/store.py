@@ -205,6 +205,25 @@ def find(stage: str, identity: str) -> Artefact | None:
     return None
 
 
+@contextlib.contextmanager
+def recomputing() -> Iterator[None]:
+    """Within it nothing is shipped, and the store is another one, under ``reproduced``."""
+    global SHIPPED, STORE
+    before = SHIPPED, STORE
+    STORE = STORE / "reproduced"
+    SHIPPED = STORE / "shipped"  # which is never written
+    try:
+        yield
+    finally:
+        SHIPPED, STORE = before
+
+
+def stages() -> list[str]:
+    """Names of the stages of which there is a result."""
+    found = (path for root in (SHIPPED, STORE) for path in root.glob("*/*/meta.json"))
+    return sorted({path.parents[1].name for path in found})
+
+
 def artefacts(stage: str) -> list[Artefact]:
     """All artefacts of a stage, shipped ones first, files not checked."""
     found = []
@@ -246,6 +265,27 @@ def write(
         (folder / "spec.json").write_text(json.dumps(spec, indent=1, sort_keys=True) + "\n")
         (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return read(path, check=False)
+
+
+def ship(artefact: Artefact, only: tuple[str, ...] | None = None) -> Path:
+    """Copy an artefact (or some of its files) into the tracked results; returns where it lies.
+
+    What is shipped already with the same content stays, and more of its files if there are any.
+    """
+    target = SHIPPED / artefact.meta["stage"] / artefact.key
+    kept = artefact.meta["files"] if only is None else {n: artefact.meta["files"][n] for n in only}
+    if (target / "meta.json").is_file():
+        held = read(target, check=False).meta["files"]
+        if kept.items() <= held.items():
+            return target
+    with atomic_folder(target) as folder:
+        for name in kept:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(artefact.path / name, folder / name)
+        shutil.copyfile(artefact.path / "spec.json", folder / "spec.json")
+        meta = {**artefact.meta, "files": kept}
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    return target
 
 
 # --- checkpoints ------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from mlsae_core import activations, lm, pipeline, store, text
 from mlsae_core.__main__ import main as core
 
 CONTEXT = 8
-OF_THE_BOOK = ("materialise", "pretrain", "lens", "reproduce", "status")
+OF_THE_BOOK = ("materialise", "pretrain", "lens", "reproduce")
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def help_of(package):
 
 def test_help_tells_a_newcomer_what_to_write():
     shown = help_of("mlsae_core")
-    words = "train evaluate SPEC.yml layers: expansion_factor MLSAE_DATA"
+    words = "train evaluate status SPEC.yml layers: expansion_factor MLSAE_DATA"
     for word in [*words.split(), "working directory", "Exit codes"]:
         assert word in shown
     fields = shown[shown.index("  model:") : shown.index("All other")]
@@ -156,7 +156,7 @@ def test_help_of_the_book_names_its_commands():
         assert word in shown
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", *OF_THE_BOOK])
+@pytest.mark.parametrize("command", ["train", "evaluate", "status", *OF_THE_BOOK])
 def test_every_command_has_help(call, command):
     code, out, _ = call(command, "--help")
     assert code == 0

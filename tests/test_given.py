@@ -9,10 +9,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from test_pipeline import CONTEXT, SETTINGS, run_of
 
-from mlsae_book import experiments, stages, status
-from mlsae_book.__main__ import main as book
-from mlsae_book.declared import load_experiment
-from mlsae_core import keys, pipeline, spec, store, text, train
+from mlsae_book import experiments, stages
+from mlsae_core import keys, pipeline, spec, status, store, text, train
 from mlsae_core.__main__ import main
 from mlsae_core.sae import MLSAE
 from mlsae_core.spec import SpecError
@@ -221,7 +219,7 @@ def test_the_command_line_evaluates_given_weights(inputs, folder, data, capsys):
     err = capsys.readouterr().err
     assert err.startswith("error: dictionary: expected")
     assert err.count("\n") == 1
-    assert book(["status", path]) == 0
+    assert main(["status", path]) == 0
     assert "train" not in capsys.readouterr().out
     assert main(["evaluate", path, "--tokens", "128"]) == 0
     table = capsys.readouterr().out.splitlines()
@@ -236,7 +234,7 @@ def test_an_experiment_of_given_weights_has_tables_and_no_log(inputs, folder, da
         "dictionary": str(folder),
     }
     fields = {"run": base, "sweep": {"layers": [[0], [1, 2]]}, "evaluate": {"tokens": 128}}
-    experiment = load_experiment(written(data, fields))
+    experiment = spec.load_experiment(written(data, fields))
     before = status.status(experiment)
     assert set(before.stage) == {"evaluate", "distributions"}
     made = experiments.materialise(experiment, ship=True)

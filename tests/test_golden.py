@@ -13,7 +13,6 @@ import pytest
 from workers import sentences
 
 from mlsae_book import corpus, experiments, planted, stages
-from mlsae_book.declared import load_experiment
 from mlsae_book.pretrain import train_tokenizer
 from mlsae_core import analysis, pipeline, spec, store, text
 from mlsae_core.lens import Lens
@@ -155,7 +154,7 @@ def test_numbers_change_only_with_their_stages_version(numbers):
 
 def test_a_language_model_in_bfloat16_changes_no_metric_by_half_a_percent():
     """The shipped dictionary on the shipped model: `dtype: bfloat16` in a spec is safe to take."""
-    [(_, run)] = load_experiment(store.ROOT / "book/experiments/default.yml").runs
+    [(_, run)] = spec.load_experiment(store.ROOT / "book/experiments/default.yml").runs
     session, tables = pipeline.Session("read-only"), []
     settings = spec.EvaluateSpec(tokens=16_384)
     batches = list(pipeline.Batches(session.blocks(run, "test"), run, settings))

@@ -17,10 +17,8 @@ import torch
 from tiny_lm import VOCAB, tiny_lm
 
 from mlsae_book import planted, pretrain, stages, tune
-from mlsae_book.declared import load_experiment
 from mlsae_book.tables.transfer import Target
 from mlsae_core import keys, models, pipeline, spec, store, text, train
-from mlsae_core.fields import hints
 from mlsae_core.spec import DataSpec, EvaluateSpec, Removed, Renamed, Spec, SpecError, added
 
 ROOT = Path(__file__).parents[1]
@@ -154,11 +152,11 @@ def in_place(new):
                 patched.setitem(spec.SECTIONS, section, new[cls])
                 for f in dataclasses.fields(new[cls]):
                     patched.setitem(spec._OWNER, f.name, section)
-        hints.cache_clear()
+        spec._hints.cache_clear()
         try:
             yield
         finally:
-            hints.cache_clear()
+            spec._hints.cache_clear()
 
 
 def later(default):
@@ -188,7 +186,7 @@ def test_an_added_field_changes_no_key(recorded, grown, monkeypatch):
 def declared():
     """Keys of all runs that the book's experiments declare."""
     paths = sorted((ROOT / "book" / "experiments").glob("*.yml"))
-    runs = [run for path in paths for _, run in load_experiment(path).runs]
+    runs = [run for path in paths for _, run in spec.load_experiment(path).runs]
     return [pipeline.run_key(run)[0] for run in runs]
 
 

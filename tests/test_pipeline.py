@@ -13,11 +13,10 @@ import torch
 from safetensors.torch import load_file
 from workers import sentences, write_jsonl
 
-from mlsae_book import experiments, status
-from mlsae_book.declared import Experiment
-from mlsae_core import keys, pipeline, spec, store, text, train
+from mlsae_book import experiments
+from mlsae_core import keys, pipeline, spec, status, store, text, train
 from mlsae_core.lens import Lens
-from mlsae_core.spec import EvaluateSpec, SpecError
+from mlsae_core.spec import EvaluateSpec, Experiment, SpecError
 
 CONTEXT = 8
 SETTINGS = EvaluateSpec(tokens=256)

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from mlsae_book import reproduce
-from mlsae_book.declared import load_experiment
 from mlsae_core import pipeline, store
+from mlsae_core.spec import load_experiment
 
 LIVE = store.ROOT / "book" / "experiments" / "live.yml"
 #: Another processor adds in another order, and Adam carries that on.
@@ -35,7 +35,7 @@ def test_nothing_shipped_or_stored_is_read_while_recomputing():
     before = store.SHIPPED, store.STORE
     identity = pipeline.run_key(load_experiment(LIVE).runs[0][1])[0]
     assert store.find("train", identity) is not None
-    with reproduce.recomputing():
+    with store.recomputing():
         assert store.find("train", identity) is None
     assert before == (store.SHIPPED, store.STORE)
 

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from mlsae_book import experiments
 from mlsae_core import store
 from mlsae_core.spec import SpecError
 
@@ -53,11 +52,11 @@ def test_what_is_written_is_found_with_its_provenance(data):
 
 def test_shipped_results_come_first_and_shipping_keeps_what_is_asked(data):
     made = make()
-    experiments.to_shipped(made)
+    store.ship(made)
     (made.path / "table.csv").write_text("damaged")
     assert store.find("train", made.key).path.is_relative_to(store.SHIPPED)
     shipped = store.find("train", made.key)
-    assert experiments.to_shipped(shipped) == shipped.path
+    assert store.ship(shipped) == shipped.path
     assert [a.path for a in store.artefacts("train")] == [shipped.path, made.path]
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mlsae_book.declared import load_experiment
-from mlsae_core import models, store
+from mlsae_core import models
 from mlsae_core.cli import Commands, mode, show
-from mlsae_core.spec import build
+from mlsae_core.spec import build, load_experiment
 
 _ABOUT = """\
 An EXPERIMENT.yml has `title`, `run` (the fields of a run), `sweep` (field: [values]), `evaluate`
-(tokens, split) and `analyses` (names of stages); the file of a run is an experiment of one.
-`python -m mlsae_core --help` says what a run is, and where results are looked up.
+(tokens, split) and `analyses` (names of stages). `python -m mlsae_core --help` says what a run is,
+and where results are looked up; `python -m mlsae_core status` what exists.
 
 """
 
@@ -26,17 +25,6 @@ def _materialise(options: argparse.Namespace):
     made = experiments.materialise(experiment, mode(options), options.ship)
     if pipeline.is_main_process():
         show(made.provenance)
-
-
-def _status(options: argparse.Namespace):
-    experiment = options.experiment and load_experiment(options.experiment)
-    from mlsae_book import status
-
-    found = status.status(experiment) if experiment else status.results()
-    if len(found):
-        show(found)
-    else:
-        print(f"no results yet, neither in {store.SHIPPED} nor in {store.STORE}")
 
 
 def _pretrain(options: argparse.Namespace):
@@ -88,15 +76,6 @@ def _commands() -> Commands:
         "YAML file",
     )
     materialise.add_argument("--ship", action="store_true", help="copy the results to data/shipped")
-    commands.add(
-        _status,
-        "status",
-        "what exists and what the rest would cost; without a file, all results",
-        "EXPERIMENT",
-        "YAML file of an experiment or a run",
-        mode=False,
-        nargs="?",
-    )
     commands.add(
         _pretrain,
         "pretrain",

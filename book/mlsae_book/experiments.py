@@ -6,18 +6,15 @@ Also the facts that chapters quote about their inputs.
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
-from mlsae_book import stages, status
-from mlsae_book.declared import Experiment, load_experiment
-from mlsae_book.status import provenance
-from mlsae_core import models, pipeline, store, text
+from mlsae_book import stages
+from mlsae_core import models, pipeline, status, store, text
 from mlsae_core.pipeline import Mode
-from mlsae_core.spec import EvaluateSpec, SpecError, SubjectSpec
+from mlsae_core.spec import EvaluateSpec, Experiment, SpecError, SubjectSpec, load_experiment
+from mlsae_core.status import provenance
 from mlsae_core.store import Artefact
 
 if TYPE_CHECKING:
@@ -53,7 +50,7 @@ def materialise(experiment: Experiment, mode: Mode = "cached", ship: bool = Fals
                 slim = stage == "train" and not experiment.weights
                 if stage == "train" and not slim:  # another experiment may have shipped its log
                     artefact = session.with_weights(run, artefact)
-                to_shipped(artefact, ("log.csv",) if slim else None)
+                store.ship(artefact, ("log.csv",) if slim else None)
     made: dict[str, list[tuple[dict, Artefact]]] = {}
     for labels, artefact in everything:
         made.setdefault(artefact.meta["stage"], []).append((labels, artefact))
@@ -122,29 +119,8 @@ def transfers(
         artefact = stages.transfer(session, run, settings, target)
         made.append(({"target": name}, artefact))
         if ship and pipeline.is_main_process():
-            to_shipped(artefact)
+            store.ship(artefact)
     return made
-
-
-def to_shipped(artefact: Artefact, only: tuple[str, ...] | None = None) -> Path:
-    """Copy an artefact (or some of its files) into the tracked results; returns where it lies.
-
-    What is shipped already with the same content stays, and more of its files if there are any.
-    """
-    target = store.SHIPPED / artefact.meta["stage"] / artefact.key
-    kept = artefact.meta["files"] if only is None else {n: artefact.meta["files"][n] for n in only}
-    if (target / "meta.json").is_file():
-        held = store.read(target, check=False).meta["files"]
-        if kept.items() <= held.items():
-            return target
-    with store.atomic_folder(target) as folder:
-        for name in kept:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(artefact.path / name, folder / name)
-        shutil.copyfile(artefact.path / "spec.json", folder / "spec.json")
-        meta = {**artefact.meta, "files": kept}
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    return target
 
 
 def tables(made: list[tuple[dict, Artefact]], file: str) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mlsae_book import experiments, status
-from mlsae_book.declared import Experiment
-from mlsae_core import pipeline, store
+from mlsae_book import experiments
+from mlsae_core import pipeline, status, store
+from mlsae_core.spec import Experiment
 
 # What a clock says is no result, nor is the error that whichever latent is dead leaves: often there
 # is one or none, and another rounding lets it die some steps earlier or later.
@@ -24,21 +23,9 @@ OF_LATENTS = ("dead", "dead_fraction", "inactive")
 ROUNDING = 1e-5
 
 
-@contextlib.contextmanager
-def recomputing() -> Iterator[None]:
-    """Within it nothing is shipped, and the store is another one, under ``reproduced``."""
-    before = store.SHIPPED, store.STORE
-    store.STORE = store.STORE / "reproduced"
-    store.SHIPPED = store.STORE / "shipped"  # which is never written
-    try:
-        yield
-    finally:
-        store.SHIPPED, store.STORE = before
-
-
 def estimate(declared: list[Experiment]) -> float:
     """Seconds that is left to compute, within a factor of two; finished results count nothing."""
-    with recomputing():
+    with store.recomputing():
         return sum(float(status.status(e).seconds.sum()) for e in declared)
 
 
@@ -57,7 +44,7 @@ def reproduce(experiment: Experiment) -> pd.DataFrame:
     session, rows = pipeline.Session(), []
     for labels, run in experiment.runs:
         for stage in experiments.stages_of(experiment, run):
-            with recomputing():
+            with store.recomputing():
                 anew = session.make(stage, run, experiment.evaluate)
             path = store.SHIPPED / anew.meta["stage"] / anew.key
             if not (path / "meta.json").is_file():
@@ -80,7 +67,7 @@ def reproduce_model(name: str) -> dict[str, float | str]:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(store.MODELS / name / "recipe.yml", folder / "recipe.yml")
     if not (folder / "training.json").is_file():
-        with recomputing():
+        with store.recomputing():
             pretrain.pretrain(folder / "recipe.yml")
     shipped, anew = (
         json.loads((f / "training.json").read_text())["validation_loss"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlsae_book import corpus  # noqa: F401 (so that its text is known)
 from mlsae_core import fits, models, pipeline, store
 from mlsae_core.keys import keyed, later, run_settings
 from mlsae_core.pipeline import Batches, Keyed, Session, Stage

@@ -7,9 +7,8 @@ import time
 import numpy as np
 import pandas as pd
 
-from mlsae_book.declared import Experiment
 from mlsae_core import fits, pipeline, store
-from mlsae_core.spec import EvaluateSpec, RunSpec, SubjectSpec
+from mlsae_core.spec import EvaluateSpec, Experiment, RunSpec, SubjectSpec
 from mlsae_core.store import Artefact
 
 
@@ -18,21 +17,6 @@ def provenance(artefact: Artefact) -> dict:
     names = ("stage", "tokens", "seconds", "commit", "written")
     row = {name: artefact.meta.get(name) for name in names}
     return {"stage": row.pop("stage"), "key": artefact.key, **row}
-
-
-def results() -> pd.DataFrame:
-    """One row per result that there is, of every stage and whatever it belongs to."""
-    found = (path for root in (store.SHIPPED, store.STORE) for path in root.glob("*/*/meta.json"))
-    rows = []
-    for stage in sorted({path.parents[1].name for path in found}):
-        for artefact in store.artefacts(stage):
-            row = provenance(artefact)
-            row["state"] = "shipped" if artefact.path.is_relative_to(store.SHIPPED) else "stored"
-            if isinstance(row["tokens"], dict):  # of each split
-                row["tokens"] = sum(row["tokens"].values())
-            rows.append(row)
-    columns = ["stage", "key", "state", "tokens", "seconds", "written"]
-    return pd.DataFrame(rows, columns=columns).astype({"tokens": "Int64"})
 
 
 def stages(experiment: Experiment, run: SubjectSpec) -> list[str]:
