@@ -200,7 +200,7 @@ def experiment(good: Path, folder: Path) -> list[str]:
     """An experiment of two runs, of which the costs are asked for."""
     fields = {"title": "two", "run": run_fields(good), "sweep": {"k": [2, 4]},
               "evaluate": {"tokens": 256}, "analyses": ["evaluate", "distributions"]}  # fmt: skip
-    return ["book", "status", write_spec(folder, fields)]
+    return ["core", "status", write_spec(folder, fields)]
 
 
 def recipe(good: Path, folder: Path) -> list[str]:
