@@ -21,14 +21,14 @@ from torch import Tensor
 from benchmarks import reference
 from benchmarks.common import OURS, Case, Implementation, Step
 from mlsae_core import analysis, text
-from mlsae_core.lens import Lens
+from mlsae_core.activations import Batch, TextSource
 from mlsae_core.lm import LanguageModel
 from mlsae_core.metrics import LayerDistribution
 from mlsae_core.sae import MLSAE
 from mlsae_core.spec import DataSpec, ModelSpec, RunSpec, SaeSpec, SiteSpec, TrainSpec
 
 PLAIN = "as described"
-SITE, LENS = SiteSpec(), Lens.identity()
+SITE = SiteSpec()
 
 
 class Shape(NamedTuple):
@@ -169,7 +169,7 @@ def timed_loop(
     def step():
         seconds.clear()
         began = time.perf_counter()
-        log = train(run, lm, Timed(), LENS, kernel=kernel).log
+        log = train(run, TextSource(lm, Timed(), SITE), kernel=kernel).log
         seconds["autoencoder"] = time.perf_counter() - began - sum(seconds.values())
         return torch.tensor(log.loss.to_numpy())
 
@@ -264,11 +264,12 @@ def _evaluation_case(name: str) -> Case:
 
 
 def _our_evaluation(shape: Shape) -> Step:
-    lm, sae, batches = random_lm(shape), _sae(shape), [_tokens(shape)]
+    sae, blocks = _sae(shape), text.TokenBlocks(_tokens(shape).numpy())
+    source = TextSource(random_lm(shape), blocks, SITE)
 
     def step():
         options = {"ablations": False, "progress": False}
-        table = analysis.evaluate(lm, sae, LENS, SITE, batches, **options)
+        table = analysis.evaluate(source, sae, shape.sequences, **options)
         return torch.tensor(table[["mse", "delta_ce", "kl"]].to_numpy().T)
 
     return step
@@ -342,19 +343,18 @@ def _memory_case(tokens: int) -> Case:
 
     def step():
         class Drawn:
-            n_layers, device = shape.n_layers, torch.device("cpu")
-            drawn = _activations(shape).unflatten(1, (shape.sequences, shape.positions))
+            site, n_layers, device = SITE, shape.n_layers, torch.device("cpu")
+            n_sequences = tokens // shape.positions
 
-            def capture(self, tokens, layers, hook_points):
-                return {"residual": self.drawn.roll(int(tokens[0, 0]), 1)}
+            def batches(self, size):
+                drawn = _activations(shape).unflatten(1, (size, shape.positions))
+                text = torch.zeros(size, shape.positions, dtype=torch.int64)
+                places = torch.ones_like(text, dtype=torch.bool).nonzero(as_tuple=True)
+                for number in range(tokens // shape.tokens):
+                    x = drawn.roll(number, 1).flatten(1, 2)
+                    yield Batch(x, x, text, *places)
 
-            def keep_mask(self, tokens):
-                return torch.ones_like(tokens, dtype=torch.bool)
-
-        batches = (
-            torch.full((shape.sequences, shape.positions), i) for i in range(tokens // shape.tokens)
-        )
-        analysis.distributions(Drawn(), _sae(shape), LENS, SITE, batches, progress=False)
+        analysis.distributions(Drawn(), _sae(shape), shape.sequences, progress=False)
 
     return Case(
         "memory of distributions",

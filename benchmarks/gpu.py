@@ -34,7 +34,7 @@ from benchmarks import bench_train
 from benchmarks.bench_loop import Shape, random_lm
 from mlsae_core import kernels, objective, store
 from mlsae_core import train as training
-from mlsae_core.lens import Lens
+from mlsae_core.activations import TextSource
 from mlsae_core.lm import LanguageModel
 from mlsae_core.sae import MLSAE
 from mlsae_core.spec import (
@@ -289,7 +289,8 @@ def train_random(shape: Shape, steps: int, n_dead: int, kernel: str, compile: bo
     training.build_sae = planted
     try:
         model = lm.compiled("inductor" if CUDA else "aot_eager") if compile else lm
-        return training.train(run, model, blocks, Lens.identity(), kernel=kernel).log
+        source = TextSource(model, blocks, run.site)
+        return training.train(run, source, kernel=kernel).log
     finally:
         training.build_sae = build
 
@@ -391,7 +392,7 @@ def real():
         run = run_from_dict({"model": {"path": "neox-6l-128d", "dtype": dtype}, **fields})
         lm = LanguageModel.load(run.model, DEVICE)
         kernel, began = "triton" if CUDA else "sparse", time.perf_counter()
-        log = training.train(run, lm, blocks, kernel=kernel).log
+        log = training.train(run, TextSource(lm, blocks, run.site), kernel=kernel).log
         took = time.perf_counter() - began
         note(f"the book's default run, {precision}", fvu=float(log.fvu.iloc[-1]), seconds=took)
 

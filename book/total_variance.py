@@ -43,18 +43,16 @@ from mlsae_book import charts, experiments, widgets
 from mlsae_book.charts import sweeps as sweep_charts
 from mlsae_book.tables import total_variance
 from mlsae_core import pipeline
-from mlsae_core.lens import Lens
 from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
 _, run = load_experiment("experiments/default.yml").runs[0]
 session = pipeline.Session()
-blocks = session.blocks(run, "test")  # on a bare clone with progress bars
+source = session.source(run, EvaluateSpec(tokens=16_384))  # on a bare clone with progress bars
 
 # %% tags=["hide-input"]
-lm, sae = session.lm(run.model), session.sae(run)
-batches = pipeline.Batches(blocks, run, EvaluateSpec(tokens=16_384))
-indices, values = total_variance.codes(lm, sae, Lens.identity(), run.site, batches)
+sae = session.sae(run)
+indices, values = total_variance.codes(source, sae)
 terms = total_variance.terms(indices, values, sae.n_latents)
 sides = total_variance.both_sides(terms).set_index("law")
 sides.drop(columns="difference").round(3)

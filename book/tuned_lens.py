@@ -52,9 +52,9 @@ lm = session.lm(run.model)
 # that share no parameter. All translators start at zero, where reading is the *logit lens*.
 
 # %% tags=["hide-input", "nbval-ignore-output"]
-batches = pipeline.Batches(session.blocks(run, "test"), run, EvaluateSpec(tokens=4096))
+source = session.source(run, EvaluateSpec(tokens=4096))
 lens_charts.divergences(
-    lenses.divergences(lm, run.model.path, batches),
+    lenses.divergences(lm, run.model.path, source.blocks.batches(8)),
     title="At every layer but the last the right translator reads more than none",
     subtitle="Lower is closer to the model's own prediction; after the last block, two of the three are exact.",
 )

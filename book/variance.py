@@ -41,7 +41,6 @@ from mlsae_book import charts, experiments
 from mlsae_book.charts import layers as layer_charts
 from mlsae_book.tables import layers, sweeps
 from mlsae_core import pipeline
-from mlsae_core.lens import Lens
 from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
@@ -149,12 +148,10 @@ ratios.groupby(["sweep", "ratio"], sort=False).value.agg(["min", "max"]).round(3
 # %% tags=["remove-cell", "nbval-ignore-output"]
 _, run = default.runs[0]
 session = pipeline.Session()
-blocks = session.blocks(run, "test")  # on a bare clone with progress bars
+source = session.source(run, EvaluateSpec(tokens=8192))  # on a bare clone with progress bars
 
 # %% tags=["hide-input"]
-inputs = (session.lm(run.model), session.sae(run), Lens.identity(), run.site)
-batches = pipeline.Batches(blocks, run, EvaluateSpec(tokens=8192))
-layers.ratio_definitions(*inputs, batches).set_index("definition").round(3)
+layers.ratio_definitions(source, session.sae(run)).set_index("definition").round(3)
 
 # %% [markdown]
 # **What to see.** On these tokens (8,192, less the special ones) ours gives 0.54 and 0.28, the released code's way 0.93 and 0.04. That code averages over

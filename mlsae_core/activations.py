@@ -1,31 +1,43 @@
 """Activations as the autoencoder sees them: a stream of (layer, token, d_model) batches.
 
-They are recomputed from text (MLSAE paper, Appendix A) unless somebody saved them. Vectors at
-special tokens are removed along the token axis, the same ones at every layer, so they are in no
-mean, count or batch.
+They come from a source: a language model that reads text (MLSAE paper, Appendix A), or a folder
+in which somebody saved them. Vectors at special tokens are removed along the token axis, the same
+ones at every layer, so they are in no mean, count or batch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import json
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from mlsae_core import store
+from mlsae_core.keys import stored
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
-from mlsae_core.spec import SiteSpec, SpecError, canonical
-from mlsae_core.text import StreamedBlocks, TokenBlocks
+from mlsae_core.metrics import LayerMoments
+from mlsae_core.spec import SiteSpec, SpecError, canonical, to_dict
+from mlsae_core.text import StreamedBlocks, TokenBlocks, data_key
+
+T = TypeVar("T")
+
+# Logits held at a time, over all replaced layers together: 32 MiB in float32 on a CPU, enough rows
+# to read the output embeddings seldom, and 256 MiB on a GPU, which is busy only with more.
+LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**26}
 
 
 class ActivationError(RuntimeError):
@@ -41,29 +53,42 @@ class Batch:
             token, n_layers · d_model), the layers in order.
         target: what it predicts, of the same layout; the same object as `source` for an
             autoencoder.
-        tokens: (token,) int64, the token at each position.
-        sequence, position: (token,) int64, where each token stood in the batch of sequences.
+        text: (sequence, position) int64, all tokens of the sequences, special ones among them.
+        sequence, position: (token,) int64, where in `text` each vector stands.
     """
 
     source: Tensor
     target: Tensor
-    tokens: Tensor
+    text: Tensor
     sequence: Tensor
     position: Tensor
 
+    @property
+    def tokens(self) -> Tensor:
+        """(token,) int64, the token of each vector."""
+        return self.text[self.sequence, self.position]
+
 
 class ActivationSource(Protocol):
-    """Where activations come from: all that training knows of a model and a text.
+    """Where activations come from: all that training and measurements know of a model and a text.
+
+    Replacing a layer takes more than vectors: see `TextSource.passes`, which others may offer.
 
     Attributes:
-        n_layers: of the model, of which a site chooses some.
+        site: which layers batches have, and whether they are stacked.
+        n_layers: of the model, of which the site chooses some.
         d_model: length of a layer's vector.
         device: where batches are.
+        n_sequences: of one pass, or none where that is not known.
+        key: identity of what is read.
     """
 
+    site: SiteSpec
     n_layers: int
     d_model: int
     device: torch.device
+    n_sequences: int | None
+    key: str
 
     def batches(
         self, size: int, seed: int | None = None, start: int = 0, every: int = 1
@@ -76,10 +101,56 @@ class ActivationSource(Protocol):
         ...
 
 
-def hook_points(site: SiteSpec) -> tuple[str, ...]:
-    """The hook points of a site: one for an autoencoder, source and target for a transcoder."""
-    target = site.source if site.target == "same" else site.target
-    return tuple(dict.fromkeys((site.source, target)))
+def one_pass(
+    batches: Iterable[T], source: ActivationSource, size: int, name: str, progress: bool = True
+) -> Iterator[T]:
+    """The batches of `size` sequences of a source, with a progress bar.
+
+    Raises:
+        ValueError: there are none.
+    """
+    batch = None
+    total = math.ceil(source.n_sequences / size) if source.n_sequences else None
+    for batch in tqdm(batches, name, total, disable=not progress):
+        yield batch
+    if batch is None:
+        raise ValueError("source: expected at least one sequence, got none")
+
+
+def needs_model(source: ActivationSource, name: str = "source"):
+    """Refuse a source that cannot put vectors back, for what the field `name` asks for."""
+    if not hasattr(source, "passes"):
+        raise SpecError(
+            f"{name}: expected a language model that reads text, got {type(source).__name__}, "
+            "whose activations cannot be replaced"
+        )
+
+
+def check_site(site: SiteSpec, there: SiteSpec, names: Iterable[str], where: str):
+    """Refuse a site that differs in some fields from that of activations that are there."""
+    for name in names:
+        if (asked := getattr(site, name)) != (found := getattr(there, name)):
+            raise SpecError(f"{name}: expected {found}, as the activations {where}, got {asked}")
+
+
+def _stack(x: Tensor, site: SiteSpec) -> Tensor:
+    """(layer, token, d_model), or (1, token, n_layers · d_model) where the site is stacked."""
+    return x.transpose(0, 1).flatten(1)[None] if site.stacked else x
+
+
+def _check_finite(x: Tensor, layers: list[int], where: str, remedy: str):
+    """Refuse (layer, token, d_model) vectors with NaN or infinite numbers; the host waits."""
+    # A sum is not finite if any term is not: one pass, without a mask of the same size.
+    rows = () if x.sum().isfinite() else zip(layers, x, strict=True)
+    if bad := [layer for layer, vectors in rows if not vectors.isfinite().all()]:
+        raise ActivationError(f"{where} has NaN or infinite values at layers {bad}; {remedy}")
+
+
+def _check_some(sequence: Tensor, text: Tensor, index: int):
+    if not len(sequence):
+        raise ActivationError(
+            f"batch {index}: all {text.numel()} tokens are special; expected text"
+        )
 
 
 MASSIVE = 20
@@ -103,65 +174,6 @@ def massive(x: Tensor) -> Tensor:
     return (norms > MASSIVE * norms.median(-1, keepdim=True).values).any(0)
 
 
-@torch.no_grad()
-def gather(
-    captured: dict[str, Tensor],
-    tokens: Tensor,
-    keep: Tensor,
-    site: SiteSpec,
-    layers: list[int],
-    lens: Lens,
-    index: int = 0,
-    check: bool = True,
-) -> Batch:
-    """Make a batch of captured activations.
-
-    Args:
-        captured: hook point -> (layer, batch, position, d_model), at `layers`.
-        tokens: (batch, position) int64.
-        keep: (batch, position) bool, False at special tokens; on the CPU, so that the host need
-            not wait for a device to count them, unless the site excludes massive activations.
-        index: number of the batch, for messages.
-        check: whether activations that are not finite are refused, for which the host waits.
-
-    Raises:
-        ActivationError: NaN or infinite activations, or nothing but special tokens.
-    """
-    if site.massive == "excluded":
-        keep = keep & ~massive(captured[site.source]).cpu()
-    sequence, position = keep.nonzero(as_tuple=True)
-    if not len(sequence):
-        raise ActivationError(
-            f"batch {index}: all {tokens.numel()} tokens are special; expected text"
-        )
-    sequence, position = to_device(torch.stack((sequence, position)), tokens.device)
-    rows = sequence * keep.shape[1] + position
-
-    def read(point: str) -> Tensor:
-        x = captured[point].flatten(1, 2)
-        if len(rows) < x.shape[1]:
-            x = x.index_select(1, rows)
-        x = x.float()
-        # A sum is not finite if any term is not: one pass, without a mask of the same size.
-        if check and not x.sum().isfinite():
-            bad = [i for i, rows in zip(layers, x, strict=True) if not rows.isfinite().all()]
-            if bad:
-                raise ActivationError(
-                    f"batch {index}: {point} has NaN or infinite values at layers {bad}; try "
-                    "model.dtype: float32 or bfloat16"
-                )
-        return _stack(lens.apply(x, layers), site)
-
-    source = read(site.source)
-    target = source if site.target in ("same", site.source) else read(site.target)
-    return Batch(source, target, tokens.flatten()[rows], sequence, position)
-
-
-def _stack(x: Tensor, site: SiteSpec) -> Tensor:
-    """(layer, token, d_model), or (1, token, n_layers · d_model) where the site is stacked."""
-    return x.transpose(0, 1).flatten(1)[None] if site.stacked else x
-
-
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A CPU's tensor on a device, from pinned memory: else the copy waits for what is queued."""
     if device.type == "cuda":
@@ -169,94 +181,220 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def stream(
-    lm: LanguageModel,
-    batches: Iterable[Tensor],
-    site: SiteSpec,
-    lens: Lens | None = None,
-    check: bool = True,
-) -> Iterator[Batch]:
-    """Activations of every batch of sequences.
-
-    There is no thread that looks ahead: on a CPU the language model and the autoencoder share the
-    cores, and on a GPU kernels are queued: without `check` nothing here waits for it.
-
-    Args:
-        batches: (batch, position) int64 tokens.
-        site: layers, source, target and whether layers are stacked.
-        lens: the basis; by default as the site says.
-        check: see :func:`gather`.
-
-    Raises:
-        SpecError: unknown layers or hook points.
-        ActivationError: see :func:`gather`.
-    """
-    layers = site.indices(lm.n_layers)
-    lens = Lens.load(site, lm.device) if lens is None else lens
-    for index, tokens in enumerate(batches):
-        keep = lm.keep_mask(tokens)
-        tokens = to_device(tokens, lm.device)
-        captured = lm.capture(tokens, layers, hook_points(site))
-        yield gather(captured, tokens, keep, site, layers, lens, index, check)
+# --- text ---------------------------------------------------------------------------------------
 
 
-# --- sources ------------------------------------------------------------------------------------
+class First:
+    """A text that ends after so many sequences, or before."""
+
+    def __init__(self, blocks: TokenBlocks | StreamedBlocks, sequences: int):
+        self.blocks, self.sequences = blocks, sequences
+        if isinstance(blocks, TokenBlocks):
+            self.sequences = min(sequences, len(blocks))
+
+    def __len__(self) -> int:
+        return self.sequences
+
+    def batches(self, size: int, seed: int | None = None, start: int = 0) -> Iterator[Tensor]:
+        """As the whole text gives them; the last batch may be smaller."""
+        left, batches = self.sequences - start * size, self.blocks.batches(size, seed, start)
+        while left > 0 and (tokens := next(batches, None)) is not None:
+            yield tokens[:left]
+            left -= len(tokens)
 
 
+#: Called with layers, as rows of the batch; their reconstruction, (layer, token, d_model), in the
+#: basis of the batch; and further (layer, choice, d_model) vectors in the model's own basis. Each
+#: layer alone is replaced by each of these. Gives, a few predictions at a time, the logits
+#: (prediction, vocabulary) of the unmodified model, those of the others, (layer, choice,
+#: prediction, vocabulary), and the tokens that follow, (prediction,).
+PutBack = Callable[[list[int], Tensor, Tensor], Iterator[tuple[Tensor, Tensor, Tensor]]]
+
+
+@dataclass(eq=False)
 class TextSource:
     """A language model that reads text: an `ActivationSource`.
 
-    lens: the basis of the activations; by default the one the site names. On a CPU activations that
-    are not finite are refused; elsewhere the host would wait, so whoever reads them looks.
+    There is no thread that looks ahead: on a CPU the language model and the autoencoder share the
+    cores, and on a GPU kernels are queued, and training must not wait for them: activations that
+    are not finite are refused on a CPU and in passes without a seed, else whoever trains looks.
+
+    blocks: (batch, position) int64 tokens are its `batches`; none where they come later.
+    lens: the basis of the activations; by default the one the site names.
     """
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        blocks: TokenBlocks | StreamedBlocks,
-        site: SiteSpec,
-        lens: Lens | None = None,
-    ):
-        self.lm, self.blocks, self.site = lm, blocks, site
-        self.lens = (lens if lens is not None else Lens.load(site)).to(lm.device)
-        self.n_layers, self.d_model, self.device = lm.n_layers, lm.d_model, lm.device
+    lm: LanguageModel
+    blocks: TokenBlocks | StreamedBlocks | First | None
+    site: SiteSpec
+    lens: Lens | None = None
+
+    def __post_init__(self):
+        self.lens = (Lens.load(self.site) if self.lens is None else self.lens).to(self.lm.device)
+        self.n_layers, self.d_model = self.lm.n_layers, self.lm.d_model
+        self.device, self.layers = self.lm.device, self.site.indices(self.n_layers)
+        target = self.site.source if self.site.target == "same" else self.site.target
+        self.points = tuple(dict.fromkeys((self.site.source, target)))  # the last is the target
+
+    @property
+    def n_sequences(self) -> int | None:
+        """See `ActivationSource`."""
+        return len(self.blocks) if hasattr(self.blocks, "__len__") else None
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of the text, and of the first numbers of every parameter of model and lens."""
+        digest = hashlib.sha256()
+        lens = (self.lens.weight, self.lens.bias) if self.lens.weight is not None else ()
+        for tensor in (*self.lm.model.parameters(), *lens):
+            digest.update(tensor.flatten()[:64].detach().cpu().double().numpy())
+        blocks = self.blocks.blocks if isinstance(self.blocks, First) else self.blocks
+        if isinstance(blocks, TokenBlocks):
+            digest.update(np.ascontiguousarray(blocks.blocks))
+        else:
+            digest.update(canonical([data_key(blocks.data), blocks.split]).encode())
+        return digest.hexdigest()[:16]
 
     def batches(
         self, size: int, seed: int | None = None, start: int = 0, every: int = 1
     ) -> Iterator[Batch]:
-        """See `ActivationSource.batches`."""
+        """See `ActivationSource.batches`.
+
+        Raises:
+            ActivationError: NaN or infinite activations, or nothing but special tokens.
+        """
+        check = seed is None or self.device.type == "cpu"
         own = itertools.islice(self.blocks.batches(size, seed, start), 0, None, every)
-        return stream(self.lm, own, self.site, self.lens, self.device.type == "cpu")
+        for index, tokens in enumerate(own):
+            keep = self.lm.keep_mask(tokens)
+            tokens = to_device(tokens, self.device)
+            captured = self.lm.capture(tokens, self.layers, self.points)
+            yield self._gather(captured, tokens, keep, index, check)
+
+    def _gather(self, captured, tokens: Tensor, keep: Tensor, index: int, check: bool) -> Batch:
+        """A batch of captured activations.
+
+        captured: hook point -> (layer, batch, position, d_model). keep: (batch, position) bool; on
+        the CPU, the host need not wait for a device to count them, unless the site excludes massive
+        activations. check: whether they are finite.
+        """
+        sequence, position = self._kept(captured, keep).nonzero(as_tuple=True)
+        _check_some(sequence, tokens, index)
+        sequence, position = to_device(torch.stack((sequence, position)), tokens.device)
+        rows = sequence * keep.shape[1] + position
+
+        def read(point: str) -> Tensor:
+            x = captured[point].flatten(1, 2)
+            if len(rows) < x.shape[1]:
+                x = x.index_select(1, rows)
+            x = x.float()
+            if check:
+                remedy = "try model.dtype: float32 or bfloat16"
+                _check_finite(x, self.layers, f"batch {index}: {point}", remedy)
+            return _stack(self.lens.apply(x, self.layers), self.site)
+
+        source = read(self.points[0])
+        target = read(self.points[1]) if len(self.points) > 1 else source
+        return Batch(source, target, tokens, sequence, position)
+
+    def _kept(self, captured, keep: Tensor) -> Tensor:
+        """(batch, position) bool, where `keep` is and the site excludes nothing."""
+        if self.site.massive == "kept":
+            return keep
+        return keep & ~massive(captured[self.points[0]]).to(keep.device)
+
+    # --- putting vectors back -----------------------------------------------------------------
+
+    def passes(self, size: int, start: int = 0) -> Iterator[tuple[Batch, PutBack]]:
+        """`batches` in order, each with what puts vectors in the place of its target's.
+
+        Vectors are replaced at the positions of the batch, one layer at a time, and the rest of
+        the model is run; all replaced layers share a growing batch. Every position but a sequence's
+        last makes one prediction, scored against the token that really follows.
+
+        start: the position from which on the batch has vectors and predictions are made.
+
+        Raises:
+            ActivationError: NaN or infinite activations, or nothing but special tokens.
+        """
+        for index, tokens in enumerate(self.blocks.batches(size)):
+            tokens = tokens.to(self.device)
+            keep = self.lm.keep_mask(tokens)
+            keep[:, :start] = False
+            original = self.lm.original(tokens, self.points)
+            captured = {name: original.activations[name][self.layers] for name in self.points}
+            batch = self._gather(captured, tokens, keep, index, True)
+            yield batch, partial(self._put_back, original, batch, start)
+
+    def _put_back(self, original, batch, start, rows, recon, others):
+        """See `PutBack`."""
+        layers, point, replacements = [self.layers[row] for row in rows], self.points[-1], {}
+        choices = zip(layers, self.lens.invert(recon, layers), others, strict=True)
+        for layer, own, further in choices:
+            copies = original.activations[point][layer].repeat(1 + len(further), 1, 1, 1)
+            for copy, vectors in zip(copies, (own, *further), strict=True):
+                copy[batch.sequence, batch.position] = vectors.to(copy.dtype)
+            replacements[layer] = copies
+        last = self.lm.resume_layers(original, replacements, point)
+        streams = (original.residual[-1][None], last.flatten(0, 1))
+        streams = torch.cat([x[:, :, start:-1] for x in streams]).flatten(1, 2)
+        targets = original.tokens[:, start + 1 :].flatten()
+        # A few predictions at a time, so memory does not grow with the batch.
+        at_once = LOGITS_AT_ONCE.get(self.device.type, LOGITS_AT_ONCE["cpu"])
+        size = max(1, at_once // (len(streams) * self.lm.vocab_size))
+        for piece, target in zip(streams.split(size, 1), targets.split(size), strict=True):
+            logits = self.lm.logits(piece)
+            yield logits[0], logits[1:].unflatten(0, last.shape[:2]), target
+
+    def ablations(self, tokens: int, size: int) -> Tensor:
+        """(layer, 2, d_model) zero and the target's mean, in the model's own basis, for `passes`.
+
+        tokens: the first ones of the text, whole sequences, of which the mean is taken.
+        """
+        moments, left = LayerMoments(len(self.layers), self.d_model, self.device), None
+        for batch in self.blocks.batches(size):
+            left = max(tokens // batch.shape[1], 1) if left is None else left
+            opening = batch[:left].to(self.device)
+            captured = self.lm.capture(opening, self.layers, self.points)
+            kept = self._kept(captured, self.lm.keep_mask(opening))
+            moments.update(captured[self.points[-1]][:, kept])
+            left -= len(batch)
+            if left <= 0:
+                break
+        return torch.stack([torch.zeros_like(moments.mean), moments.mean], 1)
 
 
-def save(batches: Iterable[Batch], folder: str | os.PathLike[str]) -> Path:
-    """Write batches as a folder that `SavedSource` reads, one file of safetensors for each.
+# --- folders ------------------------------------------------------------------------------------
 
-    ``source`` and, for a transcoder, ``target`` (layer, vector, d_model) float32; ``tokens`` and
-    ``position`` (vector,); ``lengths`` (sequence,), the vectors of each. Nothing is ever replaced.
+
+def save(source: ActivationSource, folder: str | os.PathLike[str], size: int = 8) -> Path:
+    """Write one pass over a source as a folder that `SavedSource` reads; nothing is replaced.
+
+    A file of safetensors for each `size` sequences, with the tensors of a `Batch`, `target` for a
+    transcoder alone; as metadata the site, and the model's number of layers.
 
     Raises:
-        SpecError: something is there already.
+        SpecError: something is there already, or a stacked site: whoever reads may stack layers.
     """
     folder = Path(folder)
+    source.site.refuse_stacked("activations that are saved")
     if folder.exists():
         raise SpecError(f"folder: expected a new one for activations, got {folder}; remove it")
+    facts = {"site": canonical(to_dict(source.site)), "n_layers": str(source.n_layers)}
     with store.atomic_folder(folder, replace=False) as work:
+        batches = one_pass(source.batches(size), source, size, "saving")
         for number, batch in enumerate(batches):
-            lengths = batch.sequence.unique_consecutive(return_counts=True)[1]
-            parts = {"source": batch.source, "tokens": batch.tokens, "position": batch.position}
-            if batch.target is not batch.source:
-                parts["target"] = batch.target
-            arrays = {name: part.cpu().contiguous() for name, part in parts.items()}
-            save_file(arrays | {"lengths": lengths.cpu()}, work / f"{number:06}.safetensors")
+            arrays = {name: x.cpu().contiguous() for name, x in vars(batch).items()}
+            if batch.target is batch.source:
+                del arrays["target"]
+            save_file(arrays, work / f"{number:06}.safetensors", facts)
     return folder
 
 
 class SavedSource:
     """A folder of saved activations, as `save` writes it: an `ActivationSource`.
 
-    site: which of the saved layers are read, and whether they are stacked; the hook points and the
-    basis are those with which they were saved.
+    site: which of the saved layers are read, and whether they are stacked; hook points and basis
+    are those with which they were saved. By default all of it as it was saved.
 
     Raises:
         SpecError: the folder holds no such files, or they do not fit each other or the site.
@@ -268,39 +406,33 @@ class SavedSource:
         site: SiteSpec | None = None,
         device: torch.device | str = "cpu",
     ):
-        self.site, self.device = site or SiteSpec(), torch.device(device)
+        self.device = torch.device(device)
         self.files = sorted(Path(folder).expanduser().glob("*.safetensors"))
         if not self.files:
             raise SpecError(f"folder: expected *.safetensors in {folder}, got none")
-        shapes, self._places = set(), []
+        kinds, self._places = set(), []
         for file in self.files:
             try:
-                with safe_open(file, "pt") as saved:
-                    layers, vectors, width = saved.get_slice("source").get_shape()
-                    for name in ("tokens", "position"):
-                        if (shape := saved.get_slice(name).get_shape()) != [vectors]:
-                            raise ValueError(f"expected {name} of {vectors} vectors, got {shape}")
-                    ends = saved.get_tensor("lengths").cumsum(0).tolist()
-                    shapes.add((layers, width, "target" in saved.keys()))  # noqa: SIM118
-            except (SafetensorError, OSError, ValueError) as error:
+                kind, lengths = _read_head(file)
+            except (SafetensorError, OSError, RuntimeError, ValueError, LookupError) as error:
                 raise SpecError(f"{file}: expected saved activations: {error}") from None
-            if ends[-1:] != [vectors]:
-                raise SpecError(f"{file}: expected lengths that make {vectors} vectors, got {ends}")
-            self._places += [(file, *place) for place in itertools.pairwise([0, *ends])]
-        if len(shapes) > 1:
-            raise SpecError(
-                f"folder: expected files of the same layers and width, got {sorted(shapes)}"
-            )
-        ((self.n_layers, self.d_model, has_target),) = shapes
-        self._layers = self.site.indices(self.n_layers)
-        if has_target != (self.site.target != "same"):
-            raise SpecError(
-                f"target: expected {'another hook point' if has_target else 'same'}, as the "
-                f"activations in {folder} were saved, got {self.site.target}"
-            )
-        self._names = ("source", "target") if has_target else ("source",)
+            kinds.add(kind)
+            ends = itertools.pairwise(itertools.accumulate(lengths, initial=0))
+            self._places += [(file, row, *place) for row, place in enumerate(ends)]
+        if len(kinds) > 1:
+            raise SpecError(f"folder: expected files of one site and size, got {len(kinds)} kinds")
+        ((saved, self.n_layers, self.d_model, _),) = kinds
+        self.site = site = site or saved
+        fixed = ("source", "target", "basis", "alignment", "massive")
+        check_site(site, saved, fixed, f"in {folder} were saved")
+        there, self._layers = saved.indices(self.n_layers), site.indices(self.n_layers)
+        if missing := set(self._layers) - set(there):
+            raise SpecError(f"layers: expected some of {there}, as saved, got {sorted(missing)}")
+        self._rows = [there.index(layer) for layer in self._layers]
+        self._names = ("source",) if saved.target == "same" else ("source", "target")
+        self.n_sequences = len(self._places)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Identity of the activations: the hash of their files' contents, in order."""
         digests = [store.source_hash(file) for file in self.files]
@@ -309,23 +441,55 @@ class SavedSource:
     def batches(
         self, size: int, seed: int | None = None, start: int = 0, every: int = 1
     ) -> Iterator[Batch]:
-        """See `ActivationSource.batches`; the order is that of text of as many sequences."""
-        numbers = TokenBlocks(np.arange(len(self._places))[:, None]).batches(size, seed, start)
-        for chosen in itertools.islice(numbers, 0, None, every):
-            yield self._read([self._places[number] for number in chosen.flatten().tolist()])
+        """See `ActivationSource.batches`; the order is that of text of as many sequences.
 
-    def _read(self, places: list[tuple[Path, int, int]]) -> Batch:
-        """The sequences at (file, first vector, end), as one batch."""
-        parts: dict[str, list[Tensor]] = {name: [] for name in (*self._names, "tokens", "position")}
-        for file, first, end in places:
+        Raises:
+            ActivationError: NaN or infinite activations, or nothing but special tokens.
+        """
+        numbers = TokenBlocks(np.arange(self.n_sequences)[:, None]).batches(size, seed, start)
+        for index, chosen in enumerate(itertools.islice(numbers, 0, None, every)):
+            yield self._read([self._places[number] for number in chosen.flatten().tolist()], index)
+
+    def _read(self, places: list[tuple[Path, int, int, int]], index: int) -> Batch:
+        """The sequences at (file, row of its text, first vector, end), as one batch."""
+        parts: dict[str, list[Tensor]] = {name: [] for name in (*self._names, "position", "text")}
+        for file, row, first, end in places:
             with safe_open(file, "pt") as saved:
-                for name, found in parts.items():
-                    rows = saved.get_slice(name)
-                    found.append(rows[:, first:end] if name in self._names else rows[first:end])
-        lengths = torch.tensor([end - first for _, first, end in places])
-        arrays = {name: torch.cat(found, -2 if name in self._names else 0)
-                  for name, found in parts.items()}  # fmt: skip
-        arrays = {name: array.to(self.device) for name, array in arrays.items()}
-        read = [_stack(arrays[name][self._layers], self.site) for name in self._names]
-        sequence = torch.arange(len(places)).repeat_interleave(lengths).to(self.device)
-        return Batch(read[0], read[-1], arrays["tokens"], sequence, arrays["position"])
+                for name in self._names:
+                    parts[name].append(saved.get_slice(name)[:, first:end])
+                parts["position"].append(saved.get_slice("position")[first:end])
+                parts["text"].append(saved.get_slice("text")[row : row + 1])
+        lengths = torch.tensor([end - first for *_, first, end in places])
+        position, text = (torch.cat(parts[name]) for name in ("position", "text"))
+        sequence = torch.arange(len(places)).repeat_interleave(lengths)
+        _check_some(sequence, text, index)
+        vectors = []
+        for name in self._names:
+            x = torch.cat(parts[name], 1)[self._rows]
+            _check_finite(x, self._layers, f"batch {index}: {name}", f"save {file.parent} anew")
+            vectors.append(_stack(x, self.site).to(self.device))
+        rest = (part.to(self.device) for part in (text, sequence, position))
+        return Batch(vectors[0], vectors[-1], *rest)
+
+
+def _read_head(file: Path) -> tuple[tuple[SiteSpec, int, int, int], list[int]]:
+    """Site, model's number of layers, width and context of saved activations, and the number of
+    vectors of each sequence."""
+    with safe_open(file, "pt") as saved:
+        facts = saved.metadata() or {}
+        if not facts.keys() >= {"site", "n_layers"}:
+            raise ValueError("expected the site as metadata, got none; save them anew")
+        site, n_layers = stored(SiteSpec, json.loads(facts["site"])), int(facts["n_layers"])
+        _, vectors, width = saved.get_slice("source").get_shape()
+        sequences, context = saved.get_slice("text").get_shape()
+        shapes = {"source": [len(site.indices(n_layers)), vectors, width]}
+        shapes |= {"position": [vectors], "sequence": [vectors]}
+        if site.target != "same":
+            shapes["target"] = shapes["source"]
+        for name, expected in shapes.items():
+            if (shape := saved.get_slice(name).get_shape()) != expected:
+                raise ValueError(f"expected {name} of shape {expected}, got {shape}")
+        sequence = saved.get_tensor("sequence")
+    if not torch.equal(sequence.clamp(0, sequences - 1).sort().values, sequence):
+        raise ValueError(f"expected vectors of {sequences} sequences in order, got others")
+    return (site, n_layers, width, context), sequence.bincount(minlength=sequences).tolist()

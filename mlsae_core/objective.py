@@ -124,7 +124,8 @@ def _unexplained(
     x: Tensor, y: Tensor, mean: Tensor | None = None, std: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mean squared error and global FVU, each (layer,), of x and its reconstruction, both (layer,
-    token, d), the latter before it is mapped back."""
+    token, d), the latter before it is mapped back. Not `metrics.Reconstruction`: with gradients, in
+    the precision of x, and of one batch alone."""
     mse = _mean_square(Stats(mean, std).restore(y) - x)
     variance = _mean_square(x - x.mean((1, 2), keepdim=True))
     return mse, mse / variance.clamp_min(torch.finfo(x.dtype).tiny)

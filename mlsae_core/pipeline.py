@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -38,8 +37,8 @@ from mlsae_core.store import Artefact, Stopped, StoreError
 if TYPE_CHECKING:
     import torch
 
+    from mlsae_core.activations import TextSource
     from mlsae_core.kernels import Kernel
-    from mlsae_core.lens import Lens
     from mlsae_core.lm import LanguageModel
     from mlsae_core.sae import MLSAE
 
@@ -165,9 +164,40 @@ class Session:
 
     # --- stages -------------------------------------------------------------------------------
 
-    def make(self, stage: str, run: SubjectSpec, settings: EvaluateSpec | None = None) -> Artefact:
-        """The result of a run at the stage of that name, found or computed."""
-        return STAGES[stage].make(self, run, settings)
+    def make(
+        self, stage: str, run: SubjectSpec, settings: EvaluateSpec | None = None, **changes
+    ) -> Artefact:
+        """The result of a run at the stage of that name, found or computed.
+
+        changes: fields of `Stage` that are others for this result.
+        """
+        if stage == "train":
+            return self.train(run)
+        this = replace(STAGES[stage], **changes)
+        settings = settings if "text" in this.needs else None
+        if this.by_layer:
+            run.site.refuse_stacked(f"the stage {stage}")
+        identity, spec, parents = this.key(run, settings)
+        if found := self.find(stage, identity, spec):
+            return found
+        source, size, read = None, 1, this.read or run
+        if not {"text", "model"} & set(this.needs):
+            check(run)
+        else:
+            source = self.source(read, settings)
+            tokens = batch_tokens(source.lm) if this.any_batch else EVALUATION_BATCH_TOKENS
+            size = max(tokens // read.data.context_length, 1)
+        sae = self.sae(run) if "dictionary" in this.needs else None
+
+        def fill(folder: Path) -> dict:
+            from mlsae_core.activations import ActivationError
+
+            try:
+                return this.measure(folder, Subject(run, settings, source, size, sae))
+            except ActivationError as error:
+                raise Stopped(f"{stage}: {error}") from error
+
+        return self.write(stage, identity, spec, parents, fill)
 
     def train(self, run: RunSpec) -> Artefact:
         """The trained dictionary: `model.safetensors`, `config.json` and `log.csv`."""
@@ -179,14 +209,14 @@ class Session:
         identity, spec, parents = run_key(run)
         if found := self.find("train", identity, spec):
             return found
-        from mlsae_core import activations, kernels, train
+        from mlsae_core import kernels, train
 
         accelerator = train.make_accelerator(run, self.trackers, project_dir=store.STORE)
         kernels.check(self.kernel, accelerator.device)
-        lm, lens = self.inputs(run)
+        source = self.source(run)
         if self.compile:
-            lm = _compiled(lm, run)
-        blocks = self.blocks(run, "train")
+            source = _compiled(source, run)
+        source = replace(source, blocks=self.blocks(run, "train"))
         if self.trackers:
             accelerator.init_trackers("mlsae", config={"spec": canonical(spec)})
         checkpoint = checkpoint_path(identity)
@@ -195,7 +225,7 @@ class Session:
         _wait()
         trained = train.train(
             run,
-            activations.TextSource(lm, blocks, run.site, lens),
+            source,
             accelerator=accelerator,
             checkpoint=checkpoint,
             description=f"training {identity}",
@@ -217,34 +247,11 @@ class Session:
 
     def evaluate(self, run: SubjectSpec, settings: EvaluateSpec) -> Artefact:
         """Reconstruction and downstream loss per layer: `evaluation.csv`."""
-
-        def fill(folder: Path, lm, sae, lens, batches) -> int:
-            from mlsae_core import analysis
-
-            table = analysis.evaluate(
-                lm, sae, lens, run.site, batches, ablations=settings.ablations
-            )
-            table.to_csv(folder / "evaluation.csv", index=False, float_format="%.8g")
-            return int(table.tokens.iloc[0])
-
-        return self.analysis("evaluate", run, settings, fill, any_batch=True)
+        return self.make("evaluate", run, settings)
 
     def distributions(self, run: SubjectSpec, settings: EvaluateSpec) -> Artefact:
         """Distributions over layers: `distributions.safetensors` and `variances.json`."""
-        if run.site.stacked:
-            raise SpecError("stacked: expected false for distributions over layers, got true")
-
-        def fill(folder: Path, lm, sae, lens, batches) -> int:
-            from safetensors.torch import save_file
-
-            from mlsae_core import analysis
-
-            arrays, numbers = analysis.distributions(lm, sae, lens, run.site, batches)
-            save_file(arrays, folder / "distributions.safetensors")
-            (folder / "variances.json").write_text(json.dumps(numbers, indent=1) + "\n")
-            return numbers["tokens"]
-
-        return self.analysis("distributions", run, settings, fill)
+        return self.make("distributions", run, settings)
 
     def sae(self, run: SubjectSpec) -> MLSAE:
         """The dictionary of a run as a module; `force` does not reach back to its training."""
@@ -281,55 +288,24 @@ class Session:
 
     # --- what stages are made of --------------------------------------------------------------
 
-    def analysis(
-        self,
-        stage: str,
-        run: SubjectSpec,
-        settings: EvaluateSpec,
-        measure: Callable[..., int],
-        key: Keyed | None = None,
-        read: SubjectSpec | None = None,
-        any_batch: bool = False,
-    ) -> Artefact:
-        """A result of a trained dictionary on some text.
+    def source(self, run: SubjectSpec, settings: EvaluateSpec | None = None) -> TextSource:
+        """The activations of a run, after a look at whether model, lens and text fit each other.
 
-        measure: called with (folder, lm, sae, lens, batches), writes the files of the result and
-        returns the number of tokens. key: where it differs from `analysis_key`. read: the run
-        whose model and text are read, where it is not the one whose dictionary is measured.
-        any_batch: whether the result is the same to rounding however the text is cut into batches;
-        other analyses draw random numbers batch by batch, or hold a graph of what they read.
+        settings: which text is read; without them there is none yet.
         """
-        identity, spec, parents = key or analysis_key(stage, run, settings)
-        if found := self.find(stage, identity, spec):
-            return found
-        from mlsae_core.activations import ActivationError
-
-        read = read or run
-        lm, lens = self.inputs(read)
-        size = batch_tokens(lm) if any_batch else EVALUATION_BATCH_TOKENS
-        batches = Batches(self.blocks(read, settings.split), read, settings, size)
-        sae = self.sae(run)
-
-        def fill(folder: Path) -> dict:
-            try:
-                return {"tokens": measure(folder, lm, sae, lens, batches)}
-            except ActivationError as error:
-                raise Stopped(f"{stage}: {error}") from error
-
-        return self.write(stage, identity, spec, parents, fill)
-
-    def inputs(self, run: SubjectSpec) -> tuple[LanguageModel, Lens]:
-        """Language model and lens of a run, after a look at whether they fit it and each other."""
-        from mlsae_core import activations
+        from mlsae_core.activations import First, TextSource
 
         check(run)
         if isinstance(run, GivenSpec):
             check_width(self.sae(run), run)
         lm = self.lm(run.model)
         text.check_tokenizer(lm.tokenizer, lm.vocab_size)
-        layers, points = run.site.indices(lm.n_layers), activations.hook_points(run.site)
-        lm.capture(lm.special_ids.new_zeros(1, 2), layers, points)
-        return lm, load_lens(run, lm)
+        source = TextSource(lm, None, run.site, load_lens(run, lm))
+        lm.capture(lm.special_ids.new_zeros(1, 2), source.layers, source.points)
+        if settings is None:
+            return source
+        sequences = max(settings.tokens // run.data.context_length, 1)
+        return replace(source, blocks=First(self.blocks(run, settings.split), sequences))
 
     def find(self, stage: str, identity: str, spec: dict) -> Artefact | None:
         """What exists and may be used; all processes look before any of them computes."""
@@ -352,19 +328,72 @@ class Session:
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What a stage measures.
+
+    run, settings: what is asked for. source: the activations, read `size` sequences at a time.
+    sae: the dictionary. None where the stage does not need it.
+    """
+
+    run: SubjectSpec
+    settings: EvaluateSpec | None
+    source: TextSource | None
+    size: int
+    sae: MLSAE | None
+
+
+@dataclass(frozen=True)
 class Stage:
     """A kind of result of a run.
 
     Args:
         name, version: as keys and folders have them; the version is raised when its numbers change.
-        make: called with (session, run, settings), finds or computes the artefact.
+        measure: called with (folder, subject), writes the files of the result and returns what is
+            noted beside them, such as its tokens; nothing for ``train``.
+        needs: of ``dictionary``, ``text`` (with its model; settings say how much) and ``model``.
+        by_layer: whether it needs a vector of every layer, so that stacked sites are refused.
+        any_batch: whether the result is the same to rounding however the text is cut into batches;
+            others draw random numbers batch by batch, or hold a graph of what they read.
+        key: of (run, settings).
+        read: the run whose model and text are read, where it is not the one whose dictionary is
+            measured.
         parts: gives the specs that stand in that of the artefact beside the run and the settings.
     """
 
     name: str
     version: int
-    make: Callable[[Session, SubjectSpec, EvaluateSpec | None], Artefact]
+    measure: Callable[[Path, Subject], dict] | None
+    needs: tuple[str, ...] = ("dictionary", "text")
+    by_layer: bool = False
+    any_batch: bool = False
+    key: Callable[[SubjectSpec, EvaluateSpec | None], Keyed] | None = None
+    read: SubjectSpec | None = None
     parts: Callable[[], dict[str, type[Spec]]] = dict
+
+    def __post_init__(self):
+        if self.key is None:
+            object.__setattr__(self, "key", partial(analysis_key, self.name))
+
+
+def _evaluate(folder: Path, subject: Subject) -> dict:
+    from mlsae_core import analysis
+
+    table = analysis.evaluate(
+        subject.source, subject.sae, subject.size, ablations=subject.settings.ablations
+    )
+    table.to_csv(folder / "evaluation.csv", index=False, float_format="%.8g")
+    return {"tokens": int(table.tokens.iloc[0])}
+
+
+def _distributions(folder: Path, subject: Subject) -> dict:
+    from safetensors.torch import save_file
+
+    from mlsae_core import analysis
+
+    arrays, numbers = analysis.distributions(subject.source, subject.sae, subject.size)
+    save_file(arrays, folder / "distributions.safetensors")
+    (folder / "variances.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    return {"tokens": numbers["tokens"]}
 
 
 #: The stages by name, of this package and of others that build on it.
@@ -379,9 +408,9 @@ def register(*stages: Stage):
 
 
 register(
-    Stage("train", store.STAGES["train"], lambda session, run, _: session.train(run)),
-    Stage("evaluate", store.STAGES["evaluate"], Session.evaluate),
-    Stage("distributions", store.STAGES["distributions"], Session.distributions),
+    Stage("train", 1, None, key=lambda run, _: run_key(run)),
+    Stage("evaluate", 1, _evaluate, any_batch=True),
+    Stage("distributions", 2, _distributions, by_layer=True),
 )
 
 
@@ -407,35 +436,6 @@ def _wait():
         train.process_state().wait_for_everyone()
 
 
-class Batches:
-    """The first `settings.tokens` tokens of a split in batches, in order; knows its length."""
-
-    def __init__(
-        self,
-        blocks,
-        run: SubjectSpec,
-        settings: EvaluateSpec,
-        batch_tokens: int = EVALUATION_BATCH_TOKENS,
-    ):
-        context = run.data.context_length
-        self.size = max(batch_tokens // context, 1)
-        sequences = max(settings.tokens // context, 1)
-        if isinstance(blocks, text.TokenBlocks):
-            sequences = min(sequences, len(blocks))
-        self.blocks, self.sequences = blocks, sequences
-
-    def __len__(self) -> int:
-        return math.ceil(self.sequences / self.size)
-
-    def __iter__(self):
-        left = self.sequences
-        for tokens in self.blocks.batches(self.size):
-            yield tokens[:left]
-            left -= len(tokens)
-            if left <= 0:
-                return
-
-
 def batch_tokens(lm: LanguageModel) -> int:
     """Tokens of a batch where any will do: on a GPU as many as fit a quarter of it.
 
@@ -453,17 +453,14 @@ def checkpoint_path(identity: str) -> Path:
     return store.STORE / "checkpoints" / f"{identity}.pt"
 
 
-def _compiled(lm: LanguageModel, run: RunSpec) -> LanguageModel:
-    """The model compiled for the micro-batches of a run."""
-    from mlsae_core import activations
-
+def _compiled(source: TextSource, run: RunSpec) -> TextSource:
+    """The source with its model compiled for the micro-batches of a run."""
     context = run.data.context_length
-    tokens = lm.special_ids.new_zeros(run.train.micro_batch_tokens // context, context)
-    layers, points = run.site.indices(lm.n_layers), activations.hook_points(run.site)
+    tokens = source.lm.special_ids.new_zeros(run.train.micro_batch_tokens // context, context)
     with reading(f"--compile: {run.model.path} could not be compiled"):
-        lm = lm.compiled()
-        lm.capture(tokens, layers, points)
-    return lm
+        lm = source.lm.compiled()
+        lm.capture(tokens, source.layers, source.points)
+    return replace(source, lm=lm)
 
 
 def _leaves(spec: dict, prefix: str = "") -> dict:

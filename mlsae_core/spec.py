@@ -146,6 +146,11 @@ class SiteSpec(Spec):
             )
         return layers
 
+    def refuse_stacked(self, what: str):
+        """Refuse stacked layers for what needs a vector of every layer."""
+        if self.stacked:
+            raise SpecError(f"stacked: expected false for {what}, got true")
+
 
 @dataclass(frozen=True)
 class SaeSpec(Spec):

@@ -41,10 +41,7 @@ def status(experiment: Experiment) -> pd.DataFrame:
         for stage in ("train", "evaluate", "distributions"):
             if stage not in stages(experiment, run):
                 continue
-            if stage == "train":
-                identity = pipeline.run_key(run)[0]
-            else:
-                identity = pipeline.analysis_key(stage, run, experiment.evaluate)[0]
+            identity = pipeline.STAGES[stage].key(run, experiment.evaluate)[0]
             state, seconds = _state(stage, identity), 0.0
             if state in ("begun", "missing"):
                 speed = speed or _speed()

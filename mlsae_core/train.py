@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +28,9 @@ from mlsae_core import activations, kernels, metrics, objective, store
 from mlsae_core.activations import ActivationError, ActivationSource, Batch
 from mlsae_core.kernels import Kernel
 from mlsae_core.keys import run_settings
-from mlsae_core.lens import Lens
-from mlsae_core.lm import LanguageModel
 from mlsae_core.sae import MLSAE
 from mlsae_core.spec import RunSpec, SpecError
 from mlsae_core.store import Stopped
-from mlsae_core.text import StreamedBlocks, TokenBlocks
 
 LOG_ROWS = 200
 CHECKPOINT_SECONDS = 60.0
@@ -97,7 +94,7 @@ def check_trackers(names: tuple[str, ...]):
             )
 
 
-def build_sae(run: RunSpec, source: ActivationSource | LanguageModel) -> MLSAE:
+def build_sae(run: RunSpec, source: ActivationSource) -> MLSAE:
     """The untrained autoencoder of a run; refuses what `RunSpec.n_latents` refuses."""
     n_latents = run.n_latents(source.n_layers, source.d_model)
     return MLSAE(
@@ -115,9 +112,7 @@ def build_sae(run: RunSpec, source: ActivationSource | LanguageModel) -> MLSAE:
 
 def train(
     run: RunSpec,
-    source: ActivationSource | LanguageModel,
-    blocks: TokenBlocks | StreamedBlocks | None = None,
-    lens: Lens | None = None,
+    source: ActivationSource,
     *,
     accelerator: Accelerator | None = None,
     checkpoint: Path | None = None,
@@ -129,8 +124,7 @@ def train(
     """Train the autoencoder of `run` on the activations of `source`.
 
     Args:
-        source: where activations come from; or a language model that reads `blocks`.
-        blocks, lens: what `activations.TextSource` makes of that model, else nothing.
+        source: where activations come from, at the run's site.
         accelerator: on the device of `source`; by default one is made there.
         checkpoint: file to continue from if it exists, and to write every `checkpoint_seconds` or
             20 times as long as it took to write, whichever is longer.
@@ -146,14 +140,14 @@ def train(
         its end; ``tokens_per_second`` since the start.
 
     Raises:
-        SpecError: precision, batch, k, layers or hook points that do not fit the model or device,
-            or an accelerator on another device than the model.
-        StoreError: a checkpoint that is damaged or belongs to another run.
+        SpecError: precision, batch, k or site that do not fit the activations or device, or an
+            accelerator on another device than theirs.
+        StoreError: a checkpoint that is damaged, of another run or of other activations.
         Stopped: NaN or infinite activations or loss, text that holds nothing but special tokens
             (with the batch, the step and the last checkpoint), or a stop that was asked for.
     """
-    if blocks is not None:
-        source = activations.TextSource(source, blocks, run.site, lens)
+    sites = (replace(s, layers=s.indices(source.n_layers)) for s in (run.site, source.site))
+    activations.check_site(*sites, [f.name for f in fields(run.site)], "are")
     accelerator = accelerator or make_accelerator(run, cpu=source.device.type == "cpu")
     device = torch.empty(0, device=accelerator.device).device  # with its number
     if device != source.device:
@@ -374,6 +368,7 @@ class _Checkpoint:
 
     def __init__(self, path: Path | None, loop: _Loop):
         self.path, self.loop = path, loop
+        self.source = loop.source.key if path else None
         self.written, self.seconds = time.perf_counter(), 0.0  # when last, and how long it took
 
     def is_due(self, interval: float) -> bool:
@@ -391,6 +386,7 @@ class _Checkpoint:
         scaler = loop.accelerator.scaler
         content = {
             "run": run_settings(loop.run),
+            "source": self.source,
             "sae": loop.sae.state_dict(),
             "optimizer": loop.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler else {},
@@ -408,6 +404,8 @@ class _Checkpoint:
         try:
             if content["run"] != run_settings(loop.run):
                 raise ValueError("it belongs to another run")
+            if content["source"] != self.source:
+                raise ValueError("it was trained on other activations")
             loop.sae.load_state_dict(content["sae"])
             loop.optimizer.load_state_dict(content["optimizer"])
             if loop.accelerator.scaler and content["scaler"]:

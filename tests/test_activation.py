@@ -13,14 +13,13 @@ import test_train
 import torch
 from safetensors.torch import load_file, save_file
 from test_analysis import BATCHES
-from tiny_lm import tiny_lm
+from tiny_lm import reading, tiny_lm, train_on_text
 
 from mlsae_book.planted import PlantedSpec, World, score
 from mlsae_core import analysis, kernels, keys, objective, pairs, store, train
 from mlsae_core.activation import ACTIVATIONS
-from mlsae_core.lens import Lens
 from mlsae_core.sae import MLSAE
-from mlsae_core.spec import SaeSpec, SiteSpec, SpecError
+from mlsae_core.spec import SaeSpec, SpecError
 
 L, T, D, N, K = 3, 40, 16, 128, 4
 OTHERS = ["batchtopk", "jumprelu"]
@@ -414,20 +413,21 @@ def test_wrong_fields_are_refused(fields, message):
 @pytest.mark.parametrize("activation", OTHERS)
 def test_a_run_trains_continues_and_is_evaluated(activation, tmp_path):
     (run, _, blocks), lm = test_pretend_device.inputs_on("cpu", activation=activation), tiny_lm()
-    whole = train.train(run, lm, blocks)
+    whole = train_on_text(run, lm, blocks)
     with pytest.raises(store.Stopped, match="after step 5 of 12"):
-        train.train(run, lm, blocks, checkpoint=tmp_path / "c", should_stop={5}.__contains__)
-    continued = train.train(run, lm, blocks, checkpoint=tmp_path / "c")
+        train_on_text(run, lm, blocks, checkpoint=tmp_path / "c", should_stop={5}.__contains__)
+    continued = train_on_text(run, lm, blocks, checkpoint=tmp_path / "c")
     assert test_train.digest(continued) == test_train.digest(whole)
-    other = train.train(test_train.run_of(), lm, blocks)
+    other = train_on_text(test_train.run_of(), lm, blocks)
     assert test_train.digest(other) != test_train.digest(whole)
     assert whole.log.fvu.iloc[-1] < 0.9 * whole.log.fvu.iloc[0]
     assert (whole.log.auxk > 0).any()
-    sae, lens = whole.sae.eval(), Lens.load(SiteSpec())
+    sae = whole.sae.eval()
     assert sae.activation.threshold.min() > 0.1
-    table = analysis.evaluate(lm, sae, lens, SiteSpec(), BATCHES, progress=False)
-    read = [batch.source for batch in analysis.stream(lm, BATCHES, SiteSpec(), lens)]
-    active = torch.cat([scores_of(sae, x) > sae.activation.threshold for x in read], 1)
+    source = reading(lm, BATCHES)
+    table = analysis.evaluate(source, sae, progress=False)
+    found = [scores_of(sae, batch.source) for batch in source.batches(1)]
+    active = torch.cat(found, 1) > sae.activation.threshold
     expected = active.sum(-1).double().mean(1)
     torch.testing.assert_close(torch.tensor(table.l0), expected, rtol=1e-6, atol=0)
     assert expected.std() > 0
@@ -437,7 +437,7 @@ def test_training_penalises_as_the_spec_says():
     (run, lm, blocks), found = test_pretend_device.inputs_on("cpu", activation="jumprelu"), []
     for coefficient in (0.0, 0.5, 1.0):
         sae = dataclasses.replace(run.sae, l0_coefficient=coefficient)
-        log = train.train(dataclasses.replace(run, sae=sae), lm, blocks).log
+        log = train_on_text(dataclasses.replace(run, sae=sae), lm, blocks).log
         found.append(log.loss - log.fvu - run.sae.aux_alpha * log.auxk)
     none, half, one = (penalty.to_numpy() for penalty in found)
     assert abs(none).max() < 1e-5
@@ -452,7 +452,7 @@ def there(processes):
 
 
 def train_on(device, activation):
-    trained = train.train(*test_pretend_device.inputs_on(device, activation=activation))
+    trained = train_on_text(*test_pretend_device.inputs_on(device, activation=activation))
     weights = {name: x.cpu().numpy() for name, x in trained.sae.state_dict().items()}
     return trained.log.drop(columns="tokens_per_second"), weights
 

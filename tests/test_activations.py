@@ -1,9 +1,9 @@
 import pytest
 import torch
 from test_lens import random_lens
-from tiny_lm import D_MODEL, EOS, N_LAYERS, PAD, tiny_lm, tiny_tokens
+from tiny_lm import D_MODEL, EOS, N_LAYERS, PAD, read, tiny_lm, tiny_tokens
 
-from mlsae_core.activations import MASSIVE, ActivationError, massive, stream
+from mlsae_core.activations import MASSIVE, ActivationError, massive
 from mlsae_core.spec import SiteSpec, SpecError
 
 
@@ -15,7 +15,7 @@ def lm():
 def test_special_tokens_are_removed_at_every_layer(lm):
     tokens = tiny_tokens()
     tokens[1, -1] = PAD
-    (batch,) = stream(lm, [tokens], SiteSpec())
+    (batch,) = read(lm, [tokens], SiteSpec())
     captured = lm.capture(tokens, range(N_LAYERS))["residual"]
     kept = [(s, p) for s in range(2) for p in range(7) if tokens[s, p] not in (EOS, PAD)]
     assert len(kept) == 11
@@ -28,20 +28,20 @@ def test_special_tokens_are_removed_at_every_layer(lm):
 
 def test_nothing_is_removed_where_nothing_is_special(lm):
     tokens = torch.full((2, 7), 5)
-    (batch,) = stream(lm, [tokens], SiteSpec(layers=(1,)))
+    (batch,) = read(lm, [tokens], SiteSpec(layers=(1,)))
     captured = lm.capture(tokens, [1])["residual"]
     assert torch.equal(batch.source, captured.flatten(1, 2))
 
 
 def test_autoencoder_target_is_the_source_itself(lm):
     for site in (SiteSpec(), SiteSpec(source="mlp_output", target="mlp_output")):
-        (batch,) = stream(lm, [tiny_tokens()], site)
+        (batch,) = read(lm, [tiny_tokens()], site)
         assert batch.target is batch.source
 
 
 def test_transcoder_has_source_and_target(lm):
     site = SiteSpec(layers=(0, 2), source="mlp_input", target="mlp_output")
-    (batch,) = stream(lm, [tiny_tokens()], site)
+    (batch,) = read(lm, [tiny_tokens()], site)
     for row, layer in enumerate(site.layers):
         with torch.no_grad():
             expected = lm.blocks[layer].mlp(batch.source[row])
@@ -49,8 +49,8 @@ def test_transcoder_has_source_and_target(lm):
 
 
 def test_stacked_concatenates_the_layers_of_a_token(lm):
-    (batch,) = stream(lm, [tiny_tokens()], SiteSpec(stacked=True))
-    (plain,) = stream(lm, [tiny_tokens()], SiteSpec())
+    (batch,) = read(lm, [tiny_tokens()], SiteSpec(stacked=True))
+    (plain,) = read(lm, [tiny_tokens()], SiteSpec())
     assert batch.source.shape == (1, 12, N_LAYERS * D_MODEL)
     for token in range(12):
         assert torch.equal(batch.source[0, token], torch.cat(list(plain.source[:, token])))
@@ -58,21 +58,21 @@ def test_stacked_concatenates_the_layers_of_a_token(lm):
 
 def test_lens_is_applied_to_the_layers_of_the_site(lm):
     lens, site = random_lens(), SiteSpec(layers=(1, 2))
-    (batch,) = stream(lm, [tiny_tokens()], site, lens)
-    (plain,) = stream(lm, [tiny_tokens()], site)
+    (batch,) = read(lm, [tiny_tokens()], site, lens)
+    (plain,) = read(lm, [tiny_tokens()], site)
     torch.testing.assert_close(batch.source, lens.apply(plain.source, [1, 2]))
 
 
 def test_half_precision_models_give_float32():
     lm = tiny_lm(dtype=torch.bfloat16)
-    (batch,) = stream(lm, [tiny_tokens()], SiteSpec())
+    (batch,) = read(lm, [tiny_tokens()], SiteSpec())
     assert batch.source.dtype == torch.float32
 
 
 def test_batches_follow_the_order_of_the_text_and_leave_no_hooks(lm):
     batches = [tiny_tokens(seed=0), tiny_tokens(seed=1)]
-    first, second = stream(lm, batches, SiteSpec())
-    (alone,) = stream(lm, batches[1:], SiteSpec())
+    first, second = read(lm, batches, SiteSpec())
+    (alone,) = read(lm, batches[1:], SiteSpec())
     assert torch.equal(second.source, alone.source)
     assert not torch.equal(first.source, second.source)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
@@ -86,11 +86,11 @@ def test_bad_activations_name_the_batch_and_the_layers(value):
         lm.blocks[1].mlp.dense_4h_to_h.bias[0] = value
     message = r"batch 0: residual has NaN or infinite values at layers \[1, 2\]"
     with pytest.raises(ActivationError, match=message):
-        list(stream(lm, batches, SiteSpec()))
+        list(read(lm, batches, SiteSpec()))
     lm = tiny_lm()
     with torch.no_grad():
         lm.model.get_input_embeddings().weight[6] = value
-    batches_read = stream(lm, batches, SiteSpec(layers=(2,)))
+    batches_read = read(lm, batches, SiteSpec(layers=(2,)))
     next(batches_read)
     with pytest.raises(ActivationError, match=r"batch 1: residual .* at layers \[2\]"):
         next(batches_read)
@@ -98,9 +98,9 @@ def test_bad_activations_name_the_batch_and_the_layers(value):
 
 def test_a_batch_of_special_tokens_and_unknown_layers_are_refused(lm):
     with pytest.raises(ActivationError, match="batch 0: all 6 tokens are special"):
-        next(stream(lm, [torch.full((2, 3), EOS)], SiteSpec()))
+        next(read(lm, [torch.full((2, 3), EOS)], SiteSpec()))
     with pytest.raises(SpecError, match=r"layers: expected .* from 0 to 2"):
-        next(stream(lm, [tiny_tokens()], SiteSpec(layers=(2, 3))))
+        next(read(lm, [tiny_tokens()], SiteSpec(layers=(2, 3))))
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -116,7 +116,7 @@ def test_planted_massive_activations_are_found_wherever_they_stand(lm, layer, se
 
 def test_excluded_massive_activations_are_left_out_at_every_layer(lm, monkeypatch):
     tokens = tiny_tokens()
-    (every,) = stream(lm, [tokens], SiteSpec())
+    (every,) = read(lm, [tokens], SiteSpec())
     capture = lm.capture
 
     def with_sinks(*arguments):
@@ -125,8 +125,8 @@ def test_excluded_massive_activations_are_left_out_at_every_layer(lm, monkeypatc
         return captured
 
     monkeypatch.setattr(lm, "capture", with_sinks)
-    (kept,) = stream(lm, [tokens], SiteSpec())
-    (batch,) = stream(lm, [tokens], SiteSpec(massive="excluded"))
+    (kept,) = read(lm, [tokens], SiteSpec())
+    (batch,) = read(lm, [tokens], SiteSpec(massive="excluded"))
     rest = every.position > 0
     assert torch.equal(kept.position, every.position)
     assert torch.equal(batch.position, every.position[rest])

@@ -4,10 +4,9 @@ import pandas as pd
 import pytest
 import torch
 from test_lens import random_lens
-from tiny_lm import CONFIGS, D_MODEL, N_LAYERS, PAD, tiny_lm, tiny_tokens
+from tiny_lm import CONFIGS, D_MODEL, N_LAYERS, PAD, read, reading, tiny_lm, tiny_tokens
 
-from mlsae_core import analysis
-from mlsae_core.activations import stream
+from mlsae_core import activations, analysis
 from mlsae_core.lens import Lens
 from mlsae_core.sae import MLSAE, Output, TopK
 from mlsae_core.spec import SiteSpec
@@ -48,8 +47,8 @@ def brute_force(lm, sae, lens, site, batches):
     """One hooked pass of the whole model per layer, all logits at once, in float64."""
     layers = layers_of(site)
     point = site.source if site.target == "same" else site.target
-    read = list(stream(lm, batches, site, lens))
-    outputs = [sae(b.source) if b.target is b.source else sae(b.source, b.target) for b in read]
+    parts = list(read(lm, batches, site, lens))
+    outputs = [sae(b.source) if b.target is b.source else sae(b.source, b.target) for b in parts]
     d = lm.d_model
     table = []
     for row, layer in enumerate(layers):
@@ -57,7 +56,7 @@ def brute_force(lm, sae, lens, site, batches):
         def of_layer(x, row=row):
             return x[0, :, row * d : (row + 1) * d] if site.stacked else x[row]
 
-        x = torch.cat([of_layer(b.target) for b in read]).double()
+        x = torch.cat([of_layer(b.target) for b in parts]).double()
         recon = torch.cat([of_layer(o.recon) for o in outputs]).double()
         slot = 0 if site.stacked else row
         codes = [dense(sae, o.topk)[slot] for o in outputs]
@@ -127,11 +126,12 @@ CASES = {
 @pytest.mark.parametrize("architecture", ["gpt_neox", "gemma2"])
 @torch.no_grad()
 def test_evaluate_agrees_with_a_hooked_pass_per_layer(architecture, case, monkeypatch):
-    monkeypatch.setitem(analysis.LOGITS_AT_ONCE, "cpu", 1000)  # three predictions at a time
+    monkeypatch.setitem(activations.LOGITS_AT_ONCE, "cpu", 1000)  # three predictions at a time
     lm, (site, lens) = tiny_lm(architecture), CASES[case]
     sae = tiny_sae(D_MODEL * (len(layers_of(site)) if site.stacked else 1))
     options = {"layers_at_once": 2} if case == "all layers" else {}
-    table = analysis.evaluate(lm, sae, lens, site, BATCHES, progress=False, **options)
+    source = reading(lm, BATCHES, site, lens)
+    table = analysis.evaluate(source, sae, progress=False, **options)
     expected = brute_force(lm, sae, lens, site, BATCHES)
     assert table["inactive"].gt(table["dead"]).any() or site.stacked
     pd.testing.assert_frame_equal(
@@ -145,9 +145,8 @@ def test_evaluate_agrees_with_a_hooked_pass_per_layer(architecture, case, monkey
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_replacing_with_the_identity_changes_nothing(architecture):
-    table = analysis.evaluate(
-        tiny_lm(architecture), Constant(1.0), Lens.identity(), SiteSpec(), BATCHES, progress=False
-    )
+    source = reading(tiny_lm(architecture), BATCHES)
+    table = analysis.evaluate(source, Constant(1.0), progress=False)
     assert table["fvu_global"].eq(0).all()
     for column in ("delta_ce", "kl", "logit_mse"):
         assert table[column].abs().max() < 1e-6
@@ -155,26 +154,35 @@ def test_replacing_with_the_identity_changes_nothing(architecture):
 
 
 def test_replacing_with_zero_recovers_nothing_and_explains_nothing():
-    table = analysis.evaluate(
-        tiny_lm(), Constant(0.0), Lens.identity(), SiteSpec(), BATCHES, progress=False
-    )
+    table = analysis.evaluate(reading(tiny_lm(), BATCHES), Constant(0.0), progress=False)
     assert table["ce_recovered_zero"].abs().max() < 1e-6
     assert table["kl"].min() > 0.01
     assert (table["fvu_global"] >= 1).all()
 
 
-def test_the_last_layer_is_replaced_at_kept_positions_only():
+@pytest.mark.parametrize("massive", ["kept", "excluded"])
+def test_the_last_layer_is_replaced_at_kept_positions_only(monkeypatch, massive):
     """After the last block a position's prediction depends on nothing but its own vector."""
+    monkeypatch.setattr(activations, "MASSIVE", 1)  # above the median: many are
     lm, tokens = tiny_lm(), tiny_tokens(1)
-    options = {"progress": False, "ablations": False}
-    site = SiteSpec(layers=(N_LAYERS - 1,))
-    table = analysis.evaluate(lm, Constant(0.5), Lens.identity(), site, [tokens], **options)
+    source = reading(lm, [tokens], SiteSpec(layers=(N_LAYERS - 1,), massive=massive))
+    table = analysis.evaluate(source, Constant(0.5), progress=False)
+    plain = analysis.evaluate(source, Constant(0.5), ablations=False, progress=False)
+    pd.testing.assert_frame_equal(plain, table[list(plain)])
+    assert not any(column.startswith("ce_recovered") for column in plain)
     original = lm.original(tokens).residual[-1]
-    keep = lm.keep_mask(tokens)[..., None]
-    logits = [lm.logits(x)[0, :-1] for x in (original, torch.where(keep, original / 2, original))]
-    before, after = (torch.nn.functional.cross_entropy(v, tokens[0, 1:]) for v in logits)
-    assert table["delta_ce"][0] == pytest.approx(float(after - before), abs=1e-6)
-    assert not any(column.startswith("ce_recovered") for column in table)
+    keep = lm.keep_mask(tokens)
+    if massive == "excluded":
+        keep &= ~activations.massive(original[None])
+    assert table["tokens"][0] == keep.sum() == (6 if massive == "kept" else 3)
+    mean = original[keep].mean(0).expand_as(original)
+    ce = []
+    for x in (original, original / 2, torch.zeros_like(original), mean):
+        logits = lm.logits(torch.where(keep[..., None], x, original))[0, :-1]
+        ce.append(float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:])))
+    names = ["ce_original", "ce_replaced", "ce_zero", "ce_mean"]
+    assert table.loc[0, names].tolist() == pytest.approx(ce, abs=1e-6)
+    assert table["delta_ce"][0] == pytest.approx(ce[1] - ce[0], abs=1e-6)
 
 
 def test_sparsity_and_dead_latents_are_counted_by_layer():
@@ -190,7 +198,7 @@ def test_sparsity_and_dead_latents_are_counted_by_layer():
             return Output(x, TopK(values, indices))
 
     options = {"progress": False, "ablations": False}
-    table = analysis.evaluate(tiny_lm(), Three(), Lens.identity(), SiteSpec(), BATCHES, **options)
+    table = analysis.evaluate(reading(tiny_lm(), BATCHES), Three(), **options)
     assert table["l0"].tolist() == [2.0] * N_LAYERS
     assert table["l1"].tolist() == [2.5] * N_LAYERS
     assert table["inactive"].tolist() == [6 / 8] * N_LAYERS
@@ -202,13 +210,12 @@ def test_sparsity_and_dead_latents_are_counted_by_layer():
 def test_results_do_not_depend_on_how_the_text_is_batched_nor_change_the_autoencoder():
     lm, sae = tiny_lm(), tiny_sae()
     before = {k: v.clone() for k, v in sae.state_dict().items()}
-    arguments = (lm, sae, Lens.identity(), SiteSpec())
-    one = analysis.evaluate(*arguments, [torch.cat(BATCHES)], progress=False)
+    one = analysis.evaluate(reading(lm, [torch.cat(BATCHES)]), sae, progress=False)
     rows = torch.cat(BATCHES).split(1)
-    other = analysis.evaluate(*arguments, iter(rows), progress=False)
+    other = analysis.evaluate(reading(lm, rows), sae, progress=False)
     pd.testing.assert_frame_equal(one, other, atol=1e-5, rtol=1e-5)
     some = [  # whose means are of the first three sequences
-        analysis.evaluate(*arguments, text, mean_tokens=3 * rows[0].numel(), progress=False)
+        analysis.evaluate(reading(lm, text), sae, mean_tokens=3 * rows[0].numel(), progress=False)
         for text in ([torch.cat(BATCHES)], rows, BATCHES)
     ]
     for table in some:
@@ -219,5 +226,8 @@ def test_results_do_not_depend_on_how_the_text_is_batched_nor_change_the_autoenc
 
 
 def test_no_batches_are_refused():
-    with pytest.raises(ValueError, match="batches: expected at least one"):
-        analysis.evaluate(tiny_lm(), tiny_sae(), Lens.identity(), SiteSpec(), [], progress=False)
+    for measure in (analysis.evaluate, analysis.distributions):
+        with pytest.raises(ValueError, match="source: expected at least one sequence, got none"):
+            measure(reading(tiny_lm(), []), tiny_sae(), progress=False)
+    with pytest.raises(ValueError, match="source: expected at least one sequence, got none"):
+        analysis.drift(reading(tiny_lm(), []), progress=False)

@@ -3,11 +3,9 @@
 import pytest
 import torch
 from test_analysis import dense, tiny_sae
-from tiny_lm import EOS, N_LAYERS, tiny_lm, tiny_tokens
+from tiny_lm import EOS, N_LAYERS, read, reading, tiny_lm, tiny_tokens
 
 from mlsae_book.tables import examples
-from mlsae_core.activations import stream
-from mlsae_core.lens import Lens
 from mlsae_core.spec import SiteSpec, SpecError
 from mlsae_core.text import TokenBlocks
 
@@ -17,7 +15,7 @@ WINDOW = 6
 
 def found(batches=BATCHES, **options):
     options = {"n_examples": 3, "window": WINDOW, "progress": False} | options
-    return examples.examples(tiny_lm(), tiny_sae(), Lens.identity(), SiteSpec(), batches, **options)
+    return examples.examples(reading(tiny_lm(), batches), tiny_sae(), **options)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def arrays():
 def activations():
     """(layer, sequence, position, latent), 0 at special tokens."""
     lm, sae, tokens = tiny_lm(), tiny_sae(), torch.cat(BATCHES)
-    (batch,) = stream(lm, [tokens], SiteSpec(), Lens.identity())
+    (batch,) = read(lm, [tokens])
     full = torch.zeros(N_LAYERS, *tokens.shape, sae.n_latents)
     full[:, batch.sequence, batch.position] = dense(sae, sae.encode(batch.source)).detach()
     return full
@@ -152,8 +150,7 @@ def test_control_characters_are_made_visible():
 
 
 def test_stacked_sites_and_no_batches_are_refused():
-    arguments = tiny_lm(), tiny_sae(), Lens.identity()
-    with pytest.raises(SpecError, match="stacked"):
-        examples.examples(*arguments, SiteSpec(stacked=True), BATCHES)
-    with pytest.raises(ValueError, match="batches: expected at least one"):
+    with pytest.raises(SpecError, match="stacked: expected false for examples of every layer, got"):
+        examples.examples(reading(tiny_lm(), BATCHES, SiteSpec(stacked=True)), tiny_sae())
+    with pytest.raises(ValueError, match="source: expected at least one sequence, got none"):
         found([])

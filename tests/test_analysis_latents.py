@@ -6,18 +6,14 @@ import pandas as pd
 import pytest
 import torch
 from test_analysis import dense, tiny_sae
-from tiny_lm import N_LAYERS, tiny_lm, tiny_tokens
+from tiny_lm import N_LAYERS, read, reading, tiny_lm, tiny_tokens
 from torch.nn import functional
 
-from mlsae_book import stages
+from mlsae_book import stages  # noqa: F401 (registered)
 from mlsae_book.tables import examples, latents
 from mlsae_core import pipeline, spec
-from mlsae_core.activations import stream
-from mlsae_core.lens import Lens
 from mlsae_core.sae import TopK
 from mlsae_core.spec import SiteSpec, SpecError
-
-ARGUMENTS = Lens.identity(), SiteSpec()
 
 
 @torch.no_grad()
@@ -60,11 +56,10 @@ class Planted:
 
 
 @pytest.fixture
-def planted(monkeypatch):
-    batch = SimpleNamespace(source=None)
-    monkeypatch.setattr(latents, "stream", lambda *_: iter([batch]))
-    lm = SimpleNamespace(n_layers=2, device="cpu")
-    return latents.duplicates(lm, Planted(), *ARGUMENTS, [0], progress=False).set_index("latent")
+def planted():
+    sizes = {"site": SiteSpec(), "n_layers": 2, "device": "cpu", "n_sequences": 1}
+    source = SimpleNamespace(**sizes, batches=lambda _: iter([SimpleNamespace(source=None)]))
+    return latents.duplicates(source, Planted(), progress=False).set_index("latent")
 
 
 def test_a_planted_handover_is_found(planted):
@@ -90,8 +85,8 @@ def test_a_planted_handover_is_found(planted):
 def test_pairs_and_their_null_agree_with_loops():
     lm, sae = tiny_lm(), tiny_sae()
     batches = [tiny_tokens(2, 12), tiny_tokens(3, 12, seed=1)]
-    table = latents.duplicates(lm, sae, *ARGUMENTS, batches, null_draws=3, progress=False)
-    flags = [dense(sae, sae.encode(b.source)) > 0 for b in stream(lm, batches, SiteSpec())]
+    table = latents.duplicates(reading(lm, batches), sae, null_draws=3, progress=False)
+    flags = [dense(sae, sae.encode(b.source)) > 0 for b in read(lm, batches)]
     flags = torch.cat(flags, 1)  # layer token latent
     cosines = functional.normalize(sae.decoder) @ functional.normalize(sae.decoder).T
     nearest = cosines.fill_diagonal_(-2).argmax(1)
@@ -148,10 +143,10 @@ def test_the_summary_counts_concentrated_latents_by_hand(planted):
 
 
 def test_stacked_sites_and_no_batches_are_refused():
-    with pytest.raises(SpecError, match="stacked"):
-        latents.duplicates(tiny_lm(), tiny_sae(), ARGUMENTS[0], SiteSpec(stacked=True), [])
-    with pytest.raises(ValueError, match="batches: expected at least one"):
-        latents.duplicates(tiny_lm(), tiny_sae(), *ARGUMENTS, [], progress=False)
+    with pytest.raises(SpecError, match="stacked: expected false for the layers of a latent"):
+        latents.duplicates(reading(tiny_lm(), [], SiteSpec(stacked=True)), tiny_sae())
+    with pytest.raises(ValueError, match="source: expected at least one sequence, got none"):
+        latents.duplicates(reading(tiny_lm(), []), tiny_sae(), progress=False)
 
 
 def test_a_session_writes_each_result_once(inputs, data):
@@ -167,15 +162,15 @@ def test_a_session_writes_each_result_once(inputs, data):
         }
     )
     settings, session = spec.EvaluateSpec(tokens=128), pipeline.Session()
-    found = stages.examples(session, run, settings)
+    found = session.make("examples", run, settings)
     arrays = examples.load(found.file("examples.safetensors"))
     n_latents = session.sae(run).n_latents
     assert arrays["tokens"].shape == (N_LAYERS, n_latents, 3, 16)
     assert int(arrays["sequence"].max()) < 128 // 16
-    pairs = pd.read_csv(stages.duplicates(session, run, settings).file("duplicates.csv"))
+    pairs = pd.read_csv(session.make("duplicates", run, settings).file("duplicates.csv"))
     live = (arrays["sequence"] >= 0).any(-1).any(0).nonzero()[:, 0]
     assert pairs.latent.tolist() == live.tolist()
-    table = pd.read_csv(stages.importance(session, run, settings).file("importance.csv"))
+    table = pd.read_csv(session.make("importance", run, settings).file("importance.csv"))
     assert table.layer.tolist() == list(range(N_LAYERS))
     again = pipeline.Session("read-only")
-    assert stages.examples(again, run, settings).key == found.key
+    assert again.make("examples", run, settings).key == found.key

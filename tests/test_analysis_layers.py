@@ -4,20 +4,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_lm import D_MODEL, N_LAYERS, tiny_lm, tiny_tokens
+from tiny_lm import D_MODEL, N_LAYERS, read, reading, tiny_lm, tiny_tokens
 
 from mlsae_book import as_released
 from mlsae_book.tables import layers, sweeps
 from mlsae_core import analysis
-from mlsae_core.activations import stream
-from mlsae_core.lens import Lens
 from mlsae_core.metrics import LayerDistribution, gaussian_like, permute_layers
 from mlsae_core.sae import MLSAE
 from mlsae_core.spec import SiteSpec, SpecError
 from mlsae_core.store import Artefact
 
 BATCHES = [tiny_tokens(2, seed=0), tiny_tokens(3, seed=1)]
-SITE, LENS = SiteSpec(), Lens.identity()
 
 
 def tiny_sae():
@@ -26,16 +23,15 @@ def tiny_sae():
 
 @pytest.fixture(scope="module")
 def measured():
-    return analysis.distributions(
-        tiny_lm(), tiny_sae(), LENS, SITE, BATCHES, replicates=20, progress=False
-    )
+    source = reading(tiny_lm(), BATCHES)
+    return analysis.distributions(source, tiny_sae(), replicates=20, progress=False)
 
 
 def exact():
     """The accumulators themselves: found, permuted, gaussian."""
     sae, parts = tiny_sae(), [LayerDistribution(N_LAYERS, 64) for _ in range(3)]
     generator, noise = (torch.Generator().manual_seed(seed) for seed in (0, 1))
-    for batch in stream(tiny_lm(), BATCHES, SITE, LENS):
+    for batch in read(tiny_lm(), BATCHES):
         values, indices = sae.encode(batch.source)
         parts[0].update(indices, values)
         parts[1].update(*permute_layers(indices, values, generator))
@@ -70,7 +66,7 @@ def test_intervals_are_those_of_the_replicates(measured):
     _, numbers = measured
     sae, found = tiny_sae(), LayerDistribution(N_LAYERS, 64, n_blocks=64)
     generator, seen = torch.Generator().manual_seed(0), 0
-    for batch in stream(tiny_lm(), BATCHES, SITE, LENS):
+    for batch in read(tiny_lm(), BATCHES):
         values, indices = sae.encode(batch.source)
         found.update(indices, values, batch.sequence + seen)
         permute_layers(indices, values, generator)  # which draws from the same generator
@@ -174,7 +170,7 @@ def dense_codes(prompt, sae):
 
 
 def test_prompts_agree_with_dense_codes():
-    table = layers.prompt_distributions(tiny_lm(), tiny_sae(), LENS, SITE, PROMPTS)
+    table = layers.prompt_distributions(reading(tiny_lm(), []), tiny_sae(), PROMPTS)
     for prompt in PROMPTS:
         codes = dense_codes(prompt, tiny_sae()).double()  # (layer, token, latent)
         kept = codes.amax((0, 1)) > 1e-3
@@ -197,19 +193,20 @@ def test_prompts_agree_with_dense_codes():
 
 
 def test_weak_latents_are_left_out_and_bad_prompts_refused():
-    inputs = (tiny_lm(), tiny_sae(), LENS, SITE)
+    inputs = reading(tiny_lm(), []), tiny_sae()
     table = layers.prompt_distributions(*inputs, PROMPTS[:1])
     fewer = layers.prompt_distributions(*inputs, PROMPTS[:1], least=2.0)
     assert 0 < fewer.latent.nunique() < table.latent.nunique()
     assert len(layers.prompt_distributions(*inputs, PROMPTS[:1], least=1e9)) == 0
     with pytest.raises(SpecError, match="prompt: expected 1 to"):
         layers.prompt_distributions(*inputs, [""])
-    with pytest.raises(SpecError, match="stacked"):
-        layers.prompt_distributions(*inputs[:3], SiteSpec(stacked=True), PROMPTS)
+    stacked = reading(tiny_lm(), [], SiteSpec(stacked=True))
+    with pytest.raises(SpecError, match="stacked: expected false for distributions over layers"):
+        layers.prompt_distributions(stacked, tiny_sae(), PROMPTS)
 
 
 def test_prompts_of_several_runs_are_told_apart_by_their_name():
-    one = layers.prompt_distributions(tiny_lm(), tiny_sae(), LENS, SITE, PROMPTS)
+    one = layers.prompt_distributions(reading(tiny_lm(), []), tiny_sae(), PROMPTS)
     table = pd.concat([one.assign(model=name)[["model", *one]] for name in "ab"])
     named = layers.name_prompts(table, PROMPTS[:1])
     assert set(named.prompt) == {f"{name}: {PROMPTS[0]}" for name in "ab"}
@@ -218,7 +215,7 @@ def test_prompts_of_several_runs_are_told_apart_by_their_name():
 
 @pytest.mark.parametrize("most", [1, 7, 1000])
 def test_a_sample_of_a_prompt_keeps_every_layer_of_its_latents(most):
-    one = layers.prompt_distributions(tiny_lm(), tiny_sae(), LENS, SITE, PROMPTS)
+    one = layers.prompt_distributions(reading(tiny_lm(), []), tiny_sae(), PROMPTS)
     table = pd.concat([one.assign(k=k)[["k", *one]] for k in (4, 8)], ignore_index=True)
     sample = layers.sample_prompt(sweeps.stack({"k": table}), PROMPTS[0], most)
     here = one[one.prompt == PROMPTS[0]]
@@ -234,7 +231,7 @@ def test_a_sample_of_a_prompt_keeps_every_layer_of_its_latents(most):
 
 def test_one_token_with_layers_permuted_is_as_spread_as_without():
     """At a single token permuting layers only renames them."""
-    table = layers.prompt_spread(tiny_lm(), tiny_sae(), LENS, SITE, ["w5"], draws=3)
+    table = layers.prompt_spread(reading(tiny_lm(), []), tiny_sae(), ["w5"], draws=3)
     first, second = table[["latents", "one_layer", "largest", "entropy"]].to_numpy().tolist()
     assert first == pytest.approx(second)
 
@@ -275,9 +272,9 @@ def test_the_parts_add_up_to_the_variance_and_give_the_ratios(made, measured):
 
 def test_definitions_are_compared_on_the_same_tokens():
     sae = tiny_sae()
-    table = layers.ratio_definitions(tiny_lm(), sae, LENS, SITE, BATCHES, batch_tokens=5)
+    table = layers.ratio_definitions(reading(tiny_lm(), BATCHES), sae, batch_tokens=5)
     found, dense = exact()[0], []
-    for batch in stream(tiny_lm(), BATCHES, SITE, LENS):
+    for batch in read(tiny_lm(), BATCHES):
         values, indices = sae.encode(batch.source)
         codes = torch.zeros(*values.shape[:2], 64).scatter_(2, indices, values.detach())
         dense += codes.split(5, 1)

@@ -6,12 +6,9 @@ import pandas as pd
 import pytest
 import torch
 from test_analysis import BATCHES, tiny_sae
-from tiny_lm import tiny_lm
+from tiny_lm import read, reading, tiny_lm
 
 from mlsae_book.tables import total_variance
-from mlsae_core.activations import stream
-from mlsae_core.lens import Lens
-from mlsae_core.spec import SiteSpec
 
 N_LAYERS, N_LATENTS = 4, 9
 
@@ -120,9 +117,9 @@ def test_the_sums_of_one_pass_are_the_same():
 
 
 def test_codes_are_the_dictionarys_at_all_tokens():
-    lm, sae, site = tiny_lm("gpt_neox"), tiny_sae(), SiteSpec()
-    indices, values = total_variance.codes(lm, sae, Lens.identity(), site, BATCHES)
-    parts = [sae.encode(b.source) for b in stream(lm, BATCHES, site, Lens.identity())]
+    lm, sae = tiny_lm("gpt_neox"), tiny_sae()
+    indices, values = total_variance.codes(reading(lm, BATCHES), sae)
+    parts = [sae.encode(batch.source) for batch in read(lm, BATCHES)]
     assert indices.shape == values.shape == (3, sum(p.indices.shape[1] for p in parts), 2)
     assert torch.equal(indices[:, : parts[0].indices.shape[1]], parts[0].indices)
     torch.testing.assert_close(values[:, -parts[-1][0].shape[1] :], parts[-1][0])

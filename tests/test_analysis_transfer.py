@@ -1,6 +1,7 @@
 """Dictionaries at other layers: the matrix's diagonal, the MLSAE's row, and brute force."""
 
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -8,7 +9,7 @@ import torch
 from test_analysis import BATCHES, brute_force, tiny_sae
 from test_lens import random_lens
 from test_pipeline import SETTINGS, run_of
-from tiny_lm import D_MODEL, N_LAYERS, tiny_lm, tiny_tokens
+from tiny_lm import D_MODEL, N_LAYERS, Given, reading, tiny_lm, tiny_tokens
 
 from mlsae_book import experiments, stages
 from mlsae_book.tables import transfer
@@ -22,9 +23,8 @@ from mlsae_core.spec import SiteSpec, SpecError
 @torch.no_grad()
 def test_a_single_layer_dictionary_at_every_layer_agrees_with_a_hooked_pass(lens):
     lm, sae = tiny_lm(), tiny_sae()
-    table = transfer.across_layers(
-        lm, sae, lens, SiteSpec(layers=(1,)), BATCHES, ablations=True, progress=False
-    )
+    source = reading(lm, BATCHES, SiteSpec(layers=(1,)), lens)
+    table = transfer.across_layers(source, sae, ablations=True, progress=False)
     expected = brute_force(lm, sae, lens, SiteSpec(), BATCHES)
     pd.testing.assert_frame_equal(
         table[expected.columns].astype(float), expected, atol=1e-5, rtol=1e-5
@@ -36,8 +36,7 @@ def test_a_single_layer_dictionary_at_every_layer_agrees_with_a_hooked_pass(lens
 def test_the_diagonal_is_the_evaluation_of_the_single_layer_dictionary():
     lm, sae = tiny_lm(), tiny_sae()
     for layer in range(N_LAYERS):
-        site = SiteSpec(layers=(layer,))
-        arguments = (lm, sae, Lens.identity(), site, BATCHES)
+        arguments = reading(lm, BATCHES, SiteSpec(layers=(layer,))), sae
         own = analysis.evaluate(*arguments, ablations=False, progress=False)
         table = transfer.across_layers(*arguments, progress=False)
         diagonal = table[table.trained_here].drop(columns="trained_here").reset_index(drop=True)
@@ -51,18 +50,16 @@ def test_the_diagonal_is_the_evaluation_of_the_single_layer_dictionary():
 def test_a_transcoder_keeps_its_source_and_target():
     lm, sae = tiny_lm(), tiny_sae()
     site = SiteSpec(layers=(0,), source="mlp_input", target="mlp_output")
-    table = transfer.across_layers(lm, sae, Lens.identity(), site, BATCHES, progress=False)
-    whole = SiteSpec(source="mlp_input", target="mlp_output")
-    expected = analysis.evaluate(
-        lm, sae, Lens.identity(), whole, BATCHES, ablations=False, progress=False
-    )
+    table = transfer.across_layers(reading(lm, BATCHES, site), sae, progress=False)
+    whole = reading(lm, BATCHES, SiteSpec(source="mlp_input", target="mlp_output"))
+    expected = analysis.evaluate(whole, sae, ablations=False, progress=False)
     pd.testing.assert_frame_equal(table.drop(columns="trained_here"), expected)
 
 
 def test_the_stage_measures_every_layer_and_the_row_of_an_mlsae_is_its_evaluation(inputs, data):
     session = pipeline.Session()
     single = run_of(inputs, layers=[1])
-    table = pd.read_csv(stages.transfer(session, single, SETTINGS).file("transfer.csv"))
+    table = pd.read_csv(session.make("transfer", single, SETTINGS).file("transfer.csv"))
     assert list(table.layer) == [0, 1, 2]
     own = pd.read_csv(session.evaluate(single, SETTINGS).file("evaluation.csv"))
     names = ["fvu_global", "fvu_per_dimension", "delta_ce", "kl", "l0", "ce_recovered_mean"]
@@ -70,20 +67,19 @@ def test_the_stage_measures_every_layer_and_the_row_of_an_mlsae_is_its_evaluatio
     pd.testing.assert_frame_equal(diagonal[names], own[names], atol=1e-6, rtol=1e-6)
 
     everything = run_of(inputs)
-    row = pd.read_csv(stages.transfer(session, everything, SETTINGS).file("transfer.csv"))
+    row = pd.read_csv(session.make("transfer", everything, SETTINGS).file("transfer.csv"))
     evaluation = pd.read_csv(session.evaluate(everything, SETTINGS).file("evaluation.csv"))
     pd.testing.assert_frame_equal(row.drop(columns="trained_here"), evaluation)
     assert row.trained_here.all()
 
 
 def test_stacked_dictionaries_are_refused_before_anything_is_computed(inputs, data):
-    with pytest.raises(SpecError, match="stacked: expected false for transfer"):
-        stages.transfer(pipeline.Session(), run_of(inputs, stacked=True), SETTINGS)
+    for stage in ("transfer", "examples", "duplicates", "distributions", "prompts"):
+        with pytest.raises(SpecError, match=f"stacked: expected false for the stage {stage}, got"):
+            pipeline.Session().make(stage, run_of(inputs, stacked=True), SETTINGS)
     assert not any(data.rglob("*.json"))
-    with pytest.raises(SpecError, match="stacked: a dictionary of concatenated layers"):
-        transfer.across_layers(
-            tiny_lm(), tiny_sae(), Lens.identity(), SiteSpec(stacked=True), BATCHES
-        )
+    with pytest.raises(SpecError, match="stacked: expected false for a dictionary that is read at"):
+        transfer.across_layers(reading(tiny_lm(), BATCHES, SiteSpec(stacked=True)), tiny_sae())
 
 
 # --- the matrix -----------------------------------------------------------------------------------
@@ -125,9 +121,8 @@ def test_tables_that_make_no_square_are_refused():
 def test_only_what_follows_the_start_is_replaced_measured_and_scored():
     lm, sae, start = tiny_lm(), tiny_sae(), 2
     tokens = tiny_tokens(3)
-    table = transfer.across_layers(
-        lm, sae, Lens.identity(), SiteSpec(layers=(0,)), [tokens], start=start, progress=False
-    )
+    source = reading(lm, [tokens], SiteSpec(layers=(0,)))
+    table = transfer.across_layers(source, sae, start=start, progress=False)
     keep = lm.keep_mask(tokens)
     keep[:, :start] = False
     before = lm.model(input_ids=tokens).logits[:, start:-1].double().log_softmax(-1)
@@ -152,9 +147,8 @@ def test_only_what_follows_the_start_is_replaced_measured_and_scored():
 @torch.no_grad()
 def test_samples_are_those_of_the_whole_model_and_repeat_with_their_seed(architecture):
     lm, given = tiny_lm(architecture), [tiny_tokens(2, 9), tiny_tokens(3, 9, seed=1)]
-    rollouts = Rollouts(lm, given, prompt_tokens=4, seed=7)
-    first, again = list(rollouts), list(rollouts)
-    assert len(rollouts) == 2
+    rollouts = Rollouts(lm, Given(given), prompt_tokens=4, seed=7)
+    first, again = list(rollouts.batches(3)), list(rollouts.batches(3))
     for index, (tokens, prompt) in enumerate(zip(first, given, strict=True)):
         assert torch.equal(tokens[:, :4], prompt[:, :4])
         assert torch.equal(tokens, again[index])
@@ -165,7 +159,7 @@ def test_samples_are_those_of_the_whole_model_and_repeat_with_their_seed(archite
             drawn = torch.multinomial(chances, 1, generator=generator)
             expected = torch.cat([expected, drawn], 1)
         assert torch.equal(tokens, expected)
-    other = next(iter(Rollouts(lm, given, prompt_tokens=4, seed=8)))
+    other = next(Rollouts(lm, Given(given), prompt_tokens=4, seed=8).batches(3))
     assert not torch.equal(other, first[0])
 
 
@@ -186,7 +180,7 @@ def target_of(inputs, architecture="gpt_neox", **fields):
 
 def test_a_model_is_a_target_of_itself(inputs, data):
     session, run = pipeline.Session(), run_of(inputs)
-    own = pd.read_csv(stages.transfer(session, run, SETTINGS).file("transfer.csv"))
+    own = pd.read_csv(session.make("transfer", run, SETTINGS).file("transfer.csv"))
     same = stages.transfer(session, run, SETTINGS, target_of(inputs))
     pd.testing.assert_frame_equal(pd.read_csv(same.file("transfer.csv")), own)
     assert same.meta["parents"].keys() == {"train", "model", "data"}
@@ -197,10 +191,9 @@ def test_the_dictionary_is_measured_in_the_target_on_its_rollouts(inputs, data):
     target = target_of(inputs, "gpt2", text="rollouts", prompt_tokens=3)
     table = pd.read_csv(stages.transfer(session, run, SETTINGS, target).file("transfer.csv"))
     lm, read = session.lm(target.model), target.read(run)
-    given = pipeline.Batches(session.blocks(read, "test"), read, SETTINGS)
-    expected = analysis.evaluate(
-        lm, session.sae(run), Lens.identity(), SiteSpec(), list(Rollouts(lm, given, 3, 0)), start=3
-    )
+    source = session.source(read, SETTINGS)
+    source = replace(source, blocks=Rollouts(lm, source.blocks, 3, 0))
+    expected = analysis.evaluate(source, session.sae(run), 2048 // 8, start=3)
     table = table.drop(columns="trained_here").astype(float)
     pd.testing.assert_frame_equal(table, expected.astype(float), rtol=1e-6)
     assert table.predictions[0] == 256 // 8 * (8 - 3 - 1)
@@ -242,9 +235,7 @@ def test_targets_that_do_not_fit_are_refused(inputs, data):
     with pytest.raises(
         SpecError, match="width 8, that of the dictionary, got gpt_neox of width 16"
     ):
-        transfer.across_layers(
-            tiny_lm(), tiny_sae(D_MODEL // 2), Lens.identity(), SiteSpec(), BATCHES
-        )
+        transfer.across_layers(reading(tiny_lm(), BATCHES), tiny_sae(D_MODEL // 2))
 
 
 def test_base_and_tuned_model_are_measured_alike_and_shipped(inputs, data):

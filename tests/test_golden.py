@@ -15,7 +15,6 @@ from workers import sentences
 from mlsae_book import corpus, experiments, planted, stages
 from mlsae_book.pretrain import train_tokenizer
 from mlsae_core import analysis, pipeline, spec, store, text
-from mlsae_core.lens import Lens
 
 # stage → its version when these numbers were written, and the numbers
 GOLDEN = {
@@ -98,12 +97,12 @@ def numbers(inputs, data, tmp_path, monkeypatch):
     table = pd.read_csv(session.evaluate(run, settings).file("evaluation.csv"))
     _, variances = experiments.read_distributions(session.distributions(run, settings))
     monkeypatch.setattr(stages, "PROMPTS", ("w1 w2 w3 w4",))
-    prompts = pd.read_csv(stages.prompts(session, run).file("spread.csv"))
-    geometry = pd.read_csv(stages.geometry(session, run).file("mmcs.csv"))
-    drift = pd.read_csv(stages.drift(session, run, settings).file("layers.csv"))
-    transfer = pd.read_csv(stages.transfer(session, run, settings).file("transfer.csv"))
-    importance = pd.read_csv(stages.importance(session, run, settings).file("importance.csv"))
-    duplicates = pd.read_csv(stages.duplicates(session, run, settings).file("duplicates.csv"))
+    prompts = pd.read_csv(session.make("prompts", run).file("spread.csv"))
+    geometry = pd.read_csv(session.make("geometry", run).file("mmcs.csv"))
+    drift = pd.read_csv(session.make("drift", run, settings).file("layers.csv"))
+    transfer = pd.read_csv(session.make("transfer", run, settings).file("transfer.csv"))
+    importance = pd.read_csv(session.make("importance", run, settings).file("importance.csv"))
+    duplicates = pd.read_csv(session.make("duplicates", run, settings).file("duplicates.csv"))
     world = planted.find_or_compute(
         planted.PlantedSpec(
             n_features=16, d_model=16, n_layers=3, active=4, training_tokens=8192, tokens=2048, k=2
@@ -157,14 +156,9 @@ def test_a_language_model_in_bfloat16_changes_no_metric_by_half_a_percent():
     [(_, run)] = spec.load_experiment(store.ROOT / "book/experiments/default.yml").runs
     session, tables = pipeline.Session("read-only"), []
     settings = spec.EvaluateSpec(tokens=16_384)
-    batches = list(pipeline.Batches(session.blocks(run, "test"), run, settings))
     for dtype in ("float32", "bfloat16"):
-        lm = session.lm(replace(run.model, dtype=dtype))
-        tables.append(
-            analysis.evaluate(
-                lm, session.sae(run), Lens.identity(), run.site, batches, ablations=False
-            )
-        )
+        source = session.source(replace(run, model=replace(run.model, dtype=dtype)), settings)
+        tables.append(analysis.evaluate(source, session.sae(run), ablations=False))
     metrics = ["fvu_global", "fvu_per_dimension", "l1", "delta_ce", "kl"]
     exact, rounded = (table[metrics].mean() for table in tables)
     assert rounded.to_numpy() == pytest.approx(exact.to_numpy(), rel=5e-3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_analysis import tiny_sae
 from test_lens import random_lens
-from tiny_lm import CONFIGS, N_LAYERS, tiny_lm, tiny_tokens
+from tiny_lm import CONFIGS, N_LAYERS, reading, tiny_lm, tiny_tokens
 from torch.nn import functional
 
 from mlsae_book.tables import importance, interventions
@@ -237,9 +237,8 @@ def test_importance_agrees_with_finite_differences(lens):
     if not lens.is_identity:
         lens = Lens(lens.weight.double(), lens.bias.double(), lens.alignment)
     # All positions that can be drawn, so nothing depends on the draw.
-    table = importance.importance(
-        lm, sae, lens, SiteSpec(), TOKENS.split(2), positions=99, progress=False
-    )
+    source = reading(lm, TOKENS.split(2), SiteSpec(), lens)
+    table = importance.importance(source, sae, positions=99, progress=False)
     keep = lm.keep_mask(TOKENS)[:, :-1]
     assert table.vectors.eq(int(keep.sum())).all()
     assert table.sequences.eq(len(TOKENS)).all()
@@ -260,8 +259,8 @@ def test_importance_agrees_with_finite_differences(lens):
 def test_importance_reads_no_more_sequences_than_it_is_told():
     lm, sae = tiny_lm(), tiny_sae()
     options = {"sequences": 2, "positions": 99, "progress": False}
-    one = importance.importance(lm, sae, IDENTITY, SiteSpec(), TOKENS.split(1), **options)
-    two = importance.importance(lm, sae, IDENTITY, SiteSpec(), [TOKENS], **options)
+    one = importance.importance(reading(lm, TOKENS.split(1)), sae, 1, **options)
+    two = importance.importance(reading(lm, [TOKENS]), sae, len(TOKENS), **options)
     assert one.sequences.eq(2).all()
     pd.testing.assert_frame_equal(one, two, rtol=1e-4)
     assert not any(parameter.requires_grad for parameter in lm.model.parameters())

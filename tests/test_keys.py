@@ -14,11 +14,11 @@ from typing import ClassVar, get_type_hints
 
 import pytest
 import torch
-from tiny_lm import VOCAB, tiny_lm
+from tiny_lm import VOCAB, tiny_lm, train_on_text
 
 from mlsae_book import planted, pretrain, stages, tune
 from mlsae_book.tables.transfer import Target
-from mlsae_core import keys, models, pipeline, spec, store, text, train
+from mlsae_core import keys, models, pipeline, spec, store, text
 from mlsae_core.spec import DataSpec, EvaluateSpec, Removed, Renamed, Spec, SpecError, added
 
 ROOT = Path(__file__).parents[1]
@@ -288,9 +288,9 @@ def test_a_checkpoint_is_continued_after_an_added_field(tmp_path):
     fields = {"model": "tiny", "data": {"context_length": 8}, "expansion_factor": 2, "k": 2}
     fields |= {"tokens": 4 * 64, "batch_tokens": 64}
     lm, checkpoint = tiny_lm(), tmp_path / "checkpoint"
-    whole = train.train(spec.run_from_dict(fields), lm, blocks).sae.state_dict()
+    whole = train_on_text(spec.run_from_dict(fields), lm, blocks).sae.state_dict()
     with pytest.raises(store.Stopped):
-        train.train(
+        train_on_text(
             spec.run_from_dict(fields),
             lm,
             blocks,
@@ -300,11 +300,11 @@ def test_a_checkpoint_is_continued_after_an_added_field(tmp_path):
     with in_place(later(7)):
         other = spec.run_from_dict(fields | {"later_saespec": 9})
         with pytest.raises(store.StoreError, match="belongs to another run"):
-            train.train(other, lm, blocks, checkpoint=checkpoint)
+            train_on_text(other, lm, blocks, checkpoint=checkpoint)
         run = spec.run_from_dict(fields)
         assert run.sae.later_saespec == 7
         steps = []
-        rest = train.train(run, lm, blocks, checkpoint=checkpoint, should_stop=steps.append)
+        rest = train_on_text(run, lm, blocks, checkpoint=checkpoint, should_stop=steps.append)
     assert steps == [3]  # asked after every step but the last
     for name, tensor in rest.sae.state_dict().items():
         assert torch.equal(tensor, whole[name]), name

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from mlsae_core.metrics import (
     Drift,
     LayerMoments,
-    adjacent_cosine,
     copied_rows,
     cosine_histogram,
     gaussian_rows,
@@ -129,13 +128,20 @@ def test_drift_by_hand():
     drift.update(x)
     result = drift.compute()
     assert result.tokens == 2
-    assert result.cosine.tolist() == [0.5, -0.5]
+    expected = torch.tensor([[1, 0.5, 0], [0.5, 1, -0.5], [0, -0.5, 1]]).double()
+    torch.testing.assert_close(result.centred, expected)
+    torch.testing.assert_close(result.raw, expected)
     assert result.norm.tolist() == [2, 2, 3]
-    assert result.relative_pair.tolist() == [0, 0.5]
-    assert result.relative_layer.tolist() == pytest.approx([0, 1 / 3, 2 / 3])
-    assert adjacent_cosine(x, torch.zeros(3, 2)).tolist() == [0.5, -0.5]
+    assert result.norm_se.isnan().all()  # of one sequence
     # about their own means: ±(1/2, −3/2) and ±(1/2, 5/2)
-    assert adjacent_cosine(x[::2]).tolist() == pytest.approx([-3.5 / 16.25**0.5])
+    drift = Drift(x[::2].mean(1))
+    drift.update(x[::2], torch.tensor([0, 1]))
+    result = drift.compute()
+    assert result.centred[0, 1].item() == pytest.approx(-3.5 / 16.25**0.5)
+    assert result.raw[0, 1].item() == 0
+    # Norms are 1 and 3, 5 and 1; two sequences of one token: half the difference over 1.
+    assert result.norm_se.tolist() == pytest.approx([1, 2])
+    assert result.raw_se[0, 1].item() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -153,16 +159,17 @@ def test_drift_in_two_passes_is_the_dense_one(dtype, offset):
     result = parts[1].merge(parts[0]).compute()
     exact = x.double() - x.double().mean(1, keepdim=True)
     dense = torch.cosine_similarity(exact[1:], exact[:-1], dim=-1).mean(1)
-    torch.testing.assert_close(result.cosine, dense, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(result.centred.diagonal(1), dense, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(result.norm, x.double().norm(dim=-1).mean(1))
-    torch.testing.assert_close(adjacent_cosine(x), dense, rtol=1e-5, atol=1e-7)
 
 
 def test_drift_of_a_copy_is_one_and_centring_matters():
     x = random_rows(3, 50, 4).expand(2, 50, 4)
     moved = torch.stack([x[0], -2 * x[1] + 100])
-    assert adjacent_cosine(x).item() == pytest.approx(1)
-    assert adjacent_cosine(moved).item() == pytest.approx(-1)
+    for vectors, cosine in ((x, 1), (moved, -1)):
+        drift = Drift(vectors.mean(1, dtype=torch.float64))
+        drift.update(vectors)
+        assert drift.compute().centred[0, 1].item() == pytest.approx(cosine)
     with pytest.raises(ValueError, match="same means"):
         Drift(torch.zeros(2, 3)).merge(Drift(torch.ones(2, 3)))
     with pytest.raises(ValueError, match="no tokens"):

@@ -427,12 +427,17 @@ def test_the_estimate_is_the_operations_over_the_speed_of_this_machine(inputs, d
 def test_batches_stop_at_the_tokens_asked_for(inputs, data):
     run = run_of(inputs)
     blocks = pipeline.Session().blocks(run, "train")
-    batches = pipeline.Batches(blocks, run, EvaluateSpec(tokens=300 * CONTEXT))
-    sizes = [len(tokens) for tokens in batches]
-    assert sum(sizes) == 300
-    assert len(sizes) == len(batches)
-    whole = pipeline.Batches(blocks, run, EvaluateSpec(tokens=10**9))
-    assert sum(map(len, whole)) == len(blocks)
+    session = pipeline.Session()
+    source = session.source(run, EvaluateSpec(300 * CONTEXT, "train"))
+    read = [batch.text for batch in source.batches(64)]
+    assert [len(tokens) for tokens in read] == [64] * 4 + [44]
+    assert torch.equal(torch.cat(read), next(blocks.batches(300)))
+    assert source.n_sequences == 300
+    [last] = source.blocks.batches(64, start=4)
+    assert torch.equal(last, read[-1])
+    assert list(source.blocks.batches(64, start=5)) == []
+    whole = session.source(run, EvaluateSpec(10**9, "train"))
+    assert whole.n_sequences == len(blocks) == len(torch.cat([*whole.blocks.batches(64)]))
 
 
 def test_spec_files_of_results_read_back(inputs, data):

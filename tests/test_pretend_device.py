@@ -12,12 +12,13 @@ import test_pipeline
 import test_train
 import torch
 from pretend_device import waits
-from tiny_lm import EOS, VOCAB, tiny_network, tiny_tokenizer
+from tiny_lm import EOS, VOCAB, tiny_network, tiny_tokenizer, train_on_text
 from torch.utils._python_dispatch import TorchDispatchMode
 from workers import use_data
 
 from mlsae_book import stages
-from mlsae_core import activations, metrics, objective, pipeline, store, train
+from mlsae_core import metrics, objective, pipeline, store, train
+from mlsae_core.activations import TextSource
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.spec import EvaluateSpec
@@ -129,8 +130,8 @@ def train_on(device, checkpoint=None):
     inputs = inputs_on(device)
     if checkpoint is not None:
         with pytest.raises(store.Stopped, match="after step 5 of 12"):
-            train.train(*inputs, checkpoint=checkpoint, should_stop={5}.__contains__)
-    sae, log, _ = train.train(*inputs, checkpoint=checkpoint)
+            train_on_text(*inputs, checkpoint=checkpoint, should_stop={5}.__contains__)
+    sae, log, _ = train_on_text(*inputs, checkpoint=checkpoint)
     assert sae.encoder.device.type == device
     weights = {name: x.cpu().numpy() for name, x in sae.state_dict().items()}
     return log.drop(columns="tokens_per_second"), weights
@@ -163,13 +164,13 @@ def waits_of_steps(micro_batches, ranks=1, put_back=None):
             of = train._Plan.of
             patch.setattr(train._Plan, "of", lambda *a: replace(of(*a), every=ranks))
         if put_back == "the look at activations":
-            stream = activations.stream
-            patch.setattr(activations, "stream", lambda *a: stream(*a[:-1], True))
+            gather = TextSource._gather
+            patch.setattr(TextSource, "_gather", lambda *a: gather(*a[:-1], True))
         if put_back == "the question which are dead":
             loss = objective.loss
             patch.setattr(objective, "loss", lambda *a: loss(*a[:-1], None))
         run, *rest = inputs_on("pretend", micro_batch_tokens=64 // micro_batches)
-        log = train.train(run, *rest, should_stop=note).log
+        log = train_on_text(run, *rest, should_stop=note).log
     assert log.auxk.item() > 0
     return seen[1:]
 
@@ -185,7 +186,7 @@ def test_the_host_waits_once_a_step_however_many_micro_batches(there, micro_batc
 @pytest.mark.parametrize(
     ("put_back", "wait"),
     [
-        ("the look at activations", "activations.py:gather.<locals>.read _local_scalar_dense"),
+        ("the look at activations", "activations.py:_check_finite _local_scalar_dense"),
         ("the question which are dead", "objective.py:loss nonzero"),
     ],
 )
@@ -198,9 +199,9 @@ def batches_made(device):
     run, lm, blocks = inputs_on(device, tokens=3 * 64, micro_batch_tokens=32)
     made, seen = [], []
     with pytest.MonkeyPatch.context() as patch:
-        gather = activations.gather
-        patch.setattr(activations, "gather", lambda *a: made.append(0) or gather(*a))
-        train.train(run, lm, blocks, should_stop=lambda _: bool(seen.append(len(made))))
+        gather = TextSource._gather
+        patch.setattr(TextSource, "_gather", lambda *a: made.append(0) or gather(*a))
+        train_on_text(run, lm, blocks, should_stop=lambda _: bool(seen.append(len(made))))
     return [*seen, len(made)]
 
 

@@ -22,42 +22,42 @@ def make(identity="0" * 16, text="x", **options):
         (folder / "table.csv").write_text(text)
         return {"tokens": 3}
 
-    return store.write("train", identity, {"a": 1}, {"model": "m"}, fill, **options)
+    return store.write("tokens", identity, {"a": 1}, {"model": "m"}, fill, **options)
 
 
 def test_a_key_depends_on_everything_and_on_nothing_else(monkeypatch):
-    def key(stage="train", spec=None, parents=None):
+    def key(stage="tokens", spec=None, parents=None):
         return store.key(stage, spec or {"a": 1, "b": 2}, parents or {"p": "x"})
 
     assert key() == key(spec={"b": 2, "a": 1})
     others = {
-        key("evaluate"), key(spec={"a": 1, "b": 3}), key(spec={"a": 1}), key(parents={"p": "y"})
+        key("models"), key(spec={"a": 1, "b": 3}), key(spec={"a": 1}), key(parents={"p": "y"})
     }  # fmt: skip
     assert len(others | {key()}) == 5
     before = key()
-    monkeypatch.setitem(store.STAGES, "train", store.STAGES["train"] + 1)
+    monkeypatch.setitem(store.STAGES, "tokens", store.STAGES["tokens"] + 1)
     assert key() != before
 
 
 def test_what_is_written_is_found_with_its_provenance(data):
     made = make()
-    found = store.find("train", made.key)
+    found = store.find("tokens", made.key)
     assert found.file("table.csv").read_text() == "x"
     assert (found.spec, found.meta["tokens"]) == ({"a": 1}, 3)
     assert {"commit", "torch", "seconds", "written", "parents", "version"} <= set(found.meta)
     with pytest.raises(store.StoreError, match=r"holds no log\.csv; it has table\.csv"):
         found.file("log.csv")
-    assert store.find("train", "1" * 16) is None
+    assert store.find("tokens", "1" * 16) is None
 
 
 def test_shipped_results_come_first_and_shipping_keeps_what_is_asked(data):
     made = make()
     store.ship(made)
     (made.path / "table.csv").write_text("damaged")
-    assert store.find("train", made.key).path.is_relative_to(store.SHIPPED)
-    shipped = store.find("train", made.key)
+    assert store.find("tokens", made.key).path.is_relative_to(store.SHIPPED)
+    shipped = store.find("tokens", made.key)
     assert store.ship(shipped) == shipped.path
-    assert [a.path for a in store.artefacts("train")] == [shipped.path, made.path]
+    assert [a.path for a in store.artefacts("tokens")] == [shipped.path, made.path]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_damage_is_named_with_the_remedy(data, damage, message):
     made = make()
     damage(made.path)
     with pytest.raises(store.StoreError, match=message) as error:
-        store.find("train", made.key)
+        store.find("tokens", made.key)
     assert "delete" in str(error.value)
     assert "--force" in str(error.value)
     assert isinstance(error.value, SpecError)
@@ -88,18 +88,18 @@ def test_a_failed_computation_leaves_nothing(data):
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        store.write("train", "0" * 16, {}, {}, fill)
+        store.write("tokens", "0" * 16, {}, {}, fill)
     assert [path for path in data.rglob("*") if path.is_file()] == []
-    assert list((store.STORE / "train").iterdir()) == []
+    assert list((store.STORE / "tokens").iterdir()) == []
 
 
 def test_a_finished_artefact_is_kept_unless_it_is_to_be_replaced(data):
     make(text="first")
     assert make(text="second").file("table.csv").read_text() == "first"
     assert make(text="third", replace=True).file("table.csv").read_text() == "third"
-    (store.STORE / "train" / ("0" * 16) / "meta.json").unlink()  # not finished
+    (store.STORE / "tokens" / ("0" * 16) / "meta.json").unlink()  # not finished
     assert make(text="fourth").file("table.csv").read_text() == "fourth"
-    assert [path.name for path in (store.STORE / "train").iterdir()] == ["0" * 16]
+    assert [path.name for path in (store.STORE / "tokens").iterdir()] == ["0" * 16]
 
 
 def test_leftovers_of_killed_processes_are_removed_and_never_listed(data):
@@ -113,7 +113,7 @@ def test_leftovers_of_killed_processes_are_removed_and_never_listed(data):
         shutil.copytree(made.path, path)
     other = made.path.with_name(f".{'1' * 16}-{ended.pid}-abc")
     other.mkdir()
-    assert [a.key for a in store.artefacts("train")] == [made.key]
+    assert [a.key for a in store.artefacts("tokens")] == [made.key]
     make(replace=True)
     assert not dead.exists()
     assert alive.exists()
@@ -137,7 +137,7 @@ def test_processes_that_compute_the_same_do_not_mix(data, processes):
     for process in workers_:
         process.join(300)
     assert [process.exitcode for process in workers_] == [0, 0, 0]
-    (made,) = (store.STORE / "train").iterdir()
+    (made,) = (store.STORE / "tokens").iterdir()
     assert len({(made / f"{name}.txt").read_text() for name in ("first", "second")}) == 1
 
 

@@ -18,9 +18,10 @@ import torch
 import workers
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from tiny_lm import EOS, VOCAB, tiny_lm, tiny_network, tiny_tokenizer
+from tiny_lm import EOS, VOCAB, read, tiny_lm, tiny_network, tiny_tokenizer, train_on_text
 
-from mlsae_core import activations, metrics, objective, spec, store, train
+from mlsae_core import metrics, objective, spec, store, train
+from mlsae_core.activations import TextSource
 from mlsae_core.lm import LanguageModel
 from mlsae_core.spec import SpecError
 from mlsae_core.text import TokenBlocks
@@ -67,7 +68,7 @@ def digest(trained):
 
 @pytest.fixture(scope="module")
 def uninterrupted(lm, blocks):
-    return train.train(run_of(), lm, blocks)
+    return train_on_text(run_of(), lm, blocks)
 
 
 @pytest.fixture
@@ -80,21 +81,21 @@ def elsewhere(monkeypatch):
 
 
 def test_the_same_run_gives_the_same_numbers_and_another_seed_others(lm, blocks, uninterrupted):
-    assert digest(train.train(run_of(), lm, blocks)) == digest(uninterrupted)
-    assert digest(train.train(run_of(seed=1), lm, blocks)) != digest(uninterrupted)
+    assert digest(train_on_text(run_of(), lm, blocks)) == digest(uninterrupted)
+    assert digest(train_on_text(run_of(seed=1), lm, blocks)) != digest(uninterrupted)
 
 
 @pytest.mark.parametrize("kernel", ["dense", "candidates"])
 def test_a_kernel_changes_nothing_but_the_rounding(lm, blocks, uninterrupted, kernel):
-    other = train.train(run_of(), lm, blocks, kernel=kernel)
+    other = train_on_text(run_of(), lm, blocks, kernel=kernel)
     assert other.sae.kernel == kernel
     assert other.log.fvu.to_numpy() == pytest.approx(uninterrupted.log.fvu.to_numpy(), rel=1e-3)
     with pytest.raises(ValueError, match="expected a kernel of"):
-        train.train(run_of(), lm, blocks, kernel="magic")
+        train_on_text(run_of(), lm, blocks, kernel="magic")
 
 
 def test_a_compiled_language_model_changes_nothing_but_the_rounding(lm, blocks, uninterrupted):
-    other = train.train(run_of(), lm.compiled("aot_eager"), blocks).log
+    other = train_on_text(run_of(), lm.compiled("aot_eager"), blocks).log
     kept = [log.drop(columns="tokens_per_second") for log in (other, uninterrupted.log)]
     pd.testing.assert_frame_equal(*kept, rtol=1e-5)
 
@@ -104,15 +105,15 @@ def test_tokens_are_moved_to_the_models_device_once(monkeypatch):
     seen = []
 
     class Elsewhere:
-        n_layers, device = 1, torch.device("meta")
+        n_layers, d_model, device = 1, 1, torch.device("meta")
 
         def capture(self, tokens, *_):
             seen.append(tokens)
 
         keep_mask = capture
 
-    monkeypatch.setattr(activations, "gather", lambda _, tokens, *__: seen.append(tokens))
-    list(activations.stream(Elsewhere(), [torch.zeros(2, 3).long()], run_of().site))
+    monkeypatch.setattr(TextSource, "_gather", lambda _, __, tokens, *___: seen.append(tokens))
+    list(read(Elsewhere(), [torch.zeros(2, 3).long()]))
     assert [tokens.device.type for tokens in seen] == ["cpu", "meta", "meta"]
     assert seen[1] is seen[2]
 
@@ -122,13 +123,13 @@ def test_a_model_on_the_cpu_is_trained_on_there_whatever_the_machine_has(
 ):
     assert train.process_state().device.type == "meta"
     with pytest.raises(store.Stopped):
-        train.train(run_of(), lm, blocks, checkpoint=tmp_path / "c", should_stop={5}.__contains__)
+        train_on_text(run_of(), lm, blocks, checkpoint=tmp_path / "c", should_stop={5}.__contains__)
     assert train.process_state().device.type == "meta"  # another model may be there
-    done = train.train(run_of(), lm, blocks, checkpoint=tmp_path / "c")
+    done = train_on_text(run_of(), lm, blocks, checkpoint=tmp_path / "c")
     assert digest(done) == digest(uninterrupted)
     accelerator = train.make_accelerator(run_of())
     with pytest.raises(SpecError, match=r"accelerator: expected .* device cpu, got meta; move"):
-        train.train(run_of(), lm, blocks, accelerator=accelerator)
+        train_on_text(run_of(), lm, blocks, accelerator=accelerator)
 
 
 def test_training_learns_and_says_so_in_documented_columns(uninterrupted):
@@ -148,24 +149,26 @@ def test_a_stopped_run_continues_exactly(lm, blocks, uninterrupted, tmp_path, st
     checkpoint = tmp_path / "checkpoint"
     for stop in sorted(stops - {12}):
         with pytest.raises(store.Stopped, match=f"stopped as asked, after step {stop} of 12; the"):
-            train.train(run_of(), lm, blocks, checkpoint=checkpoint, should_stop=stops.__contains__)
+            train_on_text(
+                run_of(), lm, blocks, checkpoint=checkpoint, should_stop=stops.__contains__
+            )
         assert checkpoint.exists()
-    done = train.train(run_of(), lm, blocks, checkpoint=checkpoint, should_stop={12}.__contains__)
+    done = train_on_text(run_of(), lm, blocks, checkpoint=checkpoint, should_stop={12}.__contains__)
     assert digest(done) == digest(uninterrupted)
 
 
 def test_log_intervals_survive_a_stop_inside_one(lm, blocks, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "LOG_ROWS", 3)  # intervals of 4 steps
-    whole = train.train(run_of(tokens=14 * 64), lm, blocks)
+    whole = train_on_text(run_of(tokens=14 * 64), lm, blocks)
     assert list(whole.log.step) == [4, 8, 12, 14]
     checkpoint = tmp_path / "checkpoint"
     with pytest.raises(store.Stopped):
-        train.train(
+        train_on_text(
             run_of(tokens=14 * 64), lm, blocks, checkpoint=checkpoint, should_stop={6}.__contains__
         )
-    assert digest(train.train(run_of(tokens=14 * 64), lm, blocks, checkpoint=checkpoint)) == digest(
-        whole
-    )
+    assert digest(
+        train_on_text(run_of(tokens=14 * 64), lm, blocks, checkpoint=checkpoint)
+    ) == digest(whole)
 
 
 def test_an_interrupt_in_the_middle_of_a_step_loses_no_exactness(
@@ -181,9 +184,9 @@ def test_an_interrupt_in_the_middle_of_a_step_loses_no_exactness(
     monkeypatch.setattr(objective, "loss", interrupted)
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", 0)
     with pytest.raises(KeyboardInterrupt):
-        train.train(run_of(), lm, blocks, checkpoint=checkpoint, checkpoint_seconds=0)
+        train_on_text(run_of(), lm, blocks, checkpoint=checkpoint, checkpoint_seconds=0)
     assert store.load_checkpoint(checkpoint)["state"]["step"] == 4
-    done = train.train(run_of(), lm, blocks, checkpoint=checkpoint)
+    done = train_on_text(run_of(), lm, blocks, checkpoint=checkpoint)
     assert digest(done) == digest(uninterrupted)
 
 
@@ -209,7 +212,7 @@ def test_checkpoints_are_written_as_often_as_asked_but_take_a_twentieth_of_the_t
     monkeypatch.setattr(store, "save_checkpoint", save)
     for seconds, steps in ((1.5, [2, 8]), (7.5, [8])):
         written.clear()
-        train.train(run_of(), lm, blocks, checkpoint=tmp_path / "c", checkpoint_seconds=seconds)
+        train_on_text(run_of(), lm, blocks, checkpoint=tmp_path / "c", checkpoint_seconds=seconds)
         assert written == steps
 
 
@@ -227,9 +230,9 @@ def test_speed_is_tokens_over_seconds_of_training_with_stops_left_out(
     monkeypatch.setattr(train._Loop, "step", timed)
     checkpoint = tmp_path / "checkpoint"
     with pytest.raises(store.Stopped):
-        train.train(run_of(), lm, blocks, checkpoint=checkpoint, should_stop={5}.__contains__)
+        train_on_text(run_of(), lm, blocks, checkpoint=checkpoint, should_stop={5}.__contains__)
     now[0] += 1000
-    done = train.train(run_of(), lm, blocks, checkpoint=checkpoint)
+    done = train_on_text(run_of(), lm, blocks, checkpoint=checkpoint)
     seconds = [n * (n + 1) / 2 for n in range(1, 13)]
     expected = [round(64 * n / t) for n, t in zip(range(1, 13), seconds, strict=True)]
     assert done.log.tokens_per_second.tolist() == expected
@@ -238,11 +241,9 @@ def test_speed_is_tokens_over_seconds_of_training_with_stops_left_out(
 
 def test_a_steps_gradient_is_the_mean_over_its_micro_batches(lm, blocks):
     run = run_of(tokens=64)
-    trained = train.train(run, lm, blocks).sae
+    trained = train_on_text(run, lm, blocks).sae
     expected = train.build_sae(run, lm)
-    micro_batches = list(
-        itertools.islice(activations.stream(lm, blocks.batches(4, seed=0), run.site), 2)
-    )
+    micro_batches = list(itertools.islice(TextSource(lm, blocks, run.site).batches(4, seed=0), 2))
     scaled, _ = expected.standardise(micro_batches[0].source)
     with torch.no_grad():
         expected.pre_bias.copy_(metrics.geometric_median(scaled.flatten(0, 1)))
@@ -269,8 +270,8 @@ def test_a_batch_is_cut_into_steps_and_micro_batches_as_documented(lm):
 def test_a_transcoder_predicts_the_target(lm, blocks):
     """The first row of the log is of the untrained dictionary and the first batch."""
     run = run_of(tokens=32, batch_tokens=32, source="mlp_input", target="mlp_output")
-    log = train.train(run, lm, blocks).log
-    [batch] = itertools.islice(activations.stream(lm, blocks.batches(4, seed=0), run.site), 1)
+    log = train_on_text(run, lm, blocks).log
+    [batch] = itertools.islice(TextSource(lm, blocks, run.site).batches(4, seed=0), 1)
     expected = train.build_sae(run, lm)
     with torch.no_grad():
         scaled = expected.standardise(batch.source)[0].flatten(0, 1)
@@ -312,8 +313,8 @@ def bars(monkeypatch):
 
 def test_progress_is_counted_in_tokens_from_where_a_run_continues(lm, blocks, tmp_path, bars):
     with pytest.raises(store.Stopped):
-        train.train(run_of(), lm, blocks, checkpoint=tmp_path / "c", should_stop={5}.__contains__)
-    log = train.train(run_of(), lm, blocks, checkpoint=tmp_path / "c").log
+        train_on_text(run_of(), lm, blocks, checkpoint=tmp_path / "c", should_stop={5}.__contains__)
+    log = train_on_text(run_of(), lm, blocks, checkpoint=tmp_path / "c").log
     assert [(bar.total, bar.done, bar.disable) for bar in bars] == [
         (12 * 64, 5 * 64, False),
         (12 * 64, 12 * 64, False),
@@ -347,7 +348,7 @@ def test_a_device_is_waited_for_while_the_next_batch_is_made(lm, blocks, monkeyp
             events.append("wait")
             return torch.zeros(2 + 3 + 1)
 
-    class Source(activations.TextSource):
+    class Source(TextSource):
         def batches(self, *arguments):
             for batch in super().batches(*arguments):
                 events.append("batch")
@@ -399,7 +400,9 @@ def test_two_ranks_take_turns_and_train_what_one_does(blocks, uninterrupted, bar
     def work(rank, stop):
         arguments = {"accelerator": members[rank], "checkpoint": tmp_path / "c"}
         try:
-            done[rank] = train.train(run_of(), models[rank], blocks, should_stop=stop, **arguments)
+            done[rank] = train_on_text(
+                run_of(), models[rank], blocks, should_stop=stop, **arguments
+            )
         except store.Stopped:
             done[rank] = None
         except BaseException:
@@ -512,7 +515,7 @@ def test_a_killed_process_is_continued_exactly(inputs, processes, tmp_path):
 def test_text_of_nothing_but_special_tokens_stops_with_a_message(lm):
     blocks = TokenBlocks(np.full((8, CONTEXT), EOS, np.int32))
     with pytest.raises(store.Stopped, match=r"tokens are special.*after step 0 of 12; no checkpoi"):
-        train.train(run_of(), lm, blocks)
+        train_on_text(run_of(), lm, blocks)
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(lm, blocks, tmp_path, monkeypatch):
@@ -525,7 +528,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(lm, blocks, tmp_path
     monkeypatch.setattr(objective, "loss", broken)
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", 0)
     with pytest.raises(store.Stopped, match=r"loss is nan, after step 3 of 12; the last good"):
-        train.train(run_of(), lm, blocks, checkpoint=checkpoint, checkpoint_seconds=0)
+        train_on_text(run_of(), lm, blocks, checkpoint=checkpoint, checkpoint_seconds=0)
     assert store.load_checkpoint(checkpoint)["state"]["step"] == 3
 
 
@@ -539,7 +542,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(lm, blocks, tmp_path
 )
 def test_what_does_not_fit_is_refused(lm, blocks, changes, message):
     with pytest.raises(SpecError, match=message):
-        train.train(run_of(**changes), lm, blocks)
+        train_on_text(run_of(**changes), lm, blocks)
 
 
 def test_batches_that_cannot_be_dealt_evenly_are_refused():
@@ -557,22 +560,22 @@ def test_batches_that_cannot_be_dealt_evenly_are_refused():
 def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(lm, blocks, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     with pytest.raises(store.Stopped):
-        train.train(run_of(), lm, blocks, checkpoint=checkpoint, should_stop=lambda step: True)
+        train_on_text(run_of(), lm, blocks, checkpoint=checkpoint, should_stop=lambda step: True)
     with pytest.raises(store.StoreError, match="belongs to another run; delete it to start anew"):
-        train.train(run_of(seed=1), lm, blocks, checkpoint=checkpoint)
+        train_on_text(run_of(seed=1), lm, blocks, checkpoint=checkpoint)
     content = store.load_checkpoint(checkpoint)
     for step in (-5, 10**9, 0.5, "1"):
         edited = content | {"state": content["state"] | {"step": step}}
         store.save_checkpoint(checkpoint, edited)
         with pytest.raises(store.StoreError, match=rf"its step is {step} of 12; delete it"):
-            train.train(run_of(), lm, blocks, checkpoint=checkpoint)
+            train_on_text(run_of(), lm, blocks, checkpoint=checkpoint)
     del content["sae"]["pre_bias"]
     store.save_checkpoint(checkpoint, content)
     with pytest.raises(store.StoreError, match="expected a checkpoint of this run"):
-        train.train(run_of(), lm, blocks, checkpoint=checkpoint)
+        train_on_text(run_of(), lm, blocks, checkpoint=checkpoint)
     checkpoint.write_bytes(checkpoint.read_bytes()[:-10])
     with pytest.raises(store.StoreError, match="damaged checkpoint"):
-        train.train(run_of(), lm, blocks, checkpoint=checkpoint)
+        train_on_text(run_of(), lm, blocks, checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -586,12 +589,12 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(lm, blocks, tmp
 def test_a_checkpoint_with_other_contents_is_refused(lm, blocks, tmp_path, damage):
     checkpoint = tmp_path / "checkpoint"
     with pytest.raises(store.Stopped):
-        train.train(run_of(), lm, blocks, checkpoint=checkpoint, should_stop=lambda step: True)
+        train_on_text(run_of(), lm, blocks, checkpoint=checkpoint, should_stop=lambda step: True)
     content = store.load_checkpoint(checkpoint)
     damage(content)
     store.save_checkpoint(checkpoint, content)
     with pytest.raises(store.StoreError, match=r"expected a checkpoint of this run; .*; delete it"):
-        train.train(run_of(), lm, blocks, checkpoint=checkpoint)
+        train_on_text(run_of(), lm, blocks, checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize(("written", "read"), [(True, True), (True, False), (False, True)])
@@ -621,18 +624,18 @@ def test_the_scale_of_a_loss_in_half_precision_is_part_of_a_checkpoint(
     arguments = {"checkpoint": tmp_path / "c", "should_stop": {5}.__contains__}
     before, after = Half(first if written else None), Half(second if read else None)
     with pytest.raises(store.Stopped):
-        train.train(run_of(), lm, blocks, accelerator=before, **arguments)
-    train.train(run_of(), lm, blocks, accelerator=after, **arguments)
+        train_on_text(run_of(), lm, blocks, accelerator=before, **arguments)
+    train_on_text(run_of(), lm, blocks, accelerator=after, **arguments)
     assert second.scale == (5 if written and read else 7)
 
 
 def test_a_checkpoint_does_not_depend_on_where_model_and_text_lie(lm, blocks, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     with pytest.raises(store.Stopped):
-        train.train(run_of(), lm, blocks, checkpoint=checkpoint, should_stop={3}.__contains__)
+        train_on_text(run_of(), lm, blocks, checkpoint=checkpoint, should_stop={3}.__contains__)
     moved = run_of(model="/elsewhere/tiny", data={"path": "t.jsonl", "context_length": CONTEXT})
-    assert digest(train.train(moved, lm, blocks, checkpoint=checkpoint)) == digest(
-        train.train(run_of(), lm, blocks)
+    assert digest(train_on_text(moved, lm, blocks, checkpoint=checkpoint)) == digest(
+        train_on_text(run_of(), lm, blocks)
     )
 
 
@@ -656,6 +659,6 @@ def test_runs_of_different_precisions_in_one_process(blocks):
         pytest.skip("needs a CUDA device")
     lm = LanguageModel(tiny_network().to("cuda"), tiny_tokenizer())
     logs = [
-        train.train(run_of(precision=name), lm, blocks).log for name in ("fp32", "bf16", "fp16")
+        train_on_text(run_of(precision=name), lm, blocks).log for name in ("fp32", "bf16", "fp16")
     ]
     assert all(log.fvu.iloc[-1] < log.fvu.iloc[0] for log in logs)

@@ -8,15 +8,12 @@ import pytest
 import torch
 from test_analysis import BATCHES, tiny_sae
 from test_pipeline import SETTINGS, run_of
-from tiny_lm import N_LAYERS, tiny_lm
+from tiny_lm import N_LAYERS, reading, tiny_lm
 
 from mlsae_book import charts, tables, widgets
 from mlsae_book.tables import examples, layers
 from mlsae_core import analysis, pipeline
-from mlsae_core.lens import Lens
-from mlsae_core.spec import SiteSpec, SpecError
-
-LENS, SITE = Lens.identity(), SiteSpec()
+from mlsae_core.spec import SpecError
 
 
 @pytest.fixture(autouse=True)
@@ -198,12 +195,11 @@ def test_variances_are_those_of_so_many_tokens(shown, inputs, data):
     session.train(run)
     panel = widgets.total_variance(session, run, (64, 256))
     control(panel, "Tokens").value = 256
-    lm, sae = session.lm(run.model), session.sae(run)
+    sae = session.sae(run)
     for spec, tokens in zip(shown, (64, 256), strict=True):
-        settings = dataclasses.replace(SETTINGS, tokens=tokens)
-        batches = pipeline.Batches(session.blocks(run, "test"), run, settings)
-        assert sum(batch.numel() for batch in batches) == tokens
-        codes = total_variance.codes(lm, sae, LENS, run.site, batches)
+        source = session.source(run, dataclasses.replace(SETTINGS, tokens=tokens))
+        assert sum(batch.text.numel() for batch in source.batches(8)) == tokens
+        codes = total_variance.codes(source, sae)
         expected = total_variance.by_rank(total_variance.terms(*codes, 32).latents)
         found = rows(spec, "variance")[list(expected)]
         assert len(found) == len(expected)
@@ -218,9 +214,9 @@ def test_the_latents_are_those_of_the_typed_prompt(shown, inputs, data):
     first, second = "the cat", "a dog and a cat"
     panel = widgets.prompt_layers(session, run, first)
     control(panel, "Prompt").value = second
-    lm, sae = session.lm(run.model), session.sae(run)
+    source, sae = session.source(run), session.sae(run)
     for spec, prompt in zip(shown, (first, second), strict=True):
-        expected = layers.prompt_distributions(lm, sae, LENS, run.site, [prompt])
+        expected = layers.prompt_distributions(source, sae, [prompt])
         found = rows(spec, "activation")
         assert found.latent.tolist() == expected.latent.tolist()
         assert found.activation.tolist() == pytest.approx(expected.activation.tolist(), rel=1e-3)
@@ -231,9 +227,10 @@ def test_the_latents_are_those_of_the_typed_prompt(shown, inputs, data):
 
 def test_the_explorer_shows_the_latent_of_the_number(shown):
     lm, sae = tiny_lm(), tiny_sae()
-    stored, _ = analysis.distributions(lm, sae, LENS, SITE, BATCHES, replicates=2, progress=False)
+    source = reading(lm, BATCHES)
+    stored, _ = analysis.distributions(source, sae, replicates=2, progress=False)
     arrays = layers.derived(stored)
-    found = examples.examples(lm, sae, LENS, SITE, BATCHES, n_examples=2, window=4, progress=False)
+    found = examples.examples(source, sae, n_examples=2, window=4, progress=False)
     alive = arrays["active_tokens"].nonzero()[:, 0].tolist()
     (dead, *_) = (arrays["active_tokens"] == 0).nonzero()[:, 0].tolist()
     panel = widgets.explorer(lm, sae, arrays, found, alive[0])

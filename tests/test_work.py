@@ -10,13 +10,11 @@ from collections import Counter
 import pytest
 import torch
 from test_analysis import tiny_sae
-from tiny_lm import N_LAYERS, VOCAB, tiny_lm, tiny_tokens
+from tiny_lm import N_LAYERS, VOCAB, reading, tiny_lm, tiny_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mlsae_core import analysis, kernels, objective
-from mlsae_core.lens import Lens
+from mlsae_core import activations, analysis, kernels, objective
 from mlsae_core.sae import MLSAE
-from mlsae_core.spec import SiteSpec
 
 LAYERS, TOKENS, D, LATENTS, K, ROWS = 2, 96, 8, 1024, 4, 32
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "matmul"}
@@ -143,10 +141,10 @@ def test_evaluation_runs_the_model_once_and_holds_few_logits(monkeypatch, ablati
     monkeypatch.setattr(lm, "original", original)
     monkeypatch.setattr(lm, "_call_block", call_block)
     monkeypatch.setattr(lm, "logits", logits)
-    monkeypatch.setitem(analysis.LOGITS_AT_ONCE, "cpu", 2000)
+    monkeypatch.setitem(activations.LOGITS_AT_ONCE, "cpu", 2000)
     batches = [tiny_tokens(4, 9, seed=i) for i in range(3)]
     options = {"ablations": ablations, "progress": False}
-    analysis.evaluate(lm, tiny_sae(), Lens.identity(), SiteSpec(), batches, **options)
+    analysis.evaluate(reading(lm, batches), tiny_sae(), **options)
     assert calls["original"] == len(batches)
     assert calls["blocks"] == len(batches) * (N_LAYERS - 1)
     assert max(sizes) <= 2000

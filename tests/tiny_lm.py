@@ -11,7 +11,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mlsae_core import train
+from mlsae_core.activations import TextSource
 from mlsae_core.lm import LanguageModel
+from mlsae_core.spec import SiteSpec
 
 N_LAYERS, D_MODEL, VOCAB = 3, 16, 40
 EOS, PAD = 0, 1
@@ -72,3 +75,28 @@ def tiny_tokens(batch=2, position=7, seed=0):
     tokens = torch.randint(2, VOCAB, (batch, position), generator=generator)
     tokens[:, 3] = EOS
     return tokens
+
+
+class Given:
+    """A text in batches that are there, whatever size is asked for."""
+
+    def __init__(self, batches):
+        self.given = list(batches)
+
+    def batches(self, size, seed=None, start=0):
+        yield from self.given
+
+
+def reading(lm, batches, site=SiteSpec(), lens=None):  # noqa: B008 (frozen)
+    """The activations of a language model that reads these batches of tokens."""
+    return TextSource(lm, Given(batches), site, lens)
+
+
+def read(*arguments):
+    """Their batches."""
+    return reading(*arguments).batches(1)
+
+
+def train_on_text(run, lm, blocks, **options):
+    """A dictionary trained on a language model that reads this text."""
+    return train.train(run, TextSource(lm, blocks, run.site), **options)

@@ -82,7 +82,7 @@ def slow_command(arguments: list[str], data: Path, checkpoint_steps: int):
 def write_twice(folder: Path, text: str, go):
     """Compute one artefact at the same moment as others do."""
     use_data(folder)
-    identity = store.key("train", {"a": 1}, {})
+    identity = store.key("tokens", {"a": 1}, {})
 
     def fill(work: Path) -> dict:
         (work / "first.txt").write_text(text)
@@ -90,10 +90,10 @@ def write_twice(folder: Path, text: str, go):
         (work / "second.txt").write_text(text)
         return {}
 
-    made = store.write("train", identity, {"a": 1}, {}, fill)
+    made = store.write("tokens", identity, {"a": 1}, {}, fill)
     contents = {(made.path / name).read_text() for name in ("first.txt", "second.txt")}
     assert len(contents) == 1
-    store.find("train", identity)
+    store.find("tokens", identity)
 
 
 def write_jsonl(path: Path, rows) -> Path:

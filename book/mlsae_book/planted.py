@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mlsae_core import metrics, store, train
+from mlsae_core import analysis, metrics, store, train
 from mlsae_core.activations import Batch
 from mlsae_core.keys import keyed
 from mlsae_core.sae import MLSAE
@@ -131,9 +131,12 @@ class World:
     """
 
     def __init__(self, spec: PlantedSpec):
-        self.spec = spec
+        self.spec, self.site = spec, spec.run.site
         self.n_layers, self.d_model = spec.n_layers, spec.d_model
         self.device = torch.device("cpu")
+        batch = spec.context_length * EVALUATION_SEQUENCES
+        self.n_sequences = max(spec.tokens // batch, 1) * EVALUATION_SEQUENCES
+        self.key = store.key("planted", keyed(spec), {})
         self.kinds, self.weights = _layer_weights(spec)
         generator = torch.Generator().manual_seed(spec.seed)
         plane = torch.randn(
@@ -150,23 +153,23 @@ class World:
     def batches(
         self, size: int, seed: int | None = None, start: int = 0, every: int = 1
     ) -> Iterator[Batch]:
-        """Endless batches of the stream with its noise; see `activations.ActivationSource`."""
+        """The stream with its noise; see `activations.ActivationSource`.
+
+        One pass is the sequences of the comparison; with a seed they are of the training part,
+        which never ends. A token is its number in the world's stream.
+        """
         for tokens in itertools.islice(self.tokens(size, seed, start), 0, None, every):
             x = self.draw(tokens)[1].flatten(1, 2)
             places = torch.ones_like(tokens, dtype=torch.bool).nonzero(as_tuple=True)
-            yield Batch(x, x, tokens.flatten(), *places)
+            yield Batch(x, x, tokens, *places)
 
     def tokens(self, size: int, seed: int | None = None, start: int = 0) -> Iterator[Tensor]:
-        """Endless batches of (size, context_length) token numbers, from batch `start` on.
-
-        A token is its number in the world's stream; with a seed they are of the training part.
-        """
-        context = self.spec.context_length
-        first = (0 if seed is None else TRAINING_STREAM) + start * size
-        while True:
-            sequences = torch.arange(first, first + size)
-            yield sequences[:, None] * context + torch.arange(context)
-            first += size
+        """The tokens of `batches`, (size, context_length), from batch `start` on."""
+        context = torch.arange(self.spec.context_length)
+        first, end = (0, self.n_sequences) if seed is None else (TRAINING_STREAM, 2**62)
+        for number in range(first + start * size, end, size):
+            sequences = torch.arange(number, min(number + size, end))
+            yield sequences[:, None] * len(context) + context
 
     # --- the truth ----------------------------------------------------------------------------
 
@@ -213,7 +216,8 @@ class World:
         and that of the noise. (The mean of cosines over tokens is a little smaller.)
         """
         spec, w = self.spec, self.weights
-        within, between = _variance(w).mean(), _mean_layer(w).var(correction=0)
+        mean, variance = metrics.layer_moments(w)
+        within, between = variance.mean(), mean.var(correction=0)
         p, q = spec.active / spec.n_features, spec.persistence
         together = w / w.amax(1, keepdim=True)
         first = p * (q * together + (1 - q) * w)
@@ -283,13 +287,11 @@ def score(world: World, sae: MLSAE) -> tuple[pd.DataFrame, pd.DataFrame]:
         weights ``latent_variance_by_total``), in squared layers.
     """
     n, d, size = world.n_layers, world.d_model, EVALUATION_SEQUENCES
-    count = max(world.spec.tokens // (world.spec.context_length * size), 1)
-    batches = list(itertools.islice(world.tokens(size), count))
     sequence = torch.arange(size).repeat_interleave(world.spec.context_length)
     learned = metrics.LayerDistribution(n, sae.n_latents, n_blocks=64)
     true = metrics.LayerDistribution(n, world.spec.n_features)
     fitted, floor = (metrics.Reconstruction(n, d) for _ in range(2))
-    for index, tokens in enumerate(batches):
+    for index, tokens in enumerate(world.tokens(size)):
         codes, x, clean = (part.flatten(1, 2) for part in world.draw(tokens))
         output = sae(x)
         learned.update(output.topk.indices, output.topk.values, sequence + index * size)
@@ -297,7 +299,6 @@ def score(world: World, sae: MLSAE) -> tuple[pd.DataFrame, pd.DataFrame]:
         fitted.update(x, output.recon, output.topk.values)
         floor.update(x, clean, top_codes(codes)[1])
     found, oracle = learned.compute(), true.compute()
-    drift = _drift(world, batches)
     rows = sae.decoder[found.live]
     features = _features(world, rows, found)
     matched = features[features.latents > 0]
@@ -307,11 +308,11 @@ def score(world: World, sae: MLSAE) -> tuple[pd.DataFrame, pd.DataFrame]:
         "recovered": float(features.recovered.mean()),
         "latents_per_feature": float(matched.latents.mean()) if len(matched) else float("nan"),
         **_reconstructed(fitted),
-        "adjacent_cosine": drift[0],
+        "adjacent_cosine": _adjacent_cosine(world),
     }
     known = _numbers(oracle) | {
         **_reconstructed(floor),
-        "adjacent_cosine": drift[1],
+        "adjacent_cosine": _adjacent_cosine(World(dataclasses.replace(world.spec, noise=0))),
     }
     table = pd.DataFrame({"truth": world.truth(), "oracle": known, "estimate": estimate})
     draws = learned.bootstrap(1000, torch.Generator().manual_seed(0))
@@ -324,8 +325,8 @@ def score(world: World, sae: MLSAE) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def _numbers(found: metrics.DistributionResult) -> dict[str, float]:
     by_total = found.probs_by_total[:, found.live].T
-    within = _variance(by_total).mean()
-    between = _mean_layer(by_total).var(correction=0)
+    mean, variance = metrics.layer_moments(by_total)
+    within, between = variance.mean(), mean.var(correction=0)
     return {
         "ratio_latent": found.ratio_latent,
         "ratio_latent_by_total": float(within / (within + between)),
@@ -361,36 +362,17 @@ def _features(world: World, rows: Tensor, found: metrics.DistributionResult) -> 
             "cosine": ((cosine * support).sum(1) / layers).numpy(),
             "recovered": (hit.sum(1) / layers).numpy(),
             "latents": [len(set(b[h].tolist())) for b, h in zip(best, hit, strict=True)],
-            "variance": _variance(world.weights).numpy(),
-            "latent_variance": _variance(by_token)[match].numpy(),
-            "latent_variance_by_total": _variance(by_total)[match].numpy(),
+            "variance": metrics.layer_moments(world.weights)[1].numpy(),
+            "latent_variance": metrics.layer_moments(by_token)[1][match].numpy(),
+            "latent_variance_by_total": metrics.layer_moments(by_total)[1][match].numpy(),
         }
     )
 
 
-def _mean_layer(probs: Tensor) -> Tensor:
-    """Mean layer under rows of (…, layer)."""
-    return probs @ torch.arange(probs.shape[-1], dtype=probs.dtype)
-
-
-def _variance(probs: Tensor) -> Tensor:
-    """Variance of the layer under rows of (…, layer), in squared layers."""
-    layers = torch.arange(probs.shape[-1], dtype=probs.dtype)
-    return (probs * (layers - _mean_layer(probs)[..., None]) ** 2).sum(-1)
-
-
-def _drift(world: World, batches: list[Tensor]) -> tuple[float, float]:
-    """Mean cosine of adjacent layers, of the stream with its noise and without it."""
-    moments = [metrics.LayerMoments(world.n_layers, world.d_model) for _ in range(2)]
-    for tokens in batches:
-        for moment, x in zip(moments, world.draw(tokens)[1:], strict=True):
-            moment.update(x.flatten(1, 2))
-    drifts = [metrics.Drift(moment.mean) for moment in moments]
-    for tokens in batches:
-        for drift, x in zip(drifts, world.draw(tokens)[1:], strict=True):
-            drift.update(x.flatten(1, 2))
-    noisy, clean = (float(drift.compute().cosine.mean()) for drift in drifts)
-    return noisy, clean
+def _adjacent_cosine(world: World) -> float:
+    """Mean over pairs of the mean cosine of adjacent layers."""
+    found = analysis.drift(world, EVALUATION_SEQUENCES, progress=False)
+    return float(found.centred.diagonal(1).mean())
 
 
 # --- results --------------------------------------------------------------------------------------

@@ -1,19 +1,20 @@
 """The book's own stages: what its chapters measure of a run, each result computed once.
 
-Every function takes a session, a run and the text to read, and finds or computes an artefact.
-Modules that need torch are imported where something is computed.
+What measures a stage takes the folder to fill and a `pipeline.Subject`. Modules that need torch are
+imported where something is computed.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlsae_book import corpus  # noqa: F401 (so that its text is known)
 from mlsae_core import fits, models, pipeline, store
 from mlsae_core.keys import keyed, later, run_settings
-from mlsae_core.pipeline import Batches, Keyed, Session, Stage
-from mlsae_core.spec import EvaluateSpec, SpecError, SubjectSpec, flat, to_dict
+from mlsae_core.pipeline import Keyed, Session, Stage, Subject
+from mlsae_core.spec import EvaluateSpec, SubjectSpec, flat, to_dict
 from mlsae_core.store import Artefact
 
 if TYPE_CHECKING:
@@ -57,37 +58,35 @@ def prompts_key(run: SubjectSpec) -> Keyed:
 
 
 def transfer(
-    session: Session, run: SubjectSpec, settings: EvaluateSpec, target: Target | None = None
+    session: Session, run: SubjectSpec, settings: EvaluateSpec, target: Target
 ) -> Artefact:
-    """The dictionary at every layer of its model, or of another one: `transfer.csv`.
+    """The dictionary at every layer of another model of the same width: `transfer.csv`.
 
-    target: the other model and what it reads; a model of the same width.
+    target: the other model and what it reads.
     """
-    if run.site.stacked:
-        raise SpecError("stacked: expected false for transfer between layers, got true")
-
-    def fill(folder: Path, lm, sae, lens, batches) -> int:
-        from mlsae_book.tables import transfer
-
-        start = target.start if target else 0
-        batches = target.batches(lm, batches) if target else batches
-        table = transfer.across_layers(
-            lm, sae, lens, run.site, batches, ablations=settings.ablations, start=start
-        )
-        table.to_csv(folder / "transfer.csv", index=False, float_format="%.8g")
-        return int(table.tokens.iloc[0])
-
-    if target is None:
-        return session.analysis("transfer", run, settings, fill, any_batch=True)
-    return session.analysis(
+    return session.make(
         "transfer",
         run,
         settings,
-        fill,
-        key=transfer_key(run, settings, target),
+        measure=partial(_transfer, target=target),
+        key=partial(transfer_key, target=target),
         read=target.read(run),
         any_batch=target.text == "given",
     )
+
+
+def _transfer(folder: Path, subject: Subject, target: Target | None = None) -> dict:
+    """The dictionary at every layer of a model: `transfer.csv`."""
+    from mlsae_book.tables import transfer
+
+    source, start = subject.source, 0
+    if target:
+        source, start = target.source(source), target.start
+    table = transfer.across_layers(
+        source, subject.sae, subject.size, ablations=subject.settings.ablations, start=start
+    )
+    table.to_csv(folder / "transfer.csv", index=False, float_format="%.8g")
+    return {"tokens": int(table.tokens.iloc[0])}
 
 
 def _transfer_parts() -> dict:
@@ -96,117 +95,83 @@ def _transfer_parts() -> dict:
     return {"target": Target}
 
 
-def geometry(session: Session, run: SubjectSpec, settings: EvaluateSpec | None = None) -> Artefact:
+def _geometry(folder: Path, subject: Subject) -> dict:
     """How similar decoder rows are: `mmcs.csv` and `cosines.csv`; reads no text."""
-    identity, spec, parents = pipeline.analysis_key("geometry", run)
-    if found := session.find("geometry", identity, spec):
-        return found
-    fits.check(run)
-    sae = session.sae(run)
+    from mlsae_book.tables import geometry
 
-    def fill(folder: Path) -> dict:
-        from mlsae_book.tables import geometry
-
-        layers = run.site.indices(fits.model_config(run.model).num_hidden_layers)
-        summary, cosines = geometry.geometry(sae.decoder.detach(), len(layers))
-        summary.to_csv(folder / "mmcs.csv", index=False, float_format="%.8g")
-        cosines.to_csv(folder / "cosines.csv", index=False, float_format="%.8g")
-        return {}
-
-    return session.write("geometry", identity, spec, parents, fill)
+    run = subject.run
+    layers = run.site.indices(fits.model_config(run.model).num_hidden_layers)
+    summary, cosines = geometry.geometry(subject.sae.decoder.detach(), len(layers))
+    summary.to_csv(folder / "mmcs.csv", index=False, float_format="%.8g")
+    cosines.to_csv(folder / "cosines.csv", index=False, float_format="%.8g")
+    return {}
 
 
-def drift(session: Session, run: SubjectSpec, settings: EvaluateSpec) -> Artefact:
+def _drift(folder: Path, subject: Subject) -> dict:
     """Norms and similarities of the layers' vectors: `layers.csv` and `pairs.csv`.
 
     Needs no trained dictionary: of the run, only the model, the text and the site count.
     """
-    identity, spec, parents = drift_key(run, settings)
-    if found := session.find("drift", identity, spec):
-        return found
-    lm, lens = session.inputs(run)
-    size = pipeline.batch_tokens(lm)
-    batches = Batches(session.blocks(run, settings.split), run, settings, size)
+    from mlsae_book.tables import drift
 
-    def fill(folder: Path) -> dict:
-        from mlsae_book.tables import drift
-
-        layers, pairs = drift.drift(lm, lens, run.site, batches)
-        layers.to_csv(folder / "layers.csv", index=False, float_format="%.8g")
-        pairs.to_csv(folder / "pairs.csv", index=False, float_format="%.8g")
-        return {"tokens": int(layers.tokens.iloc[0])}
-
-    return session.write("drift", identity, spec, parents, fill)
+    layers, pairs = drift.drift(subject.source, subject.size)
+    layers.to_csv(folder / "layers.csv", index=False, float_format="%.8g")
+    pairs.to_csv(folder / "pairs.csv", index=False, float_format="%.8g")
+    return {"tokens": int(layers.tokens.iloc[0])}
 
 
-def prompts(session: Session, run: SubjectSpec, settings: EvaluateSpec | None = None) -> Artefact:
+def _prompts(folder: Path, subject: Subject) -> dict:
     """Latents over layers for each of `PROMPTS` alone: `prompts.csv` and `spread.csv`."""
-    identity, spec, parents = prompts_key(run)
-    if found := session.find("prompts", identity, spec):
-        return found
-    lm, lens = session.inputs(run)
-    inputs = lm, session.sae(run), lens, run.site, PROMPTS
+    from mlsae_book.tables import layers
 
-    def fill(folder: Path) -> dict:
-        from mlsae_book.tables import layers
-
-        table, spread = layers.prompt_distributions(*inputs), layers.prompt_spread(*inputs)
-        table.to_csv(folder / "prompts.csv", index=False, float_format="%.4g")
-        spread.to_csv(folder / "spread.csv", index=False, float_format="%.6g")
-        return {}
-
-    return session.write("prompts", identity, spec, parents, fill)
+    inputs = subject.source, subject.sae, PROMPTS
+    table, spread = layers.prompt_distributions(*inputs), layers.prompt_spread(*inputs)
+    table.to_csv(folder / "prompts.csv", index=False, float_format="%.4g")
+    spread.to_csv(folder / "spread.csv", index=False, float_format="%.6g")
+    return {}
 
 
-def examples(session: Session, run: SubjectSpec, settings: EvaluateSpec) -> Artefact:
+def _examples(folder: Path, subject: Subject) -> dict:
     """Top activating examples of every latent and layer: `examples.safetensors`."""
-    if run.site.stacked:
-        raise SpecError("stacked: expected false for examples per layer, got true")
+    from mlsae_book.tables import examples
 
-    def fill(folder: Path, lm, sae, lens, batches) -> int:
-        from mlsae_book.tables import examples
-
-        arrays = examples.examples(lm, sae, lens, run.site, batches)
-        examples.save(arrays, folder / "examples.safetensors")
-        return batches.sequences * run.data.context_length
-
-    return session.analysis("examples", run, settings, fill, any_batch=True)
+    arrays = examples.examples(subject.source, subject.sae, subject.size)
+    examples.save(arrays, folder / "examples.safetensors")
+    return {"tokens": subject.source.n_sequences * subject.run.data.context_length}
 
 
-def importance(session: Session, run: SubjectSpec, settings: EvaluateSpec) -> Artefact:
+def _importance(folder: Path, subject: Subject) -> dict:
     """Uniformity of active latent importance, of a part of the text: `importance.csv`."""
+    from mlsae_book.tables import importance
 
-    def fill(folder: Path, lm, sae, lens, batches) -> int:
-        from mlsae_book.tables import importance
-
-        table = importance.importance(lm, sae, lens, run.site, batches)
-        table.to_csv(folder / "importance.csv", index=False, float_format="%.8g")
-        return int(table.vectors.iloc[0])
-
-    return session.analysis("importance", run, settings, fill)
+    table = importance.importance(subject.source, subject.sae, subject.size)
+    table.to_csv(folder / "importance.csv", index=False, float_format="%.8g")
+    return {"tokens": int(table.vectors.iloc[0])}
 
 
-def duplicates(session: Session, run: SubjectSpec, settings: EvaluateSpec) -> Artefact:
+def _duplicates(folder: Path, subject: Subject) -> dict:
     """Every latent's most similar other latent, and whether it takes over: `duplicates.csv`."""
-    if run.site.stacked:
-        raise SpecError("stacked: expected false for layers of a latent, got true")
+    from mlsae_book.tables import latents
 
-    def fill(folder: Path, lm, sae, lens, batches) -> int:
-        from mlsae_book.tables import latents
-
-        table = latents.duplicates(lm, sae, lens, run.site, batches)
-        table.to_csv(folder / "duplicates.csv", index=False, float_format="%.6g")
-        return int(table.tokens.iloc[0])
-
-    return session.analysis("duplicates", run, settings, fill, any_batch=True)
+    table = latents.duplicates(subject.source, subject.sae, subject.size)
+    table.to_csv(folder / "duplicates.csv", index=False, float_format="%.6g")
+    return {"tokens": int(table.tokens.iloc[0])}
 
 
+_BY_LAYER = {"by_layer": True, "any_batch": True}
 pipeline.register(
-    Stage("drift", 1, drift),
-    Stage("geometry", 1, geometry),
-    Stage("transfer", 1, transfer, _transfer_parts),
-    Stage("examples", 1, examples),
-    Stage("importance", 1, importance),
-    Stage("duplicates", 1, duplicates),
-    Stage("prompts", 1, prompts),
+    Stage("drift", 1, _drift, ("text",), any_batch=True, key=drift_key),
+    Stage("geometry", 1, _geometry, ("dictionary",)),
+    Stage("transfer", 1, _transfer, parts=_transfer_parts, **_BY_LAYER),
+    Stage("examples", 1, _examples, **_BY_LAYER),
+    Stage("importance", 1, _importance),
+    Stage("duplicates", 1, _duplicates, **_BY_LAYER),
+    Stage(
+        "prompts",
+        1,
+        _prompts,
+        ("dictionary", "model"),
+        by_layer=True,
+        key=lambda run, _: prompts_key(run),
+    ),
 )

@@ -149,14 +149,12 @@ def total_variance(
     """Choose how many test tokens; see every latent's variance and its two parts (Eq. 14)."""
     from mlsae_book.charts import sweeps
     from mlsae_book.tables import total_variance
-    from mlsae_core.lens import Lens
     from mlsae_core.spec import EvaluateSpec
 
-    lm, sae = session.lm(run.model), session.sae(run)
+    sae = session.sae(run)
 
     def draw(tokens: int):
-        batches = pipeline.Batches(session.blocks(run, "test"), run, EvaluateSpec(tokens=tokens))
-        codes = total_variance.codes(lm, sae, Lens.identity(), run.site, batches)
+        codes = total_variance.codes(session.source(run, EvaluateSpec(tokens=tokens)), sae)
         latents = total_variance.terms(*codes, sae.n_latents).latents
         table = total_variance.by_rank(latents)
         return sweeps.variance_by_rank(table, f"Eq. 14 on {tokens:,} tokens")
@@ -168,13 +166,11 @@ def prompt_layers(session: pipeline.Session, run: RunSpec, prompt: str) -> ipywi
     """Type a prompt; see the distributions over layers of the latents that it makes active."""
     from mlsae_book.charts import layers as layer_charts
     from mlsae_book.tables import layers
-    from mlsae_core.lens import Lens
 
-    lm, sae = session.lm(run.model), session.sae(run)
-    lens = Lens.load(run.site, lm.device)
+    source, sae = session.source(run), session.sae(run)
 
     def draw(prompt: str):
-        table = layers.prompt_distributions(lm, sae, lens, run.site, [prompt])
+        table = layers.prompt_distributions(source, sae, [prompt])
         return layer_charts.prompts(table, "Latents of one prompt", "One column a latent.")
 
     box = ipywidgets.Text(

@@ -2,7 +2,7 @@
 
 Pure functions, and accumulators that see each batch once, take memory that does not grow with the
 number of tokens, can be merged in any order and can be pickled, so that several processes can
-share the work. All sums are float64.
+share the work (`Drift` keeps a row for each sequence). All sums are float64.
 """
 
 from mlsae_core.metrics.distribution import (
@@ -11,6 +11,7 @@ from mlsae_core.metrics.distribution import (
     Variances,
     basic_interval,
     gaussian_like,
+    layer_moments,
     permute_layers,
 )
 from mlsae_core.metrics.downstream import (
@@ -31,7 +32,6 @@ from mlsae_core.metrics.geometry import (
     DriftResult,
     MaxCosine,
     Similar,
-    adjacent_cosine,
     copied_rows,
     cosine_histogram,
     gaussian_rows,
@@ -46,40 +46,3 @@ from mlsae_core.metrics.reconstruction import (
     ReconstructionResult,
     fvu,
 )
-
-__all__ = [
-    "CosineHistogram",
-    "DistributionResult",
-    "Downstream",
-    "DownstreamResult",
-    "Drift",
-    "DriftResult",
-    "Examples",
-    "LayerDistribution",
-    "LayerMoments",
-    "MaxCosine",
-    "Reconstruction",
-    "ReconstructionResult",
-    "Similar",
-    "TopExamples",
-    "Variances",
-    "adjacent_cosine",
-    "basic_interval",
-    "ce_recovered",
-    "centred_logit",
-    "copied_rows",
-    "cosine_histogram",
-    "cross_entropy",
-    "fvu",
-    "gaussian_like",
-    "gaussian_rows",
-    "geometric_median",
-    "kl_divergence",
-    "latent_importance",
-    "logit_mse",
-    "mmcs",
-    "mmcs_between",
-    "most_similar",
-    "permute_layers",
-    "uniformity",
-]

@@ -233,6 +233,13 @@ def _variances(sums: Tensor) -> Variances:
     return Variances(total, latent, token, latent / total, token / latent)
 
 
+def layer_moments(probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (in squared layers) of the layer under distributions (…, layer)."""
+    layers = torch.arange(probs.shape[-1], dtype=probs.dtype, device=probs.device)
+    mean = probs @ layers
+    return mean, (probs * (layers - mean[..., None]).square()).sum(-1)
+
+
 def basic_interval(estimate: float, replicates: Tensor, level: float = 0.95) -> tuple[float, float]:
     """Basic bootstrap interval, 2·estimate − quantiles of the replicates.
 

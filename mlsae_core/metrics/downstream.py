@@ -23,9 +23,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         logits: (…, vocabulary), the prediction made at a position.
         targets: (…), the token that comes next there.
     """
-    logits = _at_least_float32(logits)
-    chosen = logits.gather(-1, targets[..., None])[..., 0]
-    return logits.logsumexp(-1) - chosen
+    log_p = _at_least_float32(logits).log_softmax(-1)
+    return -log_p.gather(-1, targets[..., None])[..., 0]
 
 
 def kl_divergence(original: Tensor, replaced: Tensor) -> Tensor:

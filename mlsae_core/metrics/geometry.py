@@ -54,80 +54,86 @@ def geometric_median(
     return centre.to(points.dtype)
 
 
-def adjacent_cosine(x: Tensor, means: Tensor | None = None) -> Tensor:
-    """Mean over tokens of the cosine similarity of adjacent layers' vectors, (n_layers − 1,).
-
-    Representation drift (Lawson et al. 2024, section 4.2, Fig. 1). The vectors are centred first,
-    since the norm, and with it a common offset, grows over the layers.
-
-    Args:
-        x: activations, (layer, token, d_model).
-        means: (layer, d_model), the dataset means; those of `x` itself by default.
-    """
-    drift = Drift(x.mean(1, dtype=torch.float64) if means is None else means)
-    drift.update(x)
-    return drift.compute().cosine
-
-
 class DriftResult(NamedTuple):
-    """Drift of the residual stream; float64."""
+    """Norms and similarities of the layers' vectors (Lawson et al. 2024, section 4.2); float64.
+
+    Means over tokens, and their standard errors over sequences, whose tokens depend on each other;
+    nan for one sequence.
+    """
 
     tokens: int
     """Tokens seen."""
-    cosine: Tensor
-    """Mean cosine similarity of layers ℓ and ℓ + 1 after centring, (n_layers − 1,)."""
     norm: Tensor
-    """Mean L2 norm of the vectors, not centred, (n_layers,), in activation units (Fig. 4)."""
-    relative_pair: Tensor
-    """ℓ / (n_layers − 1), the x axis for `cosine`."""
-    relative_layer: Tensor
-    """ℓ / n_layers, the x axis for `norm`."""
+    """L2 norm, not centred, (layer,), in activation units (Fig. 4)."""
+    norm_se: Tensor
+    centred: Tensor
+    """Cosine similarity of a token's vectors at two layers about their means, (layer, other): the
+    norm, and with it a common offset, grows over the layers (Fig. 1)."""
+    centred_se: Tensor
+    raw: Tensor
+    """The same without centring."""
+    raw_se: Tensor
 
 
 class Drift:
-    """Second pass of the drift: cosines of adjacent layers about given means, and norms.
+    """Second pass of the drift: norms, and cosines of every two layers about given means.
+
+    It keeps a row for each sequence, since errors are over sequences.
 
     Args:
         means: (layer, d_model), from a first pass of `LayerMoments`.
     """
 
     def __init__(self, means: Tensor) -> None:
-        self.tokens = 0
         self.means = means.double()
-        self.cosines = self.means.new_zeros(len(means) - 1)
-        self.norms = self.means.new_zeros(len(means))
+        self.sums: list[Tensor] = []
+        self.counts: list[Tensor] = []
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Add a batch of activations, (layer, token, d_model)."""
+    def update(self, x: Tensor, sequences: Tensor | None = None) -> None:
+        """Add a batch of activations, (layer, token, d_model), of whole sequences.
+
+        sequences: (token,) integers from 0, which are of this batch alone; by default all one.
+        """
         _check_layers(x, *self.means.shape)
-        before = None
-        for layer, vectors in enumerate(x):
-            vectors = vectors.to(self.means)
-            self.norms[layer] += torch.linalg.vector_norm(vectors, dim=1).sum()
-            after = functional.normalize(vectors - self.means[layer])
-            if before is not None:
-                self.cosines[layer - 1] += (before * after).sum()
-            before = after
-        self.tokens += x.shape[1]
+        x = x.to(self.means)
+        norms = torch.linalg.vector_norm(x, dim=-1)[:, None]
+        parts = torch.cat([norms, _cosines(x - self.means[:, None]), _cosines(x)], 1)
+        rows = x.new_zeros(x.shape[1]).long() if sequences is None else sequences.to(x.device)
+        count = rows.bincount()
+        total = parts.new_zeros(len(count), *parts.shape[:2])
+        total.index_add_(0, rows, parts.permute(2, 0, 1))
+        self.sums.append(total[count > 0])
+        self.counts.append(count[count > 0])
 
     def merge(self, other: Drift) -> Self:
         """Add what another accumulator has seen about the same means; returns self."""
         if not torch.equal(self.means, other.means.to(self.means)):
             raise ValueError("only drifts about the same means can be merged")
-        self.tokens += other.tokens
-        self.cosines += other.cosines.to(self.cosines)
-        self.norms += other.norms.to(self.norms)
+        self.sums += [part.to(self.means) for part in other.sums]
+        self.counts += [part.to(self.means.device) for part in other.counts]
         return self
 
     def compute(self) -> DriftResult:
-        """The means over everything seen so far."""
-        if self.tokens == 0:
+        """The means over everything seen so far; errors by the ratio estimator, since sequences
+        are of unequal length."""
+        if not self.counts:
             raise ValueError("no tokens seen: call update() with at least one token first")
-        layers = torch.arange(len(self.norms), dtype=torch.float64)
-        cosine, norm = self.cosines / self.tokens, self.norms / self.tokens
-        pairs = layers[:-1] / max(1, len(cosine))
-        return DriftResult(self.tokens, cosine, norm, pairs, layers / len(layers))
+        sums, count = torch.cat(self.sums), torch.cat(self.counts)
+        n, tokens, layers = len(count), count.sum(), len(self.means)
+        mean = sums.sum(0) / tokens
+        rest = (sums - mean * count[:, None, None]).square().sum(0)
+        error = (rest * (n / (n - 1) if n > 1 else torch.nan)).sqrt() / tokens
+        of_pairs = [part[:, 1:].split(layers, 1) for part in (mean, error)]
+        (centred, raw), (centred_se, raw_se) = of_pairs
+        norms = mean[:, 0], error[:, 0]
+        return DriftResult(int(tokens), *norms, centred, centred_se, raw, raw_se)
+
+
+def _cosines(x: Tensor) -> Tensor:
+    """(layer, other, token): cosine similarities of each token's vectors, (layer, token, d)."""
+    unit = functional.normalize(x, dim=-1).transpose(0, 1)
+    return (unit @ unit.mT).permute(1, 2, 0)
 
 
 class Similar(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -10,14 +10,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from mlsae_core.activations import gather, hook_points
-from mlsae_core.lens import Lens
-from mlsae_core.lm import LanguageModel
+from mlsae_core.activations import ActivationSource, one_pass
 from mlsae_core.metrics import TopExamples
 from mlsae_core.sae import MLSAE
-from mlsae_core.spec import SiteSpec, SpecError
 
 #: Tokens before the peak token that a window shows, as a fraction: a model that reads from left
 #: to right knows nothing of what follows, which is there for the reader's sake.
@@ -28,11 +24,9 @@ ENTRIES_AT_ONCE = 8192
 
 @torch.no_grad()
 def examples(
-    lm: LanguageModel,
+    source: ActivationSource,
     sae: MLSAE,
-    lens: Lens,
-    site: SiteSpec,
-    batches: Iterable[Tensor],
+    size: int = 8,
     *,
     n_examples: int = 3,
     window: int = 16,
@@ -45,7 +39,7 @@ def examples(
     of it where the sequence begins or ends. Special tokens can be context, but no example.
 
     Args:
-        batches: (batch, position) int64 tokens, all of one sequence length.
+        size: sequences that are read at a time.
         n_examples: how many to keep per (layer, latent).
         window: tokens of context, the peak token among them; shorter if the sequences are.
 
@@ -58,34 +52,28 @@ def examples(
 
     Raises:
         SpecError: a stacked site, which has no single layers.
-        ValueError: no batches.
+        ValueError: an empty source.
     """
-    if site.stacked:
-        raise SpecError("stacked: examples per layer need one vector per layer, got stacked")
-    layers = site.indices(lm.n_layers)
-    top = TopExamples(len(layers), sae.n_latents, n_examples, lm.device)
+    source.site.refuse_stacked("examples of every layer")
+    n, device = len(source.site.indices(source.n_layers)), source.device
+    top = TopExamples(n, sae.n_latents, n_examples, device)
     kept: dict[str, Tensor] = {}
     seen = context = 0
-    total = len(batches) if hasattr(batches, "__len__") else None
-    for index, tokens in enumerate(tqdm(batches, "examples", total, disable=not progress)):
-        tokens, context = tokens.to(lm.device), tokens.shape[1]
-        captured = lm.capture(tokens, layers, hook_points(site))
-        batch = gather(captured, tokens, lm.keep_mask(tokens), site, layers, lens, index)
+    for batch in one_pass(source.batches(size), source, size, "examples", progress):
+        tokens, context = batch.text, batch.text.shape[1]
         values, indices = sae.encode(batch.source)
         old = top.positions.clone()
         first = seen * context
         local = batch.sequence * context + batch.position
         top.update(indices, values, first + local)
-        kept = kept or _empty(top, min(window, context), len(layers))
+        kept = kept or _empty(top, min(window, context), n)
         _carry(kept, old, top.positions)
-        rows = torch.full(tokens.shape, -1, device=lm.device)
-        rows[batch.sequence, batch.position] = torch.arange(len(local), device=lm.device)
+        rows = torch.full(tokens.shape, -1, device=device)
+        rows[batch.sequence, batch.position] = torch.arange(len(local), device=device)
         for entries in (top.positions >= first).nonzero().split(ENTRIES_AT_ONCE):
             at = (top.positions[tuple(entries.T)] - first).cpu(), entries
             _look_up(kept, *at, tokens, rows, values, indices)
         seen += len(tokens)
-    if not kept:
-        raise ValueError("batches: expected at least one batch of tokens, got none")
     missing = top.positions < 0
     sequence = top.positions.div(context, rounding_mode="floor")
     found = {

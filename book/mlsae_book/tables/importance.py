@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import replace
 
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mlsae_book.tables.interventions import check, resume
-from mlsae_core.lens import Lens
-from mlsae_core.lm import LanguageModel
+from mlsae_core.activations import First, TextSource, needs_model, one_pass
 from mlsae_core.metrics import centred_logit, latent_importance, uniformity
 from mlsae_core.sae import MLSAE
-from mlsae_core.spec import SiteSpec
 
 
 def importance(
-    lm: LanguageModel,
+    source: TextSource,
     sae: MLSAE,
-    lens: Lens,
-    site: SiteSpec,
-    batches: Iterable[Tensor],
+    size: int = 8,
     *,
     sequences: int = 512,
     positions: int = 4,
@@ -35,7 +30,7 @@ def importance(
     is taken at the model's vector, not at its reconstruction.
 
     Args:
-        batches: (batch, position) int64 tokens.
+        size: sequences that are read at a time, on which what is drawn depends.
         sequences: how many to read at most.
         positions: drawn per sequence, without replacement, among the non-special tokens that
             another token follows.
@@ -48,23 +43,14 @@ def importance(
 
     Raises:
         SpecError: a site other than the residual stream.
-        ValueError: no batches.
+        ValueError: an empty source.
     """
-    check(site)
-    layers = site.indices(lm.n_layers)
+    needs_model(source)
+    check(source.site)
+    source = replace(source, blocks=First(source.blocks, sequences))
     generator = torch.Generator().manual_seed(0)
-    found, seen = [], 0
-    bar = tqdm(total=sequences, desc="importance", disable=not progress)
-    for tokens in batches:
-        tokens = tokens[: sequences - seen].to(lm.device)
-        seen += len(tokens)
-        found.append(_batch(lm, sae, lens, layers, tokens, positions, generator))
-        bar.update(len(tokens))
-        if seen >= sequences:
-            break
-    bar.close()
-    if not found:
-        raise ValueError("batches: expected at least one batch of tokens, got none")
+    batches = one_pass(source.blocks.batches(size), source, size, "importance", progress)
+    found = [_batch(source, sae, tokens, positions, generator) for tokens in batches]
     numbers = torch.cat(found, 2).double()  # (measure, layer, sequence, position)
     vectors = int((~numbers[2, 0].isnan()).sum())
     by_sequence = numbers.nanmean(-1)
@@ -79,11 +65,13 @@ def importance(
         "l0": means[2],
     }
     table = {name: column.cpu().numpy() for name, column in columns.items()}
-    return pd.DataFrame({"layer": layers, **table, "vectors": vectors, "sequences": n})
+    return pd.DataFrame({"layer": source.layers, **table, "vectors": vectors, "sequences": n})
 
 
-def _batch(lm, sae, lens, layers, tokens, positions, generator) -> Tensor:
+def _batch(source, sae, tokens, positions, generator) -> Tensor:
     """(measure, layer, sequence, position): r_L0, that of the activations, L0; nan where none."""
+    lm, lens, layers = source.lm, source.lens, source.layers
+    tokens = tokens.to(lm.device)
     original = lm.original(tokens)
     allowed = lm.keep_mask(tokens)[:, :-1].cpu()
     chance = torch.rand(allowed.shape, generator=generator).masked_fill(~allowed, -1)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mlsae_book.tables.order import DECIMALS, ascending
-from mlsae_core.activations import stream
-from mlsae_core.lens import Lens
+from mlsae_core.activations import ActivationSource, one_pass
 from mlsae_core.lm import LanguageModel
 from mlsae_core.metrics import LayerDistribution, mmcs, most_similar
 from mlsae_core.sae import MLSAE
-from mlsae_core.spec import SiteSpec, SpecError
 
 #: Activity flags held at a time, over layers, tokens and latents or pairs.
 FLAGS_AT_ONCE = 2**25
@@ -51,11 +48,9 @@ def nearest_tokens(
 
 @torch.no_grad()
 def duplicates(
-    lm: LanguageModel,
+    source: ActivationSource,
     sae: MLSAE,
-    lens: Lens,
-    site: SiteSpec,
-    batches: Iterable[Tensor],
+    size: int = 8,
     *,
     null_draws: int = 8,
     progress: bool = True,
@@ -69,7 +64,7 @@ def duplicates(
     each partner is active, and where (a latent meets itself in one of n_latents deals).
 
     Args:
-        batches: (batch, position) int64 tokens.
+        size: sequences that are read at a time.
         null_draws: how many times partners are dealt anew.
 
     Returns:
@@ -84,37 +79,33 @@ def duplicates(
 
     Raises:
         SpecError: a stacked site.
-        ValueError: no batches.
+        ValueError: an empty source.
     """
-    if site.stacked:
-        raise SpecError("stacked: layers of a latent need one vector per layer, got stacked")
-    n, size = len(site.indices(lm.n_layers)), sae.n_latents
+    source.site.refuse_stacked("the layers of a latent")
+    n, latents = len(source.site.indices(source.n_layers)), sae.n_latents
+    device = source.device
     similar = mmcs(sae.decoder)
     partners = [similar.indices]
     generator = torch.Generator().manual_seed(0)
     for _ in range(null_draws):
-        dealt = torch.randperm(size, generator=generator).to(lm.device)
+        dealt = torch.randperm(latents, generator=generator).to(device)
         partners.append(similar.indices[dealt])
-    found = LayerDistribution(n, size, device=lm.device)
+    found = LayerDistribution(n, latents, device=device)
     # of each draw: pairs at which the partner is active at the next, the previous, the same layer
-    both = torch.zeros(1 + null_draws, 3, size, dtype=torch.int64, device=lm.device)
-    own = torch.zeros(size, dtype=torch.int64, device=lm.device)
-    total = len(batches) if hasattr(batches, "__len__") else None
-    counted = tqdm(batches, "duplicates", total, disable=not progress)
-    for batch in stream(lm, counted, site, lens):
+    both = torch.zeros(1 + null_draws, 3, latents, dtype=torch.int64, device=device)
+    own = torch.zeros(latents, dtype=torch.int64, device=device)
+    for batch in one_pass(source.batches(size), source, size, "duplicates", progress):
         values, indices = sae.encode(batch.source)
         found.update(indices, values)
-        step = max(1, FLAGS_AT_ONCE // (n * size))
+        step = max(1, FLAGS_AT_ONCE // (n * latents))
         for v, i in zip(values.split(step, 1), indices.split(step, 1), strict=True):
-            flags = torch.zeros(*v.shape[:2], size, dtype=torch.bool, device=v.device)
+            flags = torch.zeros(*v.shape[:2], latents, dtype=torch.bool, device=v.device)
             flags.scatter_(-1, i, v > 0)
             own += _active_too(i[:-1], v[:-1], flags[1:], None)
             for row, partner in zip(both, partners, strict=True):
                 row[0] += _active_too(i[:-1], v[:-1], flags[1:], partner)
                 row[1] += _active_too(i[1:], v[1:], flags[:-1], partner)
                 row[2] += _active_too(i, v, flags, partner)
-    if not found.tokens:
-        raise ValueError("batches: expected at least one batch of tokens, got none")
     return _pair_table(found.compute(), similar, both.cpu(), own.cpu())
 
 

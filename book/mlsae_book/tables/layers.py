@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,13 +16,11 @@ from mlsae_book import as_released
 from mlsae_book.tables import prompt_ids
 from mlsae_book.tables.order import ascending, evenly
 from mlsae_book.tables.sweeps import stack
-from mlsae_core.activations import stream
-from mlsae_core.lens import Lens
-from mlsae_core.lm import LanguageModel
+from mlsae_core.activations import ActivationSource, TextSource, needs_model, one_pass
 from mlsae_core.metrics import LayerDistribution, permute_layers
 from mlsae_core.sae import MLSAE
-from mlsae_core.spec import SiteSpec, SpecError
 from mlsae_core.store import Artefact
+from mlsae_core.text import TokenBlocks
 
 #: What can be drawn as P(layer | latent) of one run: column and how a reader is told of it.
 SOURCES = {
@@ -155,10 +154,8 @@ def _spread(probs: Tensor) -> dict:
 
 @torch.no_grad()
 def prompt_distributions(
-    lm: LanguageModel,
+    source: TextSource,
     sae: MLSAE,
-    lens: Lens,
-    site: SiteSpec,
     prompts: Sequence[str],
     least: float = LEAST_ACTIVATION,
 ) -> pd.DataFrame:
@@ -166,6 +163,9 @@ def prompt_distributions(
 
     Latents with no activation above `least` are left out, the rest sorted by E[L | j], in which
     every token where the latent is active counts the same. Special tokens are left out.
+
+    Args:
+        source: its model reads the prompts, not its text.
 
     Returns:
         One row per (prompt, latent, layer) at which it is active: ``prompt``, ``latent``,
@@ -176,7 +176,7 @@ def prompt_distributions(
     Raises:
         SpecError: a prompt that is empty or longer than the model's context, or a stacked site.
     """
-    frames = [_prompt_table(*_prompt(lm, sae, lens, site, p)[:2], p, least) for p in prompts]
+    frames = [_prompt_table(*_prompt(source, sae, p)[:2], p, least) for p in prompts]
     return pd.concat(frames, ignore_index=True)
 
 
@@ -213,13 +213,14 @@ def sample_prompt(table: pd.DataFrame, prompt: str, most: int = 100) -> pd.DataF
     return found[[*names, "latent", "layer", "probability", "order"]]
 
 
-def _prompt(lm, sae, lens, site, prompt: str):
+def _prompt(source, sae, prompt: str):
     """Distributions of one prompt, its largest activation per latent, and its codes."""
-    if site.stacked:
-        raise SpecError("stacked: expected false for distributions over layers, got true")
-    (batch,) = stream(lm, [torch.tensor([prompt_ids(lm, prompt)])], site, lens)
+    needs_model(source)
+    source.site.refuse_stacked("distributions over layers")
+    blocks = TokenBlocks(np.array([prompt_ids(source.lm, prompt)]))
+    [batch] = replace(source, blocks=blocks).batches(1)
     values, indices = sae.encode(batch.source)
-    found = LayerDistribution(len(batch.source), sae.n_latents, device=lm.device)
+    found = LayerDistribution(len(batch.source), sae.n_latents, device=source.device)
     found.update(indices, values)
     largest = values.new_zeros(sae.n_latents)
     largest.scatter_reduce_(0, indices.flatten(), values.flatten(), "amax")
@@ -248,10 +249,8 @@ def _prompt_table(found, largest: Tensor, prompt: str, least: float) -> pd.DataF
 
 @torch.no_grad()
 def prompt_spread(
-    lm: LanguageModel,
+    source: TextSource,
     sae: MLSAE,
-    lens: Lens,
-    site: SiteSpec,
     prompts: Sequence[str],
     draws: int = 20,
 ) -> pd.DataFrame:
@@ -266,11 +265,11 @@ def prompt_spread(
     """
     generator, rows = torch.Generator().manual_seed(0), []
     for prompt in prompts:
-        found, _, codes = _prompt(lm, sae, lens, site, prompt)
+        found, _, codes = _prompt(source, sae, prompt)
         rows.append({"prompt": prompt, "of": "prompt", **_spread(found.probs)})
         nulls = []
         for _ in range(draws):
-            null = LayerDistribution(*found.probs.shape, device=lm.device)
+            null = LayerDistribution(*found.probs.shape, device=source.device)
             null.update(*permute_layers(*codes, generator))
             nulls.append(_spread(null.compute().probs))
         mean = pd.DataFrame(nulls).mean().to_dict()
@@ -342,33 +341,29 @@ def variance_sweeps(
 
 @torch.no_grad()
 def ratio_definitions(
-    lm: LanguageModel,
+    source: ActivationSource,
     sae: MLSAE,
-    lens: Lens,
-    site: SiteSpec,
-    batches: Iterable[Tensor],
+    size: int = 8,
     batch_tokens: int = 512,
 ) -> pd.DataFrame:
     """Eq. 11 and Eq. 12 as defined, and as the code released with the paper computes them.
 
     Args:
-        batches: (batch, position) int64 tokens.
+        size: sequences that are read at a time.
         batch_tokens: tokens in what `released.ratios` takes for a batch, on whose size it depends;
             their dense codes are held at once.
 
     Returns:
         Two rows, ``definition`` (``ours``, ``released``): ``Eq. 11``, ``Eq. 12``, ``tokens``.
     """
-    found, theirs = None, []
-    for batch in stream(lm, batches, site, lens):
+    n, theirs = len(source.site.indices(source.n_layers)), []
+    found = LayerDistribution(n, sae.n_latents, device=source.device)
+    for batch in one_pass(source.batches(size), source, size, "ratios", progress=False):
         values, indices = sae.encode(batch.source)
-        found = found or LayerDistribution(len(batch.source), sae.n_latents, device=lm.device)
         found.update(indices, values)
         for h, j in zip(values.split(batch_tokens, 1), indices.split(batch_tokens, 1), strict=True):
             codes = h.new_zeros(*h.shape[:2], sae.n_latents).scatter_(2, j, h)
             theirs.append(as_released.ratios([codes]))
-    if found is None:
-        raise ValueError("batches: expected at least one batch of tokens, got none")
     ours = found.compute()
     pairs = {
         "ours": (ours.ratio_latent, ours.ratio_token),

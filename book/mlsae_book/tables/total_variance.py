@@ -6,7 +6,6 @@ themselves are held, one for each (token, latent), which only a small sample all
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import pandas as pd
@@ -14,12 +13,9 @@ import torch
 from torch import Tensor
 
 from mlsae_book.tables.order import ascending, evenly
-from mlsae_core.activations import stream
-from mlsae_core.lens import Lens
-from mlsae_core.lm import LanguageModel
-from mlsae_core.metrics import LayerDistribution
+from mlsae_core.activations import ActivationSource
+from mlsae_core.metrics import LayerDistribution, layer_moments
 from mlsae_core.sae import MLSAE
-from mlsae_core.spec import SiteSpec
 
 
 class Terms(NamedTuple):
@@ -69,37 +65,26 @@ def terms(indices: Tensor, values: Tensor, n_latents: int) -> Terms:
 
     p_jt = h / h.sum(1, keepdim=True)
     p_j = over_tokens(p_jt)
-    mean_jt, mean_j = _mean(p_jt), _mean(p_j)
-    within = over_tokens(_variance(p_jt))
+    (mean_jt, var_jt), (mean_j, var_j) = layer_moments(p_jt), layer_moments(p_j)
+    within = over_tokens(var_jt)
     between = over_tokens((mean_jt - mean_j[j]).square())
     table = pd.DataFrame(
         {
             "latent": live.cpu().numpy(),
             "tokens": j.bincount().cpu().numpy(),
-            "var": _variance(p_j).cpu().numpy(),
+            "var": var_j.cpu().numpy(),
             "within": within.cpu().numpy(),
             "between": between.cpu().numpy(),
         }
     )
     return Terms(
-        var=_variance(p_j.mean(0)).item(),
-        exp_var_j=_variance(p_j).mean().item(),
+        var=layer_moments(p_j.mean(0))[1].item(),
+        exp_var_j=var_j.mean().item(),
         var_exp_j=mean_j.var(correction=0).item(),
         exp_var_jt=within.mean().item(),
         exp_var_exp_jt=between.mean().item(),
         latents=table,
     )
-
-
-def _mean(p: Tensor) -> Tensor:
-    """Mean layer of distributions over the last axis."""
-    return p @ torch.arange(p.shape[-1], dtype=p.dtype, device=p.device)
-
-
-def _variance(p: Tensor) -> Tensor:
-    """Variance of the layer of distributions over the last axis, in squared layers."""
-    layer = torch.arange(p.shape[-1], dtype=p.dtype, device=p.device)
-    return (p * (layer - _mean(p)[..., None]).square()).sum(-1)
 
 
 def both_sides(found: Terms) -> pd.DataFrame:
@@ -128,11 +113,9 @@ def both_sides(found: Terms) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def codes(
-    lm: LanguageModel, sae: MLSAE, lens: Lens, site: SiteSpec, batches: Iterable[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Indices and activations, (layer, token, k), of all non-special tokens of some batches."""
-    found = [sae.encode(batch.source) for batch in stream(lm, batches, site, lens)]
+def codes(source: ActivationSource, sae: MLSAE, size: int = 8) -> tuple[Tensor, Tensor]:
+    """Indices and activations, (layer, token, k), of all that a source gives in one pass."""
+    found = [sae.encode(batch.source) for batch in source.batches(size)]
     values, indices = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
     return indices, values
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from mlsae_core import analysis
+from mlsae_core.activations import TextSource, needs_model
 from mlsae_core.keys import later
-from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.sae import MLSAE
-from mlsae_core.spec import DataSpec, ModelSpec, SiteSpec, Spec, SpecError, SubjectSpec
+from mlsae_core.spec import DataSpec, ModelSpec, Spec, SpecError, SubjectSpec
 
 
 @dataclass(frozen=True)
@@ -64,26 +64,30 @@ class Target(Spec):
         """The first position that is measured."""
         return self.prompt_tokens if self.text == "rollouts" else 0
 
-    def batches(self, lm: LanguageModel, given: Iterable[Tensor]) -> Iterable[Tensor]:
-        """What the model reads: (batch, position) int64 tokens."""
-        return given if self.text == "given" else Rollouts(lm, given, self.prompt_tokens, self.seed)
+    def source(self, given: TextSource) -> TextSource:
+        """What the model reads of a text: it, or its rollouts."""
+        if self.text == "given":
+            return given
+        rollouts = Rollouts(given.lm, given.blocks, self.prompt_tokens, self.seed)
+        return dataclasses.replace(given, blocks=rollouts)
 
 
 class Rollouts:
-    """Sequences that a model continued by itself, as many and as long as the given ones.
+    """Sequences that a model continued by itself, as many and as long as those of a text.
 
     Every pass samples the same tokens: the generator of a batch starts from the seed and the number
     of the batch.
     """
 
-    def __init__(self, lm: LanguageModel, given: Iterable[Tensor], prompt_tokens: int, seed: int):
+    def __init__(self, lm: LanguageModel, given, prompt_tokens: int, seed: int):
         self.lm, self.given, self.prompt_tokens, self.seed = lm, given, prompt_tokens, seed
 
     def __len__(self) -> int:
         return len(self.given)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        for index, tokens in enumerate(self.given):
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """One pass, (batch, position) int64."""
+        for index, tokens in enumerate(self.given.batches(size)):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
             prompts = tokens[:, : self.prompt_tokens]
             yield sample(self.lm, prompts, tokens.shape[1] - self.prompt_tokens, generator)
@@ -113,11 +117,9 @@ def sample(lm: LanguageModel, prompts: Tensor, length: int, generator: torch.Gen
 
 
 def across_layers(
-    lm: LanguageModel,
+    source: TextSource,
     sae: MLSAE,
-    lens: Lens,
-    site: SiteSpec,
-    batches: Iterable[Tensor],
+    size: int = 8,
     *,
     ablations: bool = False,
     start: int = 0,
@@ -130,10 +132,9 @@ def across_layers(
     Figures 19 to 22, and that of an MLSAE the row beneath.
 
     Args:
-        lm: the model that the dictionary was trained in, or another of the same width.
-        site: where the dictionary was trained; its source, target and basis are kept.
-        batches: (batch, position) int64 tokens.
-        ablations, start: as in `analysis.evaluate`.
+        source: at the site where the dictionary was trained, of whose layers all are read; of the
+            model that it was trained in, or of another of the same width.
+        size, ablations, start: as in `analysis.evaluate`.
 
     Returns:
         The table of `analysis.evaluate`, one row per layer of the model, and ``trained_here``:
@@ -144,18 +145,18 @@ def across_layers(
         SpecError: a stacked dictionary, which reads all of its layers at once, or one of another
             width than the model's.
     """
-    if site.stacked:
-        raise SpecError("stacked: a dictionary of concatenated layers fits no single layer")
-    if sae.n_inputs != lm.d_model:
+    needs_model(source)
+    source.site.refuse_stacked("a dictionary that is read at single layers")
+    if sae.n_inputs != source.d_model:
         raise SpecError(
             f"target.model: expected a model of width {sae.n_inputs}, that of the dictionary, got "
-            f"{lm.name} of width {lm.d_model}"
+            f"{source.lm.name} of width {source.d_model}"
         )
-    everywhere = dataclasses.replace(site, layers="all")
+    everywhere = dataclasses.replace(source, site=dataclasses.replace(source.site, layers="all"))
     table = analysis.evaluate(
-        lm, sae, lens, everywhere, batches, ablations=ablations, start=start, progress=progress
+        everywhere, sae, size, ablations=ablations, start=start, progress=progress
     )
-    return table.assign(trained_here=table.layer.isin(site.indices(lm.n_layers)))
+    return table.assign(trained_here=table.layer.isin(source.layers))
 
 
 def base_and_tuned(
