@@ -8,7 +8,7 @@ With z = W_enc (x' - b_pre), the scores of a vector's latents,
   activation that was kept (Bussmann et al. 2024, "BatchTopK Sparse Autoencoders").
 - ``jumprelu``: z where z > θ, else 0, with θ > 0 learnt for each latent (Rajamanoharan et al. 2024,
   "Jumping Ahead"). Neither this nor the number of active latents has a gradient in θ; both are
-  given that of a rectangle kernel, by the straight-through estimator:
+  given that of a rectangle kernel, by the straight-through estimator::
 
       ∂(z 1[z > θ]) / ∂θ = -θ/ε 1[|z - θ| < ε/2]        ∂ 1[z > θ] / ∂θ = -1/ε 1[|z - θ| < ε/2]
 
@@ -41,11 +41,13 @@ BANDWIDTH = 1e-3
 class Coded(NamedTuple):
     """What a batch of n vectors in training gives.
 
-    y, y_dead : as `kernels.autoencode` returns them.
-    code : the active latents, or None where they are never listed.
-    fired : (n_latents,) bool, those with an activation above the dictionary's `dead_threshold`.
-    seen : (s,) numbers of which `Activation.update` takes the mean over a step.
-    l0 : scalar, active latents per vector, differentiable; or None where it is not to be penalised.
+    Args:
+        y, y_dead: as `kernels.autoencode` returns them.
+        code: the active latents, or None where they are never listed.
+        fired: (n_latents,) bool, those with an activation above the dictionary's `dead_threshold`.
+        seen: (s,) numbers of which `Activation.update` takes the mean over a step.
+        l0: scalar, active latents per vector, differentiable; or None where it is not to be
+            penalised.
     """
 
     y: Tensor
@@ -105,8 +107,9 @@ class TopK(Activation):
 class BatchTopK(Activation):
     """At most `MOST` · k latents of one vector are kept; the k n largest are taken among those.
 
-    threshold : buffer (), what an activation must exceed when a vector is encoded by itself.
-    steps : buffer (), int64, how many it is a mean over.
+    Args:
+        threshold: buffer (), what an activation must exceed when a vector is encoded by itself.
+        steps: buffer (), int64, how many it is a mean over.
     """
 
     name = "batchtopk"
@@ -141,9 +144,10 @@ class BatchTopK(Activation):
 class JumpReLU(Activation):
     """Training makes whole products of all scores, chunk by chunk, as θ's gradient needs them.
 
-    threshold : parameter (n_latents,), θ. Its first values are ε, or after `start` all the one at
-        which k latents of a vector are active on average.
-    bandwidth : ε, `BANDWIDTH` in the unit of the inputs' norm.
+    Args:
+        threshold: parameter (n_latents,), θ. Its first values are ε, or after `start` all the one
+            at which k latents of a vector are active on average.
+        bandwidth: ε, `BANDWIDTH` in the unit of the inputs' norm.
     """
 
     name = "jumprelu"

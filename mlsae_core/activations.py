@@ -49,11 +49,13 @@ class ActivationError(RuntimeError):
 class Batch:
     """Activations of one batch of sequences, in float32 and in the lens space.
 
-    source: (layer, token, d_model), what the autoencoder reads; with ``stacked`` sites
-        (1, token, n_layers · d_model), the layers in order.
-    target: what it predicts, of the same layout; the same object as `source` for an autoencoder.
-    text: (sequence, position) int64, all tokens of the sequences, special ones among them.
-    sequence, position: (token,) int64, where in `text` each vector stands.
+    Args:
+        source: (layer, token, d_model), what the autoencoder reads; with ``stacked`` sites (1,
+            token, n_layers · d_model), the layers in order.
+        target: what it predicts, of the same layout; the same object as `source` for an
+            autoencoder.
+        text: (sequence, position) int64, all tokens of the sequences, special ones among them.
+        sequence, position: (token,) int64, where in `text` each vector stands.
     """
 
     source: Tensor
@@ -71,11 +73,15 @@ class Batch:
 class ActivationSource(Protocol):
     """Where activations come from: all that training and measurements know of a model and a text.
 
-    site: which layers batches have, and whether they are stacked. n_layers: of the model, of which
-    the site chooses some. d_model: length of a layer's vector. device: where batches are.
-    n_sequences: of one pass, or none where that is not known. key: identity of what is read.
-
     Replacing a layer takes more than vectors: see `TextSource.passes`, which others may offer.
+
+    Attributes:
+        site: which layers batches have, and whether they are stacked.
+        n_layers: of the model, of which the site chooses some.
+        d_model: length of a layer's vector.
+        device: where batches are.
+        n_sequences: of one pass, or none where that is not known.
+        key: identity of what is read.
     """
 
     site: SiteSpec

@@ -25,8 +25,10 @@ class SpecError(ValueError):
 def added(introduced, default=MISSING, **options):
     """A field that a spec got after there were results of it; they keep their keys.
 
-    introduced: what all earlier results have, written out; it never changes. default: of new specs,
-        where that is another by now. options: of `dataclasses.field`.
+    Args:
+        introduced: what all earlier results have, written out; it never changes.
+        default: of new specs, where that is another by now.
+        options: of `dataclasses.field`.
     """
     default = introduced if default is MISSING else default
     return field(default=default, metadata={"introduced": introduced}, **options)

@@ -17,9 +17,10 @@ from torch import Tensor
 class Weights(NamedTuple):
     """What a folder says of a dictionary.
 
-    settings : arguments of `sae.MLSAE`: n_inputs, n_latents, k, and what else the files fix.
-    tensors : by the names of its parameters and buffers: `encoder` and `decoder` (n_latents,
-        n_inputs), `pre_bias` (n_inputs,), and `activation.*`, in any precision.
+    Args:
+        settings: arguments of `sae.MLSAE`: n_inputs, n_latents, k, and what else the files fix.
+        tensors: by the names of its parameters and buffers: `encoder` and `decoder` (n_latents,
+            n_inputs), `pre_bias` (n_inputs,), and `activation.*`, in any precision.
     """
 
     settings: dict[str, Any]

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlsae_core import pairs
+from mlsae_core.fields import SpecError
 from mlsae_core.products import fast_products
 
 Kernel = Literal["sparse", "candidates", "dense", "triton"]
@@ -70,17 +71,15 @@ It is differentiable, and makes nobody wait for a device.
 
 
 def check(kernel: str, device: torch.device, precision: torch.dtype = torch.float32) -> None:
-    """Raise ValueError where a kernel cannot run on that device, or with such parameters."""
+    """Refuse a kernel that cannot run on that device, or with such parameters."""
     if kernel != "triton":
         return
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("kernel: triton needs the package of that name; `pip install triton`")
+        raise SpecError("kernel: triton needs the package of that name; `pip install triton`")
     if device.type != "cuda" and "TRITON_INTERPRET" not in os.environ:
-        raise ValueError(f"kernel: triton needs a CUDA device, got {device}; take sparse")
+        raise SpecError(f"kernel: triton needs a CUDA device, got {device}; take sparse")
     if precision != torch.float32:
-        raise ValueError(
-            f"kernel: triton needs parameters in float32, got {precision}; take sparse"
-        )
+        raise SpecError(f"kernel: triton needs parameters in float32, got {precision}; take sparse")
 
 
 def fused(function: Callable, kernel: str, device: torch.device) -> Callable:
@@ -105,22 +104,19 @@ def autoencode(
 ) -> tuple[Tensor, Tensor | None, Code]:
     """Encode and decode, and reconstruct with the dead latents from the same scores.
 
-    Parameters
-    ----------
-    x : (n, d)
-    encoder, decoder : (n_latents, d)
-    pre_bias : (d,)
-    k : latents kept for each vector
-    dead : indices (n_dead,) of the latents among which `aux_k` more are selected, or None
-    aux_k : at most n_dead
-    keep : which of the k are kept; None keeps all
+    Args:
+        x: (n, d).
+        encoder, decoder: (n_latents, d).
+        pre_bias: (d,).
+        k: latents kept for each vector.
+        dead: indices (n_dead,) of the latents among which `aux_k` more are selected, or None.
+        aux_k: at most n_dead.
+        keep: which of the k are kept; None keeps all.
 
-    Returns
-    -------
-    y : (n, d), W_dec ReLU(TopK_k(W_enc (x - b))) + b
-    y_dead : (n, d), W_dec ReLU(TopK_aux_k(W_enc (x - b) on the dead latents)), without a bias,
-        or None without dead latents
-    code : the selected values and indices
+    Returns:
+        y (n, d), W_dec ReLU(TopK_k(W_enc (x - b))) + b; y_dead (n, d), without a bias,
+        W_dec ReLU(TopK_aux_k(W_enc (x - b) on the dead latents)), or None without dead latents;
+        and the selected values and indices.
     """
     centred = x - pre_bias
     if kernel == "dense":
@@ -433,8 +429,9 @@ def decode_dead(
     each vector: in Pythia-70m's shape 0.8 TFLOP instead of 1.6 TB. The result, and the gradients
     of the dead rows, are in the scores' precision.
 
-    keep : `keep_largest`, or a faster one.
-    centred : x - pre_bias in the scores' precision, where that is there already.
+    Args:
+        keep: `keep_largest`, or a faster one.
+        centred: x - pre_bias in the scores' precision, where that is there already.
     """
     if centred is None:
         centred = (x.detach() - pre_bias.detach()).to(score_precision(encoder))

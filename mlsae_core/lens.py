@@ -29,13 +29,14 @@ MAX_CONDITION_NUMBER = 1e6
 class Lens:
     r"""An invertible affine map per layer, x' = x + (W_l x + b_l), or the identity.
 
-    weight: (translator, d_model, d_model), or nothing for the identity.
-    bias: (translator, d_model).
-    alignment: which translator belongs to the residual stream after block l. tuned-lens trains
-        translator i on the input of block i, which is the output of block i − 1, so ``aligned``
-        takes translator l + 1 and the identity after the last block. ``as-released`` takes
-        translator l, as the code released with the paper does.
-    model_name: the language model for which the lens was trained.
+    Args:
+        weight: (translator, d_model, d_model), or nothing for the identity.
+        bias: (translator, d_model).
+        alignment: which translator belongs to the residual stream after block l. tuned-lens trains
+            translator i on the input of block i, which is the output of block i − 1, so ``aligned``
+            takes translator l + 1 and the identity after the last block. ``as-released`` takes
+            translator l, as the code released with the paper does.
+        model_name: the language model for which the lens was trained.
     """
 
     weight: Tensor | None = None

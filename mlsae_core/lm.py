@@ -39,10 +39,11 @@ _MLP_POST_NORM_NAMES = ("post_feedforward_layernorm",)
 class Original:
     """One pass of the unmodified model, with what is needed to resume it from any layer.
 
-    tokens: (batch, position) int64.
-    embeddings: (batch, position, d_model), the input of block 0.
-    activations: hook point -> (layer, batch, position, d_model), all layers; has ``residual``.
-    calls: per block, the arguments it was called with besides the residual stream.
+    Args:
+        tokens: (batch, position) int64.
+        embeddings: (batch, position, d_model), the input of block 0.
+        activations: hook point -> (layer, batch, position, d_model), all layers; has ``residual``.
+        calls: per block, the arguments it was called with besides the residual stream.
     """
 
     tokens: Tensor
@@ -68,8 +69,10 @@ class LanguageModel:
     the residual stream, so after the post-norm where an architecture has one (as Gemma Scope has
     it for Gemma 2).
 
-    Attributes: model, tokenizer, name, n_layers, d_model, vocab_size, device, special_ids (1-D
-    int64: the ids of BOS, EOS and PAD that the tokenizer has).
+    Attributes:
+        model, tokenizer, name: as they were given.
+        n_layers, d_model, vocab_size, device: of the model.
+        special_ids: 1-D int64, the ids of BOS, EOS and PAD that the tokenizer has.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer, name: str = "model"):

@@ -33,15 +33,16 @@ L0_COEFFICIENT = 1e-3
 class Loss(NamedTuple):
     """What one batch gives.
 
-    total : scalar, mean of `fvu` over layers + alpha * `auxk`, and for ``jumprelu`` l0_coefficient
-        times the mean number of active latents; differentiate this.
-    fvu : (layer,), global FVU, over tokens and dimensions, in the target's own space.
-    mse : (layer,), mean squared error over tokens and dimensions, in the target's own space.
-    auxk : scalar, mean over layers; 0 where no latent is dead.
-    n_dead : number of dead latents before this batch.
-    topk : values and indices of shape (layer, token, k); None for ``jumprelu``.
-    fired : (n_latents,) bool, for `MLSAE.count_tokens`.
-    seen : (s,), for `Activation.update`.
+    Args:
+        total: scalar, mean of `fvu` over layers + alpha * `auxk`, and for ``jumprelu``
+            l0_coefficient times the mean number of active latents; differentiate this.
+        fvu: (layer,), global FVU, over tokens and dimensions, in the target's own space.
+        mse: (layer,), mean squared error over tokens and dimensions, in the target's own space.
+        auxk: scalar, mean over layers; 0 where no latent is dead.
+        n_dead: number of dead latents before this batch.
+        topk: values and indices of shape (layer, token, k); None for ``jumprelu``.
+        fired: (n_latents,) bool, for `MLSAE.count_tokens`.
+        seen: (s,), for `Activation.update`.
     """
 
     total: Tensor
@@ -65,21 +66,18 @@ def loss(
     """The loss of one batch. Nothing is changed: count its tokens with `sae.count_tokens`,
     and after an optimiser step call `sae.activation.update`.
 
-    Parameters
-    ----------
-    source : (layer, token, d_model), the activations to encode.
-    target : (layer, token, d_model), the activations to predict; None is the source itself.
-        The prediction is made in the target's standardised space and mapped back with the
-        target's statistics (see `MLSAE.forward`).
-    alpha : coefficient of AuxK.
-    l0_coefficient : of the mean number of active latents, for ``jumprelu``.
-    dead : indices (n_dead,) of the dead latents; None asks `sae.dead`, for which the host waits.
+    Args:
+        source: (layer, token, d_model), the activations to encode.
+        target: (layer, token, d_model), the activations to predict; None is the source itself. The
+            prediction is made in the target's standardised space and mapped back with the target's
+            statistics (see `MLSAE.forward`).
+        alpha: coefficient of AuxK.
+        l0_coefficient: of the mean number of active latents, for ``jumprelu``.
+        dead: indices (n_dead,) of the dead latents; None asks `sae.dead`, for which the host waits.
 
-    Raises
-    ------
-    ValueError
-        Where a tensor is not (layer, token, d_model), is empty, or is not finite (see
-        `MLSAE.standardise`); or where the target's shape differs from the source's.
+    Raises:
+        ValueError: where a tensor is not (layer, token, d_model), is empty, or is not finite (see
+            `MLSAE.standardise`); or where the target's shape differs from the source's.
     """
     if source.ndim != 3 or source.numel() == 0:
         raise ValueError(

@@ -32,9 +32,11 @@ def is_cpu(device: torch.device) -> bool:
 class Pairs:
     """The selected (vector, latent) pairs, sorted by latent once, when a gradient first asks.
 
-    parts : the indices (n, k) of each selection; more than one where dead latents are selected
-        beside the others. Pair number p is the p-th of all the parts' indices, one after another.
-    weight : (n_latents, d), for the number of latents only.
+    Args:
+        parts: the indices (n, k) of each selection; more than one where dead latents are selected
+            beside the others. Pair number p is the p-th of all the parts' indices, one after
+            another.
+        weight: (n_latents, d), for the number of latents only.
     """
 
     def __init__(self, parts: list[Tensor], weight: Tensor):
@@ -66,8 +68,10 @@ class Pairs:
     ) -> Tensor:
         """For each latent, the sum over its pairs of weight times the vector's row of the table.
 
-        weights : (n, k) for each part; table : (n, d), or (parts * n, d) with rows for each part;
-        out : memory for the result (n_latents, d), filled piece by piece.
+        Args:
+            weights: (n, k) for each part.
+            table: (n, d), or (parts * n, d) with rows for each part.
+            out: memory for the result (n_latents, d), filled piece by piece.
         """
         order, offsets, rows, stacked = self.by_latent
         weights = _joined([weight.reshape(-1) for weight in weights]).index_select(0, order)

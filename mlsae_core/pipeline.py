@@ -224,10 +224,10 @@ class Session:
         identity, spec, parents = run_key(run)
         if found := self.find("train", identity, spec):
             return found
-        from mlsae_core import train
+        from mlsae_core import kernels, train
 
         accelerator = train.make_accelerator(run, self.trackers, project_dir=store.STORE)
-        train.check_kernel(self.kernel, accelerator.device)
+        kernels.check(self.kernel, accelerator.device)
         source = self.source(run)
         if self.compile:
             source = _compiled(source, run)
@@ -371,17 +371,20 @@ class Subject:
 class Stage:
     """A kind of result of a run.
 
-    name, version: as keys and folders have them; the version is raised when its numbers change.
-    measure: called with (folder, subject), writes the files of the result and returns what is
-        noted beside them, such as its tokens; nothing for ``train``.
-    needs: of ``dictionary``, ``text`` (with its model; settings say how much) and ``model``.
-    by_layer: whether it needs a vector of every layer, so that stacked sites are refused.
-    any_batch: whether the result is the same to rounding however the text is cut into batches;
-        others draw random numbers batch by batch, or hold a graph of what they read.
-    shared: whether all processes of a launch measure, each its `Subject.share`; else the main one.
-    key: of (run, settings). read: the run whose model and text are read, where it is not the one
-        whose dictionary is measured. parts: gives the specs that stand in that of the artefact
-        beside the run and the settings.
+    Args:
+        name, version: as keys and folders have them; the version is raised when its numbers change.
+        measure: called with (folder, subject), writes the files of the result and returns what is
+            noted beside them, such as its tokens; nothing for ``train``.
+        needs: of ``dictionary``, ``text`` (with its model; settings say how much) and ``model``.
+        by_layer: whether it needs a vector of every layer, so that stacked sites are refused.
+        any_batch: whether the result is the same to rounding however the text is cut into batches;
+            others draw random numbers batch by batch, or hold a graph of what they read.
+        shared: whether all processes of a launch measure, each its `Subject.share`; else the main
+            one.
+        key: of (run, settings).
+        read: the run whose model and text are read, where it is not the one whose dictionary is
+            measured.
+        parts: gives the specs that stand in that of the artefact beside the run and the settings.
     """
 
     name: str

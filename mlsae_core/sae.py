@@ -1,7 +1,7 @@
 """The multi-layer sparse autoencoder: one autoencoder for the vectors of every layer.
 
 Lawson et al. (2025), "Residual Stream Analysis with Multi-Layer SAEs", Eqs. 1 and 2, after
-Makhzani & Frey (2014) and Gao et al. (2024):
+Makhzani & Frey (2014) and Gao et al. (2024)::
 
     x' = (x - μ) / (σ + 1e-5)                    mean and standard deviation of the one vector
     h = ReLU(TopK_k(W_enc (x' - b_pre)))
@@ -77,29 +77,28 @@ class Output(NamedTuple):
 class MLSAE(nn.Module):
     """An autoencoder whose inputs are vectors of any layer.
 
-    Parameters
-    ----------
-    n_inputs : dimension d_model of a vector.
-    n_latents : number of latents; n_latents / n_inputs is the expansion factor R.
-    k : latents kept for each vector; on average, for ``batchtopk``, and with ``jumprelu`` when its
-        training starts.
-    aux_k : dead latents that AuxK uses for each vector; None takes the power of two nearest to
-        n_inputs / 2 on the logarithmic scale (Gao et al. 2024, Appendix A.2), 0 switches AuxK off.
-    standardize : whether each vector is standardised before, and mapped back after.
-    dead_tokens, dead_threshold : a latent is dead when it had no activation above the threshold,
-        at any layer, within this many training tokens.
-    activation : "topk", "batchtopk" or "jumprelu", see `mlsae_core.activation`.
-    kernel : "sparse", "candidates" or "dense", see `mlsae_core.kernels`; an attribute, so it can be
-        changed.
-    generator : source of the random initial weights; None takes PyTorch's global one.
+    Args:
+        n_inputs: dimension d_model of a vector.
+        n_latents: number of latents; n_latents / n_inputs is the expansion factor R.
+        k: latents kept for each vector; on average, for ``batchtopk``, and with ``jumprelu`` when
+            its training starts.
+        aux_k: dead latents that AuxK uses for each vector; None takes the power of two nearest to
+            n_inputs / 2 on the logarithmic scale (Gao et al. 2024, Appendix A.2), 0 switches AuxK
+            off.
+        standardize: whether each vector is standardised before, and mapped back after.
+        dead_tokens, dead_threshold: a latent is dead when it had no activation above the threshold,
+            at any layer, within this many training tokens.
+        activation: "topk", "batchtopk" or "jumprelu", see `mlsae_core.activation`.
+        kernel: "sparse", "candidates" or "dense", see `mlsae_core.kernels`; an attribute, so it can
+            be changed.
+        generator: source of the random initial weights; None takes PyTorch's global one.
 
-    Attributes
-    ----------
-    encoder, decoder : parameters (n_latents, n_inputs). Equal at first, with rows of unit norm;
-        the optimiser of `make_optimizer` keeps the decoder's rows so.
-    pre_bias : parameter (n_inputs,), in the standardised space.
-    activation : the module with what the activation learns; nothing for ``topk``.
-    tokens_since_active : buffer (n_latents,), int64. Only `count_tokens` changes it.
+    Attributes:
+        encoder, decoder: parameters (n_latents, n_inputs). Equal at first, with rows of unit norm;
+            the optimiser of `make_optimizer` keeps the decoder's rows so.
+        pre_bias: parameter (n_inputs,), in the standardised space.
+        activation: the module with what the activation learns; nothing for ``topk``.
+        tokens_since_active: buffer (n_latents,), int64. Only `count_tokens` changes it.
     """
 
     def __init__(
@@ -292,13 +291,14 @@ class MLSAE(nn.Module):
     ) -> Self:
         """Load a folder or a repository of the Hugging Face hub, in any of `formats.FORMATS`.
 
-        name : a folder with config.json and *.safetensors, or an id such as
-            "tim-lawson/mlsae-pythia-70m-deduped-x64-k32". Repositories that hold the transformer
-            beside the autoencoder load as well. Pickled weights are never read.
-        revision : branch, tag or commit of a hub repository.
-        settings : keyword arguments of the class that the file does not fix, such as `kernel`.
-            Published files count the dead window in optimiser steps of unknown size, so it is
-            `dead_tokens` here, or the default.
+        Args:
+            name: a folder with config.json and ``*.safetensors``, or an id such as
+                "tim-lawson/mlsae-pythia-70m-deduped-x64-k32". Repositories that hold the
+                transformer beside the autoencoder load as well. Pickled weights are never read.
+            revision: branch, tag or commit of a hub repository.
+            settings: keyword arguments of the class that the file does not fix, such as `kernel`.
+                Published files count the dead window in optimiser steps of unknown size, so it is
+                `dead_tokens` here, or the default.
 
         Raises ValueError where files are missing, unreadable, damaged, or do not fit each other.
         """

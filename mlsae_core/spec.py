@@ -42,11 +42,12 @@ PAPER_TOKENS, PAPER_BATCH_TOKENS, PAPER_LEARNING_RATE = 10**9, 131072, 1e-4
 class ModelSpec(Spec):
     """A frozen causal language model.
 
-    path: a name under ``data/models``, a Hugging Face folder, or a hub id. A relative folder is
-        looked up from the working directory.
-    revision: hub revision; ignored for folders.
-    dtype: precision of weights and activations of the language model.
-    random_weights: seed of a randomly initialised copy with the same architecture, or none.
+    Args:
+        path: a name under ``data/models``, a Hugging Face folder, or a hub id. A relative folder is
+            looked up from the working directory.
+        revision: hub revision; ignored for folders.
+        dtype: precision of weights and activations of the language model.
+        random_weights: seed of a randomly initialised copy with the same architecture, or none.
     """
 
     path: str
@@ -66,13 +67,14 @@ class ModelSpec(Spec):
 class DataSpec(Spec):
     """Text, and how it becomes sequences.
 
-    path: ``docstrings`` (the embedded corpus), ``docstring-questions`` (questions on it and their
-        answers), a file or folder (.jsonl, .json, .txt, .parquet, and all but the last also
-        compressed as .zst; a .txt file's documents are its paragraphs), or the id of a hub dataset,
-        which is streamed. A relative path is looked up from the working directory.
-    name, split, revision: configuration, split and revision of a hub dataset.
-    text_column: the column that holds a document's text.
-    context_length: tokens per sequence.
+    Args:
+        path: ``docstrings`` (the embedded corpus), ``docstring-questions`` (questions on it and
+            their answers), a file or folder (.jsonl, .json, .txt, .parquet, and all but the last
+            also compressed as .zst; a .txt file's documents are its paragraphs), or the id of a hub
+            dataset, which is streamed. A relative path is looked up from the working directory.
+        name, split, revision: configuration, split and revision of a hub dataset.
+        text_column: the column that holds a document's text.
+        context_length: tokens per sequence.
     """
 
     path: str = "docstrings"
@@ -94,15 +96,17 @@ class DataSpec(Spec):
 class SiteSpec(Spec):
     """Which activations the autoencoder reads and which it predicts.
 
-    layers: ``all`` or a list of block indices from 0.
-    source, target: hook points; ``target: same`` (or the source's name) is an autoencoder, anything
-        else a transcoder.
-    basis: ``identity``, the name of a model whose tuned lens is under ``data/lenses``, or a folder
-        with one; alignment: ``aligned`` (translator l+1 for the residual stream after block l) or
-        ``as-released`` (translator l).
-    stacked: concatenate the layers into one vector (the feature-stacked alternative).
-    massive: whether tokens with massive activations (`activations.massive`) are ``kept``, or
-        ``excluded`` as special tokens are: neither read, counted nor replaced.
+    Args:
+        layers: ``all`` or a list of block indices from 0.
+        source, target: hook points; ``target: same`` (or the source's name) is an autoencoder,
+            anything else a transcoder.
+        basis: ``identity``, the name of a model whose tuned lens is under ``data/lenses``, or a
+            folder with one.
+        alignment: ``aligned`` (translator l+1 for the residual stream after block l) or
+            ``as-released`` (translator l).
+        stacked: concatenate the layers into one vector (the feature-stacked alternative).
+        massive: whether tokens with massive activations (`activations.massive`) are ``kept``, or
+            ``excluded`` as special tokens are: neither read, counted nor replaced.
     """
 
     layers: Literal["all"] | tuple[int, ...] = "all"
@@ -152,16 +156,20 @@ class SiteSpec(Spec):
 class SaeSpec(Spec):
     """The autoencoder (MLSAE paper, Section 3.2).
 
-    expansion_factor: n_latents / width of the input. k: active latents per vector; see activation.
-    aux_k: dead latents used by AuxK; default the power of two nearest half the input's width.
-    aux_alpha: weight of AuxK. dead_tokens: a latent is dead after this many training tokens
-        without an activation above dead_threshold at any layer; default 10 million, or a tenth of
-        the run where the run is shorter than 100 million.
-    activation: ``topk``, with k active latents for every vector; ``batchtopk``, with k on average
-        over a batch; ``jumprelu``, with a threshold per latent, which is trained, and k on average
-        at its beginning (`mlsae_core.activation`). How many are active is then a result.
-    l0_coefficient: weight of the mean number of active latents in the loss, for jumprelu alone;
-        default 1e-3.
+    Args:
+        expansion_factor: n_latents / width of the input.
+        k: active latents per vector; see activation.
+        aux_k: dead latents used by AuxK; default the power of two nearest half the input's width.
+        aux_alpha: weight of AuxK.
+        dead_tokens: a latent is dead after this many training tokens without an activation above
+            dead_threshold at any layer; default 10 million, or a tenth of the run where the run is
+            shorter than 100 million.
+        activation: ``topk``, with k active latents for every vector; ``batchtopk``, with k on
+            average over a batch; ``jumprelu``, with a threshold per latent, which is trained, and k
+            on average at its beginning (`mlsae_core.activation`). How many are active is then a
+            result.
+        l0_coefficient: weight of the mean number of active latents in the loss, for jumprelu alone;
+            default 1e-3.
     """
 
     expansion_factor: int
@@ -190,18 +198,19 @@ class SaeSpec(Spec):
 class TrainSpec(Spec):
     """The optimisation (MLSAE paper, Appendix A).
 
-    tokens: training tokens, special ones included, rounded down to whole steps; the text is
-        repeated if it is shorter.
-    seed: of the initial weights and of the order of sequences.
-    batch_tokens: tokens per optimiser step, a multiple of micro_batch_tokens. Default: the power of
-        two that gives the paper's 7629 steps, between 2048 and the paper's 131072.
-    micro_batch_tokens: tokens per forward and backward pass, rounded down to whole sequences; each
-        micro-batch's FVU is normalised by its own variance, so this is part of the spec. Default:
-        batch_tokens, at most 8192.
-    learning_rate: constant rate of Adam. Default: the paper's 1e-4 for its 1 B tokens, larger for
-        shorter runs by the square root of the ratio, at most 6e-3.
-    precision: of the autoencoder under accelerate. All but fp32 need a GPU; tf32 is fp32 with 10
-        bits of each factor's mantissa in products, the language model's as well.
+    Args:
+        tokens: training tokens, special ones included, rounded down to whole steps; the text is
+            repeated if it is shorter.
+        seed: of the initial weights and of the order of sequences.
+        batch_tokens: tokens per optimiser step, a multiple of micro_batch_tokens. Default: the
+            power of two that gives the paper's 7629 steps, between 2048 and the paper's 131072.
+        micro_batch_tokens: tokens per forward and backward pass, rounded down to whole sequences;
+            each micro-batch's FVU is normalised by its own variance, so this is part of the spec.
+            Default: batch_tokens, at most 8192.
+        learning_rate: constant rate of Adam. Default: the paper's 1e-4 for its 1 B tokens, larger
+            for shorter runs by the square root of the ratio, at most 6e-3.
+        precision: of the autoencoder under accelerate. All but fp32 need a GPU; tf32 is fp32 with
+            10 bits of each factor's mantissa in products, the language model's as well.
     """
 
     tokens: int
@@ -234,9 +243,10 @@ class TrainSpec(Spec):
 class DictionarySpec(Spec):
     """The weights of a dictionary that was trained elsewhere.
 
-    path: a folder with config.json and *.safetensors, or the id of such a repository of the hub. A
-        relative folder is looked up from the working directory.
-    revision: hub revision; ignored for folders.
+    Args:
+        path: a folder with config.json and ``*.safetensors``, or the id of such a repository of
+            the hub. A relative folder is looked up from the working directory.
+        revision: hub revision; ignored for folders.
     """
 
     path: str
@@ -317,8 +327,9 @@ class RunSpec(SubjectSpec):
 class EvaluateSpec(Spec):
     """How much of which split an analysis reads: tokens of the `test` split by default.
 
-    ablations: also replace each layer by zero and by its mean, for the CE recovered; the evaluation
-        then takes about three times as long.
+    Args:
+        ablations: also replace each layer by zero and by its mean, for the CE recovered; the
+            evaluation then takes about three times as long.
     """
 
     tokens: int = 1_000_000

@@ -94,8 +94,9 @@ class Artefact:
 def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends without an error.
 
-    replace: false leaves an artefact that another process finished meanwhile, since somebody may
-        be reading it.
+    Args:
+        replace: false leaves an artefact that another process finished meanwhile, since somebody
+            may be reading it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)

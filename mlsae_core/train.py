@@ -68,14 +68,6 @@ def make_accelerator(
     return accelerator
 
 
-def check_kernel(kernel: Kernel, device: torch.device):
-    """Refuse a kernel that cannot run on the device."""
-    try:
-        kernels.check(kernel, device)
-    except ValueError as error:
-        raise SpecError(str(error)) from None
-
-
 def check_trackers(names: tuple[str, ...]):
     """Refuse trackers that accelerate does not know or whose package is not installed."""
     known = [name for name in LoggerType.list() if name != "all"]
@@ -150,7 +142,7 @@ def train(
             f"accelerator: expected the activations' device {source.device}, got {device}; move "
             "the model there, or leave the accelerator out"
         )
-    check_kernel(kernel, device)
+    kernels.check(kernel, device)
     sae = build_sae(run, source).to(device)
     sae.kernel = kernel
     optimizer = sae.make_optimizer(run.train.learning_rate, run.train.adam_eps)

@@ -54,15 +54,18 @@ BATCH_TOKENS = 1024  # per optimiser step
 class PlantedSpec(Spec):
     """A world, the autoencoder trained on it, and the tokens on which both are compared.
 
-    n_features, d_model, n_layers: sizes. active: expected features at a token, all layers together.
-    single, neighbours: shares of the features that live at one layer, or at one and half as much
-        at each neighbour; the rest lives everywhere alike.
-    persistence: share of a feature's tokens at which it is active at all of its layers at once.
-    drift: angle in degrees by which a feature's direction turns from a layer to the next.
-    noise: length of the noise vector, where a typical feature has length 1.
-    growth: factor by which vectors grow from a layer to the next.
-    expansion_factor, k, training_tokens: of the autoencoder. tokens: of the comparison.
-    context_length: tokens per sequence, the unit that the bootstrap resamples.
+    Args:
+        n_features, d_model, n_layers: sizes.
+        active: expected features at a token, all layers together.
+        single, neighbours: shares of the features that live at one layer, or at one and half as
+            much at each neighbour; the rest lives everywhere alike.
+        persistence: share of a feature's tokens at which it is active at all of its layers at once.
+        drift: angle in degrees by which a feature's direction turns from a layer to the next.
+        noise: length of the noise vector, where a typical feature has length 1.
+        growth: factor by which vectors grow from a layer to the next.
+        expansion_factor, k, training_tokens: of the autoencoder.
+        tokens: of the comparison.
+        context_length: tokens per sequence, the unit that the bootstrap resamples.
     """
 
     n_features: int = 128

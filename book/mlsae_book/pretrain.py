@@ -35,11 +35,15 @@ END_OF_TEXT = "<|endoftext|>"
 class Recipe(Spec):
     """How a language model of the suite is made.
 
-    architecture: `model_type` and the fields of its Hugging Face config. base: in its place, the
-        name of a shipped model, or a folder, from whose weights and with whose tokenizer to start.
-    tokenizer: name of a shipped model whose tokenizer is shared, or none to train one of vocab_size
-        byte-level BPE tokens. tokens: training tokens. micro_batch: sequences per forward pass
-        (small ones stay in a CPU's cache). rate_muon, rate_adam: peak learning rates.
+    Args:
+        architecture: `model_type` and the fields of its Hugging Face config.
+        base: in its place, the name of a shipped model, or a folder, from whose weights and with
+            whose tokenizer to start.
+        tokenizer: name of a shipped model whose tokenizer is shared, or none to train one of
+            vocab_size byte-level BPE tokens.
+        tokens: training tokens.
+        micro_batch: sequences per forward pass (small ones stay in a CPU's cache).
+        rate_muon, rate_adam: peak learning rates.
     """
 
     architecture: dict = field(default_factory=dict)

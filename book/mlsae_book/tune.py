@@ -37,11 +37,14 @@ _AT_ONCE = 512  # positions whose logits are held at a time; they stay in a CPU'
 class TuneSpec(Spec):
     """How a tuned lens is trained; the defaults are the recipe of the shipped lenses.
 
-    tokens: training tokens, special ones included, rounded down to whole steps of batch_tokens.
-    learning_rate: peak of Adam's rate, which rises over the first tenth of the steps and falls
-        linearly to zero. weight_decay: pulls W and b to zero, so the lens to the logit lens.
-    validation_tokens: of the validation split, for the divergences before and after, which are
-        measured in float32. precision: of the logits' products in training.
+    Args:
+        tokens: training tokens, special ones included, rounded down to whole steps of batch_tokens.
+        learning_rate: peak of Adam's rate, which rises over the first tenth of the steps and falls
+            linearly to zero.
+        weight_decay: pulls W and b to zero, so the lens to the logit lens.
+        validation_tokens: of the validation split, for the divergences before and after, which are
+            measured in float32.
+        precision: of the logits' products in training.
     """
 
     data: DataSpec = field(default_factory=DataSpec)
@@ -68,8 +71,10 @@ class TuneSpec(Spec):
 class Tuned(NamedTuple):
     """A trained lens.
 
-    log: one row per interval, `tokens` and `kl` (mean over translators, on training text).
-    before, after: (translator,) mean KL on validation text, nats per token, at zero and trained.
+    Args:
+        log: one row per interval, `tokens` and `kl` (mean over translators, on training text).
+        before, after: (translator,) mean KL on validation text, nats per token, at zero and
+            trained.
     """
 
     lens: Lens

@@ -105,8 +105,8 @@ def latent_importance(
 def uniformity(importance: Tensor) -> Tensor:
     """Uniformity of active latent importance, r_L0 = exp(S(p)) / ‖y‖₀ (Gemma Scope, Eq. 13–14).
 
-    p = |y| / Σ|y| and S its entropy over the active latents: the effective fraction of the active
-    latents that matter, between 1/‖y‖₀ (one of them) and 1 (all alike).
+    p = ``|y| / Σ|y|`` and S its entropy over the active latents: the effective fraction of the
+    active latents that matter, between 1/‖y‖₀ (one of them) and 1 (all alike).
 
     Args:
         importance: y, (…, k), from `latent_importance`.

@@ -23,11 +23,12 @@ from mlsae_core.spec import DataSpec, ModelSpec, Spec, SpecError, SubjectSpec
 class Target(Spec):
     """Another model to measure a dictionary in, and the text that this model reads.
 
-    model, data: in the place of the run's own.
-    text: ``given``, the text as it is, or ``rollouts``: the first `prompt_tokens` of each sequence,
-        which the model continues by sampling at temperature 1, and of which only the continuation
-        is measured.
-    seed: of the sampling.
+    Args:
+        model, data: in the place of the run's own.
+        text: ``given``, the text as it is, or ``rollouts``: the first `prompt_tokens` of each
+            sequence, which the model continues by sampling at temperature 1, and of which only the
+            continuation is measured.
+        seed: of the sampling.
     """
 
     model: ModelSpec
