@@ -8,6 +8,7 @@ that need torch or transformers are imported where something is computed: lookin
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mlsae_core import models, store, text
-from mlsae_core.fits import check, check_width, load_lens, memory_of, reading
+from mlsae_core.fits import (
+    check,
+    check_recipe,
+    check_width,
+    load_lens,
+    memory_of,
+    model_config,
+    reading,
+)
 from mlsae_core.keys import keyed, run_settings, stored, stored_run
 from mlsae_core.spec import (
     DataSpec,
@@ -42,6 +51,7 @@ if TYPE_CHECKING:
     from mlsae_core.lens import Lens
     from mlsae_core.lm import LanguageModel
     from mlsae_core.sae import MLSAE
+    from mlsae_core.singles import SingleLayers
 
 Mode = Literal["cached", "force", "read-only"]
 EVALUATION_BATCH_TOKENS = 2048
@@ -94,7 +104,8 @@ def measured(run: SubjectSpec) -> tuple[dict, dict[str, str]]:
     """
     if isinstance(run, RunSpec):
         return {}, {"train": run_key(run)[0]}
-    content = store.dictionary_key(run.dictionary.path, run.dictionary.revision)
+    given = run.dictionary
+    content = store.dictionary_key(given.path, given.revision, given.folders)
     return {"run": run_settings(run)}, {"dictionary": content} | input_parents(run)
 
 
@@ -131,7 +142,7 @@ class Session:
     def __post_init__(self):
         store.provenance()  # of the code that computes, not of what is there when it ends
         self._models: dict[tuple[ModelSpec, str], LanguageModel] = {}  # with their content
-        self._given: dict[str, MLSAE] = {}  # by content
+        self._given: dict[tuple, MLSAE | SingleLayers] = {}  # by content and layers
         self._made: dict[tuple[str, str], Artefact] = {}
         if self.trackers:
             from mlsae_core import train
@@ -246,19 +257,22 @@ class Session:
 
         return self.analysis("distributions", run, settings, fill)
 
-    def sae(self, run: SubjectSpec) -> MLSAE:
+    def sae(self, run: SubjectSpec) -> MLSAE | SingleLayers:
         """The dictionary of a run as a module; `force` does not reach back to its training."""
+        from mlsae_core import singles
         from mlsae_core.sae import MLSAE
 
         if isinstance(run, GivenSpec):
-            given = run.dictionary.path, run.dictionary.revision
-            content = store.dictionary_key(*given)
-            if content not in self._given:
+            given = run.dictionary.path, run.dictionary.revision, run.dictionary.folders
+            layers = run.site.indices(model_config(run.model).num_hidden_layers)
+            wanted = store.dictionary_key(*given), tuple(layers)
+            if wanted not in self._given:
                 with reading(f"dictionary.path: {run.dictionary.path} could not be loaded"):
-                    loaded = MLSAE.from_pretrained(store.dictionary_folder(*given))
+                    folder = store.dictionary_folder(*given)
+                    loaded = singles.load(folder, layers, run.dictionary.folders)
                     loaded = loaded.to(self.device).eval()
-                self._given = {content: loaded}  # one at a time, as of models
-            return self._given[content]
+                self._given = {wanted: loaded}  # one at a time, as of models
+            return self._given[wanted]
         identity = run_key(run)[0]
         trained = self._made.get(("train", identity))
         if trained is None:
@@ -302,18 +316,21 @@ class Session:
         identity, spec, parents = key or analysis_key(stage, run, settings)
         if found := self.find(stage, identity, spec):
             return found
-        from mlsae_core.activations import ActivationError
+        from mlsae_core import activations
 
         read = read or run
         lm, lens = self.inputs(read)
         size = batch_tokens(lm) if any_batch else EVALUATION_BATCH_TOKENS
         batches = Batches(self.blocks(read, settings.split), read, settings, size)
         sae = self.sae(run)
+        if isinstance(run, GivenSpec) and read is run and is_main_process():
+            first = next(activations.stream(lm, itertools.islice(batches, 1), run.site, lens))
+            check_recipe(sae, run, run.site.indices(lm.n_layers), first)
 
         def fill(folder: Path) -> dict:
             try:
                 return {"tokens": measure(folder, lm, sae, lens, batches)}
-            except ActivationError as error:
+            except activations.ActivationError as error:
                 raise Stopped(f"{stage}: {error}") from error
 
         return self.write(stage, identity, spec, parents, fill)
