@@ -91,7 +91,7 @@ def layers(folder: Path, within: Sequence[str] = ()) -> dict[int, Path]:
                 f"expected folders that name a layer, as layer_3 or layers.3, in {folder}, got "
                 f"{name}: choose some by `folders`"
             )
-        layer = int(named.pop())
+        layer = int(named.pop()) - ("resid_pre" in name)  # a layer is what is after its block
         if layer in found:
             raise ValueError(
                 f"expected one dictionary of layer {layer} in {folder}, got "

@@ -508,6 +508,7 @@ def test_what_is_damaged_ends_in_one_line(tmp_path, kind, damage, message, capsy
         ("layers.3.mlp", 3),
         ("gpt_neox.layers.0", 0),
         ("blocks.7.hook_resid_post", 7),
+        ("blocks.7.hook_resid_pre", 6),
         ("h.11", 11),
         ("resid_post_layer_8/trainer_0", 8),
         ("layer12", 12),
