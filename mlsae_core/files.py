@@ -6,6 +6,7 @@ memory: what is read is no larger than the file.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zipfile
@@ -76,62 +77,69 @@ def tensors(
     return found
 
 
-def _archive(path: Path) -> zipfile.ZipFile:
-    """An archive that is no larger when it is read than it is on the disk."""
-    try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ValueError(
-            f"expected a zip archive of tensors, cannot read {path}: {error}"
-        ) from error
-    if any(entry.compress_type for entry in archive.infolist()):
-        raise ValueError(
-            f"expected arrays that are not compressed in {path}: save them as they are"
-        )
-    if len(set(archive.namelist())) < len(archive.namelist()):
-        raise ValueError(f"expected every array once in {path}, got one twice")
-    return archive
-
-
 def arrays(path: Path) -> dict[str, Tensor]:
-    """The arrays of a .npz file."""
-    import numpy as np
+    """The arrays of a .npz file, all of floating-point numbers."""
     import torch
-    from numpy.lib import format as npy
 
     found: dict[str, Tensor] = {}
     with _archive(path) as archive:
         for name in archive.namelist():
             try:
-                with archive.open(name) as file:
-                    header = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}
-                    shape, transposed, dtype = header[npy.read_magic(file)[0]](file)
-                    if dtype.kind != "f":
-                        raise ValueError(f"floating-point numbers are read, not {dtype}")
-                    array = np.frombuffer(file.read(), dtype)
-                array = array.reshape(shape, order="F" if transposed else "C")
-                array = array.astype(dtype.newbyteorder("="))  # which copies
-            except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-                raise ValueError(f"cannot read the array {name} of {path}: {error}") from error
-            found[name.removesuffix(".npy")] = torch.from_numpy(array)
+                array = _array(archive.read(name))
+                found[name.removesuffix(".npy")] = torch.from_numpy(array)
+            except Exception as error:
+                reason = f"{path}: {_line(error)}"
+                raise ValueError(f"cannot read the array {name} of {reason}") from error
     return found
 
 
+def _array(content: bytes):
+    """An array from the content of a .npy file, whose header may say anything."""
+    import numpy as np
+    from numpy.lib import format as npy
+
+    file = io.BytesIO(content)
+    header = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}
+    shape, transposed, dtype = header[npy.read_magic(file)[0]](file)
+    if dtype.kind != "f":
+        raise ValueError(f"floating-point numbers are read, not {dtype}")
+    array = np.frombuffer(content, dtype, offset=file.tell())
+    array = array.reshape(shape, order="F" if transposed else "C")
+    return array.astype(dtype.newbyteorder("="))  # a copy, since torch writes
+
+
 def pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pt file, mapped: the file's own size bounds them."""
+    """The tensors of a .pt file, mapped into memory."""
     import torch
 
     _archive(path).close()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # of many kinds; the reader needs one line
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"expected a file of tensors alone, cannot read {path}: {reason}"
-        ) from error
+    except Exception as error:
+        raise ValueError(f"expected tensors alone, cannot read {path}: {_line(error)}") from error
     if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
         raise ValueError(f"expected tensors by name in {path}, got other things")
     return state
+
+
+def _archive(path: Path) -> zipfile.ZipFile:
+    """A zip archive of which no more can be read than there is."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except Exception as error:
+        raise ValueError(f"expected a zip archive, cannot read {path}: {_line(error)}") from error
+    entries = archive.infolist()
+    size = sum(entry.file_size for entry in entries)
+    if any(entry.compress_type for entry in entries) or size > path.stat().st_size:
+        raise ValueError(f"expected arrays that are not compressed in {path}, got others")
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise ValueError(f"expected every array once in {path}, got one twice")
+    return archive
+
+
+def _line(error: Exception) -> str:
+    """What an error of another library says, which may be of any kind and length."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def check_numbers(tensor: Tensor, name: str, path: str | os.PathLike[str]) -> None:

@@ -17,6 +17,7 @@ class SingleLayers(nn.Module):
     """Single-layer dictionaries with the interface of one, for vectors of exactly their layers.
 
     A latent of one is none of another: latent j of the i-th dictionary has the index starts[i] + j.
+    Shares of all latents that are not active at a layer count those of the other layers.
 
     Attributes
     ----------

@@ -8,6 +8,7 @@ import jupytext
 import pandas as pd
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from test_pipeline import run_of
 

@@ -1,5 +1,6 @@
 """Dictionaries of others: what each format means, what is refused, and their own packages."""
 
+import copy
 import io
 import json
 import pickle
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mlsae_core import formats, objective, publish
+from mlsae_core import formats, kernels, objective, publish
 from mlsae_core.activation import ACTIVATIONS
 from mlsae_core.sae import MLSAE
 from mlsae_core.spec import SpecError
@@ -185,7 +186,7 @@ def test_a_threshold_that_was_never_set_keeps_what_is_positive(tmp_path):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("kernel", ["sparse", "candidates", "dense"])
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
 @pytest.mark.parametrize("d", [7, 12])
 def test_an_encoder_bias_is_added_to_the_scores_in_every_kernel(kernel, activation, d):
     generator = torch.Generator().manual_seed(3)
@@ -356,6 +357,18 @@ def twice(folder):
         archive.writestr("b_enc.npy", archive.read("b_enc.npy"))
 
 
+def overlapping(folder):
+    """One array under many names, which together are more than the file."""
+    path = folder / "params.npz"
+    with zipfile.ZipFile(path, "a") as archive:
+        [whole] = [entry for entry in archive.infolist() if entry.filename == "W_dec.npy"]
+        for number in range(10):
+            archive.filelist.append(other := copy.copy(whole))
+            other.filename = f"{number}.npy"
+            other.orig_filename = other.filename
+        archive._didModify = True
+
+
 def header_of(shape):
     def content(old):
         out = io.BytesIO()
@@ -413,6 +426,8 @@ BAD = {
         (flipped(NPZ), "cannot read the array"),
         (compressed, "not compressed"),
         (twice, "every array once"),
+        (overlapping, "not compressed"),
+        (arrays(b_dec=lambda a: a.astype(np.longdouble)), "cannot read the array b_dec"),
         (entry("b_enc.npy", header_of((10**9, 10**6))), "cannot read the array b_enc"),
         (entry("b_enc.npy", header_of((-1,))), "b_enc of shape"),
         (entry("b_enc.npy", lambda _: b"no"), "cannot read the array b_enc"),
