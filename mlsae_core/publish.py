@@ -1,4 +1,4 @@
-"""Dictionaries for others: repositories of the hub with a model card, and SAELens' folders."""
+"""Dictionaries for others: in formats of SAELens and Gemma Scope, and on the hub with a card."""
 
 from __future__ import annotations
 
@@ -74,6 +74,42 @@ def write_saelens(
             save_file(plain, work / "sae_weights.safetensors")
             (work / "cfg.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         written.append(Path(folder) / hook)
+    return written
+
+
+def write_gemma_scope(saes: Mapping[int, MLSAE], folder: str | Path) -> list[Path]:
+    """Write dictionaries as Gemma Scope has them, with equal latents: ``layer_N/params.npz``.
+
+    A BatchTopK becomes a JumpReLU without the most that one vector may have.
+
+    Args:
+        saes: the dictionary of each layer.
+        folder: where the folders of the layers are written.
+
+    Raises:
+        SpecError: one that this format has no room for: a TopK, or one that standardises.
+    """
+    import numpy as np
+
+    written = []
+    for layer, sae in saes.items():
+        if sae.activation.name == "topk" or sae.standardize:
+            raise SpecError(
+                "expected activation: batchtopk or jumprelu and standardize: false for Gemma "
+                f"Scope's format, got {sae.activation.name} and {str(sae.standardize).lower()}"
+            )
+        bias = -sae.encoder @ sae.pre_bias
+        arrays = {
+            "W_enc": sae.encoder.T,
+            "W_dec": sae.decoder,
+            "b_enc": bias if sae.encoder_bias is None else bias + sae.encoder_bias,
+            "b_dec": sae.pre_bias,
+            "threshold": sae.activation.threshold.expand(sae.n_latents),
+        }
+        with store.atomic_folder(Path(folder) / f"layer_{layer}") as work:
+            plain = {name: array.detach().float().cpu().numpy() for name, array in arrays.items()}
+            np.savez(work / "params.npz", **plain)
+        written.append(Path(folder) / f"layer_{layer}")
     return written
 
 

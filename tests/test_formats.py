@@ -633,6 +633,32 @@ def test_what_saelens_has_no_name_for_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("activation", ["jumprelu", "batchtopk"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_is_written_for_gemma_scope_has_the_same_latents(tmp_path, activation, biased):
+    generator = torch.Generator().manual_seed(4)
+    settings = {"activation": activation, "encoder_bias": biased, "generator": generator}
+    sae = MLSAE(D, N, K, 0, False, **settings)
+    for parameter in (sae.pre_bias, *([sae.encoder_bias] if biased else [])):
+        parameter.data.normal_(generator=generator)
+    threshold = sae.activation.threshold.data
+    threshold += torch.rand(threshold.shape, generator=generator)
+    [folder] = publish.write_gemma_scope({5: sae}, tmp_path)
+    assert formats.layers(tmp_path) == {5: folder}
+    latents, recon = dense(sae, X), sae(X).recon
+    assert 0 < (latents > 0).sum() < latents.numel() / 2
+    assert_same(MLSAE.from_pretrained(folder), latents.detach(), recon.detach())
+
+
+@pytest.mark.parametrize(
+    ("settings", "got"),
+    [({"standardize": False}, "topk and false"), ({"activation": "jumprelu"}, "jumprelu and true")],
+)
+def test_what_gemma_scope_has_no_room_for_is_not_written(tmp_path, settings, got):
+    with pytest.raises(SpecError, match=rf"for Gemma Scope's format, got {got}"):
+        publish.write_gemma_scope({0: MLSAE(D, N, K, **settings)}, tmp_path)
+
+
 @THEIRS
 @pytest.mark.parametrize("transcode", [False, True])
 def test_what_sparsify_saves_is_read_as_it_computes(tmp_path, transcode, monkeypatch):
