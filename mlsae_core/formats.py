@@ -310,8 +310,8 @@ def _read_dictionary_learning(folder: Path) -> Weights:
     return _weights(weights, tensors, activation, subtracted=subtracted, unit=unit, k=k)
 
 
-#: The formats by name, the one of most files first where one folder may be of several; other
-#: packages add theirs.
+#: The formats by name; a folder is of the first of which it has all files. Other packages add
+#: theirs.
 FORMATS: dict[str, Format] = {
     "gemma_scope": Format(("params.npz",), _read_gemma_scope),
     "saelens": Format(("cfg.json", "sae_weights.safetensors"), _read_saelens),
