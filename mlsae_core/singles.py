@@ -70,6 +70,8 @@ class SingleLayers(nn.Module):
             torch.stack([out.recon for out in found]), self._joined([out.topk for out in found])
         )
 
+    fired = MLSAE.fired
+
     def _parts(self, x: Tensor) -> list[tuple[MLSAE, Tensor]]:
         if x.ndim != 3 or len(x) != len(self.layers):
             raise ValueError(

@@ -84,6 +84,7 @@ def test_each_layer_has_its_own_latents_in_one_index():
     assert torch.equal(output.topk.values, values)
     torch.testing.assert_close(both.decode(output.topk), output.recon)
     torch.testing.assert_close(both.decoder[52:], saes[7].decoder)
+    assert torch.equal(both.fired(output.topk), (expected > both.dead_threshold).any(0).any(0))
 
 
 def test_statistics_of_a_target_are_those_of_its_layer():
