@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -66,6 +67,7 @@ def slow_command(arguments: list[str], data: Path, checkpoint_steps: int):
     """Run the command line so that it writes a checkpoint at every step and marks when it has."""
     from mlsae_core import train
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell waits for none
     train.CHECKPOINT_EVERY = train.train.__kwdefaults__["checkpoint_seconds"] = 0.0
     save, count = store.save_checkpoint, 0
 
