@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _waiting: list[int] | None = None  # signals that came while they were held back
+_throughout = False  # whether they are until the outermost `held` is left
 
 
 class Interrupted(KeyboardInterrupt):
@@ -43,14 +44,21 @@ def raised() -> Iterator[None]:
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """The signals wait until this is left, for what has to change as a whole."""
-    global _waiting
-    _waiting = came = []
+def held(throughout: bool = False) -> Iterator[None]:
+    """The signals wait until this is left, for what has to change as a whole.
+
+    throughout: whatever is held or released within. So do several processes, one of which would
+    wait for the others where these have stopped: they settle by `waiting` where all do.
+    """
+    global _waiting, _throughout
+    if _throughout:
+        yield
+        return
+    _waiting, _throughout = (came := []), throughout
     try:
         yield
     finally:
-        _waiting = None
+        _waiting, _throughout = None, False
     if came:
         raise Interrupted(came[0])
 
@@ -59,6 +67,9 @@ def held() -> Iterator[None]:
 def released() -> Iterator[None]:
     """Within `held`, they do not wait while this is entered."""
     global _waiting
+    if _throughout:
+        yield
+        return
     waiting, _waiting = _waiting, None
     if waiting:
         raise Interrupted(waiting[0])
@@ -66,6 +77,11 @@ def released() -> Iterator[None]:
         yield
     finally:
         _waiting = waiting
+
+
+def waiting() -> int:
+    """The number of the first signal that is held back, or 0."""
+    return _waiting[0] if _waiting else 0
 
 
 def _raise(number: int, _):

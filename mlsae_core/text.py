@@ -286,7 +286,7 @@ def _hub(data: DataSpec, rows: Iterable[dict] | None) -> Iterator[str]:
     """Documents of a hub data set, streamed by the `datasets` library."""
     count = 0
     try:
-        for row in _opened(data) if rows is None else rows:
+        for row in _data_set(data) if rows is None else rows:
             yield _text(row, data.text_column)
             count += 1
     except Exception as error:
@@ -300,7 +300,7 @@ def _hub(data: DataSpec, rows: Iterable[dict] | None) -> Iterator[str]:
         raise _unreadable(data, error) from error
 
 
-def _opened(data: DataSpec) -> datasets.IterableDataset:
+def _data_set(data: DataSpec) -> datasets.IterableDataset:
     """A hub data set, of which nothing but its list of files is read yet."""
     import datasets
 
@@ -504,7 +504,7 @@ class StreamedBlocks:
 
     @functools.cached_property
     def _rows(self) -> datasets.IterableDataset:
-        return _opened(self.data)
+        return _data_set(self.data)
 
     def _documents(self, rows: Iterable[dict], stopped: threading.Event) -> Iterator[str]:
         for text in documents(self.data, rows):

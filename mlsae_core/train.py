@@ -8,9 +8,10 @@ and a run continues after a stop from its last checkpoint as if nothing had happ
 from __future__ import annotations
 
 import itertools
+import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,7 +174,8 @@ def train(
         disable=not accelerator.is_main_process,
     )
     try:
-        with stops.raised(), progress, _products(run.train.precision):
+        together = stops.held(throughout=True) if loop.plan.every > 1 else nullcontext()
+        with stops.raised(), together, progress, _products(run.train.precision):
             for row in loop.steps(state):
                 progress.update(loop.plan.step_tokens)
                 if row is not None:
@@ -186,9 +188,16 @@ def train(
                     saved.write(state)
                 if stop:
                     raise Stopped("stopped as asked")
+                if loop.plan.every > 1:
+                    told = torch.full((), stops.waiting(), device=device)
+                    if accelerator.reduce(told, "sum"):  # one of the processes was
+                        raise stops.Interrupted(stops.waiting() or signal.SIGTERM)
     except (Stopped, ActivationError, stops.Interrupted) as error:
         if isinstance(error, store.Unavailable | stops.Interrupted):  # between two steps
-            saved.write(state)
+            with stops.held():  # a launcher whose process ends stops the others
+                saved.write(state)
+                if isinstance(error, stops.Interrupted):
+                    accelerator.wait_for_everyone()
         kept = f"after step {state.step} of {loop.plan.steps}; {saved.describe()}"
         if isinstance(error, stops.Interrupted):
             raise error.kept(kept) from error

@@ -733,8 +733,13 @@ def test_a_signal_that_is_ignored_stays_so():
 class Rows:
     """A hub's data set, which ends in an error after some rows."""
 
+    num_shards = 1
+
     def __init__(self, rows, last):
         self.rows, self.last = rows, last
+
+    def shard(self, **_):
+        return self
 
     def __iter__(self):
         yield from ({"text": document} for document in self.rows)

@@ -59,7 +59,7 @@ def hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize("fault", doubles.FAULTS)
 def test_no_document_is_lost_or_doubled_when_a_hub_fails_for_a_moment(hub, fault):
     expected = [document for n in range(FILES) for document in sentences(300)[n::FILES]]
-    rows = text._opened(DATA)
+    rows = text._data_set(DATA)
     hub.faults = [fault]
     assert list(text.documents(DATA, rows)) == expected
     assert hub.met == [fault]

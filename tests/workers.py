@@ -82,6 +82,22 @@ def slow_command(arguments: list[str], data: Path, checkpoint_steps: int):
     command(arguments, data)
 
 
+def told_command(arguments: list[str], data: Path, rank: tuple[int, int, int], step: int):
+    """Run the command line as one rank of several; number 1 gets SIGTERM after so many steps."""
+    from mlsae_core import train
+
+    steps = train._Loop.steps
+
+    def told(loop, state):
+        for row in steps(loop, state):
+            if rank[0] == 1 and state.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield row
+
+    train._Loop.steps = told
+    command(arguments, data, rank)
+
+
 def streaming_command(
     arguments: list[str],
     data: Path,
