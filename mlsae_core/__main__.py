@@ -7,7 +7,7 @@ import sys
 
 from mlsae_core import store
 from mlsae_core.cli import Commands, mode, show
-from mlsae_core.spec import EvaluateSpec, build, load_experiment, load_run
+from mlsae_core.spec import EvaluateSpec, build, coerce, load_experiment, load_run
 
 _EXAMPLE = """\
 a minimal SPEC.yml:
@@ -38,7 +38,7 @@ def _train(options: argparse.Namespace):
 
     from mlsae_core import pipeline
 
-    chosen = tuple(options.track), options.kernel, options.compile
+    chosen = tuple(options.track), options.kernel, options.compile, options.checkpoint_every
     artefact = pipeline.Session(mode(options), *chosen).train(run)
     last = pd.read_csv(artefact.file("log.csv")).iloc[-1]
     if pipeline.is_main_process():
@@ -93,6 +93,13 @@ def _status(options: argparse.Namespace):
     return show(pd.DataFrame(rows, columns=columns).astype({"tokens": "Int64"}))
 
 
+def _seconds(text: str) -> float:
+    seconds = coerce("--checkpoint-every", text, float)
+    if seconds < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
+    return seconds
+
+
 def _commands() -> Commands:
     commands = Commands(
         "mlsae_core",
@@ -111,6 +118,9 @@ def _commands() -> Commands:
                        "products")  # fmt: skip
     train.add_argument("--compile", action="store_true", help="compile the language model first; "
                        "faster on a GPU, where it runs as CUDA graphs")  # fmt: skip
+    train.add_argument("--checkpoint-every", type=_seconds, metavar="SECONDS", help="how often to "
+                       "write a checkpoint (default: every minute, at most a twentieth of the "
+                       "time); a signal writes one as well")  # fmt: skip
     evaluate = commands.add(
         _evaluate,
         "evaluate",

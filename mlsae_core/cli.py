@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 
-from mlsae_core import __version__, store
+from mlsae_core import __version__, stops, store
 from mlsae_core.spec import SpecError
 
 EXIT_CODES = """\
-Exit codes: 0 done; 2 bad input, which the message names; 1 stopped before the end; 130 interrupted.
+Exit codes: 0 done; 2 bad input, which the message names; 1 stopped before the end; 128 and the
+signal's number where one came (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP). Training writes a checkpoint
+first, and the same command continues from it. `python -X dev -m …` shows where an error was raised.
 """
+LONGEST = 1000  # characters of an error's line
 
 
 class Commands:
@@ -58,19 +62,33 @@ class Commands:
     def run(self, arguments: list[str] | None = None) -> int:
         """Run one command; 0 when done, 2 for bad input, 1 for anything that stopped the work."""
         options = self.parser.parse_args(arguments)
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before transformers is there
+        # Before these are there.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         try:
-            options.call(options)
-        except (SpecError, store.Stopped, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            with stops.raised():
+                options.call(options)
+        except KeyboardInterrupt as stop:
+            said = "interrupted; the same command continues with what is not finished yet"
+            print(line(str(stop) or said), file=sys.stderr)
+            return 128 + getattr(stop, "number", signal.SIGINT)
+        except Exception as error:  # the one boundary: of our kinds and all other libraries'
+            if sys.flags.dev_mode:
+                raise
+            known = isinstance(error, SpecError | store.Stopped | OSError)
+            said = str(error) if known else f"{type(error).__name__}: {error}"
+            print(f"error: {line(said)}", file=sys.stderr)
             return 2 if isinstance(error, SpecError) else 1
-        except KeyboardInterrupt:
-            print(
-                "interrupted; the same command continues from the last checkpoint, if there is one",
-                file=sys.stderr,
-            )
-            return 130
         return 0
+
+
+def line(message: str) -> str:
+    """A message on one line: control characters escaped, and cut where it is too long."""
+    joined = " ".join(message.split())
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined[:LONGEST]
+    )
+    return shown if len(joined) <= LONGEST else f"{shown} …"
 
 
 def mode(options: argparse.Namespace) -> str:

@@ -240,6 +240,8 @@ def read_yaml(path: str | Path, typed: bool = False) -> dict:
     typed: numbers and truth values as YAML reads them; otherwise they stay text, for `coerce`.
     """
     path = Path(path)
+    if path.is_dir():
+        raise SpecError(f"{path}: is a folder; expected a YAML file")
     if not path.is_file():
         raise SpecError(f"{path}: no such file; expected a YAML file")
     try:

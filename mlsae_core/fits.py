@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from mlsae_core import models, store
 from mlsae_core.spec import GivenSpec, ModelSpec, RunSpec, SpecError, SubjectSpec
 
+MOST_LAYERS = 1000
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # in configurations
+
 if TYPE_CHECKING:
     import torch
 
@@ -38,7 +41,7 @@ def model_config(model: ModelSpec):
 
     Those of some models of the hub are in ``dimensions.yml``, and need no network.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     folder = models.folder(model.path)
     if folder is None and (known := models.dimensions().get(model.path)):
@@ -48,14 +51,50 @@ def model_config(model: ModelSpec):
         f"model.path: expected a shipped name ({known}), a Hugging Face folder or a hub id, got "
         f"{model.path}, whose config.json cannot be read"
     ):
+        place, revision = folder or model.path, None if folder else model.revision
+        check_layers(PreTrainedConfig.get_config_dict(place, revision=revision)[0])
         found = AutoConfig.from_pretrained(
-            folder or model.path,
-            revision=None if folder else model.revision,
-            trust_remote_code=False,
+            place, revision=revision, trust_remote_code=False
         ).get_text_config()
         if min(found.num_hidden_layers, found.hidden_size, found.vocab_size) < 1:
             raise ValueError("a dimension is 0")
     return found
+
+
+def check_layers(values: dict):
+    """Refuse a configuration of more blocks than any model has: transformers makes lists of them.
+
+    Raises ValueError.
+    """
+    pending = [values]
+    while pending:
+        for name, value in pending.pop().items():
+            if isinstance(value, dict):
+                pending.append(value)
+            elif name in _LAYERS and isinstance(value, int) and value > MOST_LAYERS:
+                raise ValueError(f"expected {name} of at most {MOST_LAYERS}, got {value}")
+
+
+def empty_model(config, dtype: str):
+    """The model of a configuration without memory for its parameters.
+
+    Raises ValueError where there is not enough for them on this machine.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if config.get_text_config().num_hidden_layers < 1:
+        raise ValueError("expected at least one block, got none")
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    parameters = sum(parameter.numel() for parameter in empty.parameters())
+    needed, memory = parameters * getattr(torch, dtype).itemsize, memory_of(torch.device("cpu"))
+    if needed > memory:
+        raise ValueError(
+            f"expected a model that fits {memory / 1e9:.0f} GB of memory, got {parameters:,} "
+            f"parameters, which need {needed / 1e9:.0f} GB"
+        )
+    return empty
 
 
 @contextlib.contextmanager
@@ -63,10 +102,10 @@ def reading(failure: str):
     """Errors of other libraries, of many kinds and lengths, become one line."""
     try:
         yield
-    except SpecError:
+    except (SpecError, MemoryError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise SpecError(f"{failure}: {reason}") from error
 
 
@@ -189,14 +228,22 @@ def memory_of(device: torch.device) -> int:
 
 
 def load_lens(run: SubjectSpec, lm: LanguageModel) -> Lens:
+    """The lens of a run; one that was made for another model is refused, as far as it says so."""
     from mlsae_core.lens import Lens
 
     with reading(f"basis: {run.site.basis} could not be loaded"):
         lens = Lens.load(run.site, lm.device)
+    if lens.is_identity:
+        return lens
     expected = (lm.n_layers, lm.d_model, lm.d_model)
-    if not lens.is_identity and lens.weight.shape != expected:
+    if lens.weight.shape != expected:
         raise SpecError(
             f"basis: expected a tuned lens of {lm.n_layers} layers and {lm.d_model} dimensions for "
             f"{lm.name}, got weights of shape {tuple(lens.weight.shape)}"
+        )
+    if lens.model not in ("", models.key(run.model.path, run.model.revision)):
+        raise SpecError(
+            f"basis: expected a tuned lens of {run.model.path}, got {run.site.basis}, which was "
+            f"trained on another model, {lens.model_name} of content {lens.model}"
         )
     return lens

@@ -37,12 +37,14 @@ class Lens:
             takes translator l + 1 and the identity after the last block. ``as-released`` takes
             translator l, as the code released with the paper does.
         model_name: the language model for which the lens was trained.
+        model: `models.key` of its content, where that is known.
     """
 
     weight: Tensor | None = None
     bias: Tensor | None = None
     alignment: Literal["aligned", "as-released"] = "aligned"
     model_name: str = ""
+    model: str = ""
 
     @classmethod
     def identity(cls) -> Lens:
@@ -66,9 +68,11 @@ class Lens:
             SpecError: a file is missing, or its tensors are not those of a linear tuned lens.
         """
         folder = Path(folder)
-        if not (folder / "config.json").is_file():
+        config, training = folder / "config.json", folder / "training.json"
+        if not config.is_file():
             raise SpecError(f"basis: {folder} has no config.json; expected a tuned-lens folder")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(config.read_text(encoding="utf-8"))
+        made = json.loads(training.read_text(encoding="utf-8")) if training.is_file() else {}
         if (folder / "params.safetensors").is_file():
             state = load_file(folder / "params.safetensors")
         elif (folder / "params.pt").is_file():
@@ -76,10 +80,11 @@ class Lens:
         else:
             raise SpecError(f"basis: {folder} has no params.pt or params.safetensors")
         n, d = config["num_hidden_layers"], config["d_model"]
-        names = [f"{i}.{part}" for i in range(n) for part in ("weight", "bias")]
+        own = range(min(n, len(state)))  # as many as there can be, whatever config.json says
+        names = [f"{i}.{part}" for i in own for part in ("weight", "bias")]
         if not config.get("bias", True):
-            state |= {f"{i}.bias": torch.zeros(d) for i in range(n)}
-        if sorted(state) != sorted(names):
+            state |= {f"{i}.bias": torch.zeros(len(state["0.weight"])) for i in own}
+        if len(own) != n or sorted(state) != sorted(names):
             raise SpecError(
                 f"basis: expected tensors 0.weight, 0.bias, … of {n} layers in {folder}, got "
                 f"{', '.join(sorted(state)[:4])}, … ({len(state)} tensors)"
@@ -93,7 +98,10 @@ class Lens:
                 f"basis: config.json of {folder} says {n} layers of {d} dimensions, the weights "
                 f"are {tuple(weight.shape)}"
             )
-        return cls(weight, bias, alignment, config.get("base_model_name_or_path", ""))
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            raise SpecError(f"basis: the weights in {folder} have NaN or infinite values")
+        name = config.get("base_model_name_or_path", "")
+        return cls(weight, bias, alignment, name, made.get("model", ""))
 
     def write(self, folder: str | Path, safetensors: bool = False) -> None:
         """Write a tuned-lens folder, which the tuned-lens package reads.

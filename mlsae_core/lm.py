@@ -12,6 +12,7 @@ Sequences are packed, so no attention mask is passed: every position is a real t
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -21,9 +22,11 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from mlsae_core import models
+from mlsae_core.fits import check_layers, empty_model, reading
 from mlsae_core.products import fast_products
 from mlsae_core.spec import HookPoint, ModelSpec, SpecError
 
@@ -31,8 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _MLP_NAMES = ("mlp", "ffn", "feed_forward", "block_sparse_moe")
-# A norm on the MLP's output, inside the residual branch (Gemma 2, Gemma 3, OLMo 2).
-_MLP_POST_NORM_NAMES = ("post_feedforward_layernorm",)
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,14 @@ class LanguageModel:
     Hook points: ``residual`` is the residual stream after a block, before the final norm;
     ``mlp_input`` the input of the block's MLP, after its norm; ``mlp_output`` what the MLP adds to
     the residual stream, so after the post-norm where an architecture has one (as Gemma Scope has
-    it for Gemma 2).
+    it for Gemma 2). That they are so is measured: the residual stream when a model is loaded, the
+    others before they are first used.
 
     Attributes:
         model, tokenizer, name: as they were given.
         n_layers, d_model, vocab_size, device: of the model.
-        special_ids: 1-D int64, the ids of BOS, EOS and PAD that the tokenizer has.
+        special_ids: 1-D int64: of EOS, which ends documents; packed text has neither BOS nor PAD,
+            whatever their ids.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer, name: str = "model"):
@@ -84,16 +87,16 @@ class LanguageModel:
         self.vocab_size = config.vocab_size
         self.max_positions = getattr(config, "max_position_embeddings", None)
         self.device = next(model.parameters()).device
-        ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        self.special_ids = torch.tensor(
-            sorted({i for i in ids if i is not None}), dtype=torch.int64, device=self.device
-        )
+        ids = [i for i in (tokenizer.eos_token_id,) if i is not None]
+        self.special_ids = torch.tensor(ids, dtype=torch.int64, device=self.device)
         self._special_ids = self.special_ids.cpu()  # for tokens that are not on the device yet
         owner, self.blocks, final_norm = _find_blocks(model, self.n_layers)
         # The model's own code from the final norm on: a copy that shares all parameters, in which
         # the module that owns the blocks returns the residual stream it is given, normalised.
         self._head = _with_submodule(model, owner, _Given(final_norm))
         self._is_compiled = False
+        self._per_sequence: list[dict[tuple, bool]] = [{} for _ in self.blocks]
+        self._sites: dict[str, list[nn.Module]] = {"residual": [*self.blocks]}
         self._verify()
 
     @classmethod
@@ -108,14 +111,27 @@ class LanguageModel:
                 the architecture does not fit.
         """
         # Half of the time that a chapter's imports take; needed where a model is loaded.
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoTokenizer,
+            PreTrainedConfig,
+        )
         from transformers.utils import logging as transformers_logging
 
-        path, name, revision = _resolve(model)
         transformers_logging.disable_progress_bar()  # shards, not seconds: noise in every notebook
         dtype = getattr(torch, model.dtype)
-        options = {"revision": revision, "trust_remote_code": False}
-        try:
+        with reading(
+            "model.path: expected a causal language model in safetensors with its tokenizer; "
+            f"{model.path!r} could not be loaded"
+        ):
+            path, name, revision = _resolve(model)
+            options = {"revision": revision, "trust_remote_code": False}
+            check_layers(PreTrainedConfig.get_config_dict(path, revision=revision)[0])
+            config = AutoConfig.from_pretrained(path, **options)
+            empty = empty_model(config, model.dtype)
+            if revision is None and not hasattr(config, "quantization_config"):
+                _check_shapes(empty, Path(path), model)
             if model.random_weights is None:
                 network, report = AutoModelForCausalLM.from_pretrained(
                     path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
@@ -126,22 +142,13 @@ class LanguageModel:
                         f"such as {sorted(missing)[0]!r}; expected a complete checkpoint"
                     )
             else:
-                config = AutoConfig.from_pretrained(path, **options)
                 with torch.random.fork_rng(devices=[]):
                     # Not torch.manual_seed, which would reseed the GPUs' generators as well.
                     torch.default_generator.manual_seed(model.random_weights)
                     network = AutoModelForCausalLM.from_config(config, dtype=dtype)
                 name = f"{name}-random{model.random_weights}"
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        except SpecError:
-            raise
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise SpecError(
-                f"model.path: expected a causal language model in safetensors with its tokenizer; "
-                f"{model.path!r} could not be loaded: {reason}"
-            ) from error
-        return cls(network.to(device), tokenizer, name)
+            return cls(network.to(device), tokenizer, name)
 
     def compiled(self, backend: str = "inductor") -> LanguageModel:
         """The same weights in compiled blocks, for :meth:`capture` of the residual stream alone.
@@ -171,7 +178,7 @@ class LanguageModel:
         return twin
 
     def keep_mask(self, tokens: Tensor) -> Tensor:
-        """(batch, position) bool: True where the token is not BOS, EOS or PAD."""
+        """(batch, position) bool: True where the token does not end a document."""
         known = self._special_ids if tokens.device.type == "cpu" else self.special_ids
         return torch.isin(tokens, known, invert=True)
 
@@ -206,6 +213,7 @@ class LanguageModel:
             hook_points: activations to keep; ``residual`` is always among them.
         """
         tokens = self._check_tokens(tokens)
+        self._check_hook_points(hook_points)
         calls: list[tuple[tuple, dict[str, Any]]] = []
         inputs: list[Tensor] = []
 
@@ -327,62 +335,96 @@ class LanguageModel:
         if point == "mlp_input":
 
             def keep_input(_, args, kwargs):
-                kept[layer] = _split_call(args, kwargs)[0]
+                kept[layer] = _split_call(args, kwargs)[0].clone()
 
             return module.register_forward_pre_hook(keep_input, with_kwargs=True)
 
         def keep_output(_, __, output):
-            kept[layer] = _first(output)
+            found = _first(output)  # of an MLP, some blocks add attention's output to it in place
+            kept[layer] = found if point == "residual" else found.clone()
 
         return module.register_forward_hook(keep_output)
 
-    @contextmanager
-    def _replaced(self, layer: int, point: str, rows: Tensor) -> Iterator[None]:
+    def _replaced(self, layer: int, point: str, rows: Tensor):
         """The MLP's input or output of one block is `rows` while this is entered."""
-        module = self._site(layer, point)
-        if point == "mlp_input":
-
-            def replace_input(_, args, kwargs):
-                _, args, kwargs = _split_call(args, kwargs)
-                return (rows, *args), kwargs
-
-            handle = module.register_forward_pre_hook(replace_input, with_kwargs=True)
-        else:
-
-            def replace_output(_, __, output):
-                return (rows, *output[1:]) if isinstance(output, tuple) else rows
-
-            handle = module.register_forward_hook(replace_output)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return _replacing(self._site(layer, point), point, rows)
 
     def _site(self, layer: int, point: str) -> nn.Module:
-        block = self.blocks[layer]
-        if point == "residual":
-            return block
-        if self._is_compiled:
+        if self._is_compiled and point != "residual":
             raise SpecError(
                 f"--compile: expected source and target to be residual, got {point}, which lies "
                 "inside of a compiled block"
             )
-        names = (*_MLP_POST_NORM_NAMES, *_MLP_NAMES) if point == "mlp_output" else _MLP_NAMES
-        for name in names:
-            if isinstance(module := getattr(block, name, None), nn.Module):
+        if self._is_compiled:
+            return self.blocks[layer]
+        if point not in self._sites:
+            original = self.original(self._tiny_tokens())
+            sites = [self._prove(layer, point, original) for layer in range(self.n_layers)]
+            self._sites[point] = sites
+        return self._sites[point][layer]
+
+    @torch.no_grad()
+    def _prove(self, layer: int, point: str, original: Original) -> nn.Module:
+        """The module of one block that has its MLP's input, or all that this MLP adds.
+
+        Names say which module is the MLP; what follows on its output alone, such as a norm, may
+        take its place. Putting the same tensor back must change nothing, a change of the output
+        must come out of the block as it is, and the residual stream must not be in it already.
+        """
+        block, before = self.blocks[layer], original.block_input(layer)
+        named = [(name, getattr(block, name, None)) for name in _MLP_NAMES]
+        name, mlp = next((m for m in named if isinstance(m[1], nn.Module)), ("", None))
+        if mlp is None:
+            raise SpecError(
+                f"source/target: {point!r} needs an MLP module named one of "
+                f"{', '.join(_MLP_NAMES)} in each block; {type(block).__name__} of {self.name} has "
+                f"{', '.join(name for name, _ in block.named_children())}"
+            )
+        calls: list[tuple[nn.Module, Any, tuple, Any]] = []
+        with ExitStack() as hooks:
+            for child in block.children():
+                keep = partial(_keep_call, calls)
+                handle = child.register_forward_hook(keep, with_kwargs=True)
+                hooks.callback(handle.remove)
+            expected = self._call_block(layer, before, original)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(expected.shape, generator=generator).to(expected)
+        noise *= expected.float().square().mean().sqrt().to(expected.dtype)
+
+        def changed(module: nn.Module, value: Tensor, by: Tensor) -> Tensor:
+            with _replacing(module, point, value + by):
+                return self._call_block(layer, before, original)
+
+        chain, reason = None, "is not called by its block"
+        for module, given, others, made in calls:
+            if module is not mlp and (point == "mlp_input" or not _same(given, chain)):
+                continue
+            chain, value = made, given if point == "mlp_input" else made
+            if not isinstance(value, Tensor) or value.shape != before.shape:
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                reason = f"has {shape} there, not (batch, position, d_model)"
+                continue
+            strays = [changed(module, value, torch.zeros_like(noise)) - expected]
+            if point == "mlp_output":
+                strays.append(changed(module, value, noise) - expected - noise)
+                args, kwargs = _map_tensors(partial(_shifted, noise), others)
+                strays.append(_first(module(given, *args, **kwargs)) - made)
+            worst = float(torch.stack([s.float().norm() for s in strays]).max() / noise.norm())
+            if worst <= (1e-3 if expected.dtype == torch.float32 else 0.05):
                 return module
+            reason = (
+                "is not what the block adds to the residual stream, or putting it back changes the "
+                f"model (relative difference {worst:.2g})"
+            )
         raise SpecError(
-            f"source/target: {point!r} needs an MLP module named one of {', '.join(_MLP_NAMES)} in "
-            f"each block; {type(block).__name__} of {self.name} has "
-            f"{', '.join(name for name, _ in block.named_children())}"
+            f"source/target: {point!r} cannot be had of {type(block).__name__} of {self.name}: "
+            f"that of {name!r} in block {layer} {reason}"
         )
 
     def _call_block(self, layer: int, stream: Tensor, original: Original) -> Tensor:
-        args, kwargs = original.calls[layer]
         batch = len(original.tokens)
-        repeat = _repeater(batch, len(stream) // batch)
-        args = tuple(_map_tensors(repeat, a) for a in args)
-        kwargs = {name: _map_tensors(repeat, a) for name, a in kwargs.items()}
+        repeat = _repeater(self._per_sequence[layer], batch, len(stream) // batch)
+        args, kwargs = _map_tensors(repeat, original.calls[layer])
         with fast_products(self.device):
             return _first(self.blocks[layer](stream, *args, **kwargs))
 
@@ -403,6 +445,7 @@ class LanguageModel:
                     f"source/target: expected one of {', '.join(get_args(HookPoint))}, "
                     f"got {point!r}"
                 )
+            self._site(0, point)  # proven before any hook is there
 
     def _check_tokens(self, tokens: Tensor) -> Tensor:
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
@@ -417,24 +460,57 @@ class LanguageModel:
             )
         return tokens.to(self.device)
 
+    def _tiny_tokens(self, batch: int = 2) -> Tensor:
+        return torch.arange(3 * batch, device=self.device).view(batch, 3) % self.vocab_size
+
     @torch.no_grad()
     def _verify(self) -> None:
-        """Resume a tiny pass, twice expanded, and compare with the model's own logits.
+        """Resume a tiny pass from every block, twice expanded, and compare with the model's logits.
 
-        Catches architectures whose blocks need more than the arguments they are called with.
+        Catches architectures whose blocks need more than the arguments they are called with. Which
+        of these have rows for each sequence is seen in batches of two sizes.
         """
-        tokens = torch.arange(6, device=self.device).view(2, 3) % self.vocab_size
+        tokens, kind = self._tiny_tokens(), type(self.model).__name__
         expected = self.model(input_ids=tokens, use_cache=False).logits
-        original = self.original(tokens)
-        twice = original.residual[0].expand(2, -1, -1, -1)
-        error = (self.resume(original, 0, twice) - expected).abs().max()
+        if not expected.isfinite().all():
+            raise SpecError(f"model.path: {self._not_finite()}")
+        try:
+            original, larger = self.original(tokens), self.original(self._tiny_tokens(3))
+            for known, *calls in zip(self._per_sequence, original.calls, larger.calls, strict=True):
+                shapes: list[dict[tuple, int]] = [{}, {}]
+                for found, call in zip(shapes, calls, strict=True):
+                    _map_tensors(lambda p, t, f=found: f.update({p: (*t.shape, 0)[0]}), call)
+                known |= {p: n != shapes[1].get(p, n) for p, n in shapes[0].items()}
+            twice = {i: original.residual[i].expand(2, -1, -1, -1) for i in range(self.n_layers)}
+            resumed = self.resume_layers(original, twice)
+            error = max(float((self.logits(rows) - expected).abs().max()) for rows in resumed)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as failure:
+            raise SpecError(
+                f"model.path: {kind} cannot be resumed after its blocks: {failure}"
+            ) from failure
         tolerance = 1e-3 if expected.dtype == torch.float32 else 0.1
         if not error <= tolerance * expected.abs().max().clamp(min=1e-3):
             raise SpecError(
-                f"model.path: resuming {type(self.model).__name__} after its first block changes "
-                f"its logits by {error:.2g}; expected blocks that depend on nothing but the "
-                "residual stream and their call's arguments"
+                f"model.path: resuming {kind} after its blocks changes its logits by {error:.2g}; "
+                "expected blocks that depend on nothing but the residual stream and their call's "
+                "arguments"
             )
+
+    def _not_finite(self) -> str:
+        """Why the logits of a tiny pass are not finite."""
+        bad = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
+        if bad:
+            return (
+                f"{len(bad)} weights of {self.name} have NaN or infinite values, such as {bad[0]}"
+            )
+        residual = self.capture(self._tiny_tokens(), range(self.n_layers))["residual"]
+        layers = [i for i, rows in enumerate(residual) if not rows.isfinite().all()]
+        where = f"after block {layers[0]}" if layers else "in its logits"
+        dtype = str(residual.dtype).removeprefix("torch.")
+        return (
+            f"{self.name} overflows in {dtype}, {where}; expected a model.dtype in which it is "
+            "finite, such as bfloat16 or float32"
+        )
 
 
 @contextmanager
@@ -529,6 +605,8 @@ def _resolve(model: ModelSpec) -> tuple[str, str, str | None]:
         return model.path, model.path.split("/")[-1], model.revision
     if model.random_weights is None and not any(folder.glob("*.safetensors")):
         raise SpecError(f"model.path: {model.path!r} has no weights; expected *.safetensors")
+    if model.random_weights is None:
+        _check_shards(folder, model.path)
     if not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").is_file():
         raise SpecError(f"model.path: {model.path!r} has no tokenizer; expected tokenizer.json")
     return str(folder), Path(model.path).resolve().name, None
@@ -546,24 +624,106 @@ def _split_call(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, dic
     return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
 
 
-def _repeater(batch: int, times: int) -> Callable[[Tensor], Tensor]:
-    """Repeats what has one row per sequence; what is shared by the batch broadcasts."""
+def _repeater(
+    known: Mapping[tuple, bool], batch: int, times: int
+) -> Callable[[tuple, Tensor], Tensor]:
+    """Repeats what has rows for each sequence; what is shared by the batch broadcasts.
 
-    def repeat(tensor: Tensor) -> Tensor:
-        if times == 1 or tensor.ndim == 0 or tensor.shape[0] != batch or batch == 1:
+    known: by place in a block's call; one that was never seen has them if their number is right.
+    """
+
+    def repeat(place: tuple, tensor: Tensor) -> Tensor:
+        if times == 1 or tensor.ndim == 0 or tensor.shape[0] == 1:
+            return tensor
+        if not known.get(place, tensor.shape[0] == batch):
             return tensor
         if tensor.stride(0) == 0:
-            return tensor[:1].expand(times * batch, *tensor.shape[1:])
+            return tensor[:1].expand(times * tensor.shape[0], *tensor.shape[1:])
         return tensor.repeat(times, *[1] * (tensor.ndim - 1))
 
     return repeat
 
 
-def _map_tensors(function, value):
+def _map_tensors(function, value, place: tuple = ()):
+    """Nested values with `function(place, tensor)` for each tensor."""
     if isinstance(value, Tensor):
-        return function(value)
+        return function(place, value)
     if isinstance(value, tuple | list):
-        return type(value)(_map_tensors(function, item) for item in value)
+        return type(value)(
+            _map_tensors(function, item, (*place, i)) for i, item in enumerate(value)
+        )
     if isinstance(value, dict):
-        return {key: _map_tensors(function, item) for key, item in value.items()}
+        return {key: _map_tensors(function, item, (*place, key)) for key, item in value.items()}
     return value
+
+
+@contextmanager
+def _replacing(module: nn.Module, point: str, rows: Tensor) -> Iterator[None]:
+    """A module's input or output is `rows` while this is entered; they are never written to."""
+    if point == "mlp_input":
+
+        def replace_input(_, args, kwargs):
+            _, args, kwargs = _split_call(args, kwargs)
+            return (rows.clone(), *args), kwargs
+
+        handle = module.register_forward_pre_hook(replace_input, with_kwargs=True)
+    else:
+
+        def replace_output(_, __, output):
+            return (rows.clone(), *output[1:]) if isinstance(output, tuple) else rows.clone()
+
+        handle = module.register_forward_hook(replace_output)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _keep_call(calls: list, module: nn.Module, args, kwargs, output) -> None:
+    """Hook: the module, its input, other arguments and output, before anything changes them."""
+    given, *others = _split_call(args, kwargs) if args or kwargs else (None, (), {})
+    made = _first(output)
+    calls.append((module, *_map_tensors(lambda _, t: t.clone(), (given, tuple(others), made))))
+
+
+def _shifted(noise: Tensor, _, tensor: Tensor) -> Tensor:
+    """Another residual stream in the place of what may be one."""
+    return tensor + noise if tensor.shape == noise.shape else tensor
+
+
+def _same(one, other) -> bool:
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+
+
+def _check_shapes(empty: nn.Module, folder: Path, model: ModelSpec):
+    """Refuse weights that are not those of the configuration beside them.
+
+    transformers asks for memory first, and reports at length.
+    """
+    expected = empty.state_dict()
+    for path in folder.glob("*.safetensors") if model.random_weights is None else ():
+        with safe_open(path, "pt") as file:
+            for name in sorted(expected.keys() & file.keys()):
+                shape, wanted = file.get_slice(name).get_shape(), [*expected[name].shape]
+                if shape != wanted:
+                    raise SpecError(
+                        f"model.path: expected {name} of shape {wanted} from config.json of "
+                        f"{model.path!r}, got {shape} in {path.name}: the files belong to "
+                        "different models"
+                    )
+
+
+def _check_shards(folder: Path, path: str):
+    """Refuse an index of weights that names others than the shards that are there."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return
+    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    there = {file.name for file in folder.glob("*.safetensors")}
+    shards = {file.name for file in folder.glob("model-*-of-*.safetensors")}
+    for wrong, what in ((named - there, "is not there"), (shards - named, "is not in it")):
+        if wrong:
+            raise SpecError(
+                f"model.path: expected the *.safetensors of {index.name} in {path!r}, and no other "
+                f"shards; {min(wrong)} {what}"
+            )

@@ -130,7 +130,8 @@ class Session:
     mode: ``cached`` computes what is missing, ``force`` everything anew, ``read-only`` nothing.
     trackers: names of accelerate trackers to log training to. kernel: how training computes, see
     `mlsae_core.kernels`. compile: whether training runs the language model compiled. Neither is a
-    part of a result's identity, since the numbers are the same up to rounding.
+    part of a result's identity, since the numbers are the same up to rounding. checkpoint_seconds:
+    how often training writes a checkpoint, where not as `train.train` has it.
 
     Under `accelerate launch` all processes train, and measure what is `Stage.shared`; the rest the
     main one measures, and it writes, while the others wait. Whatever can be refused is refused
@@ -141,6 +142,7 @@ class Session:
     trackers: tuple[str, ...] = ()
     kernel: Kernel = "sparse"
     compile: bool = False
+    checkpoint_seconds: float | None = None
 
     def __post_init__(self):
         store.provenance()  # of the code that computes, not of what is there when it ends
@@ -165,9 +167,7 @@ class Session:
 
         wanted = spec, models.key(spec.path, spec.revision)
         if wanted not in self._models:
-            with reading(f"model.path: {spec.path} could not be loaded"):
-                loaded = LanguageModel.load(spec, self.device)
-            self._models = {wanted: loaded}  # one at a time: models are large
+            self._models = {wanted: LanguageModel.load(spec, self.device)}  # one: they are large
         return self._models[wanted]
 
     def blocks(self, run: SubjectSpec, split: str) -> text.TokenBlocks | text.StreamedBlocks:
@@ -231,6 +231,8 @@ class Session:
         identity, spec, parents = run_key(run)
         if found := self.find("train", identity, spec):
             return found
+        from safetensors import SafetensorError
+
         from mlsae_core import kernels, train
 
         accelerator = train.make_accelerator(run, self.trackers, project_dir=store.STORE)
@@ -245,6 +247,8 @@ class Session:
         if self.mode == "force" and is_main_process():
             checkpoint.unlink(missing_ok=True)
         _wait()
+        every = self.checkpoint_seconds
+        often = {} if every is None else {"checkpoint_seconds": every}
         trained = train.train(
             run,
             source,
@@ -252,6 +256,7 @@ class Session:
             checkpoint=checkpoint,
             description=f"training {identity}",
             kernel=self.kernel,
+            **often,
         )
         for tracker in accelerator.trackers:
             tracker.finish()
@@ -263,7 +268,13 @@ class Session:
             speed = int(last.tokens_per_second)
             return {"tokens": int(last.tokens), "seconds": seconds, "tokens_per_second": speed}
 
-        made = self.write("train", identity, spec, parents, fill)
+        try:
+            made = self.write("train", identity, spec, parents, fill)
+        except BaseException as error:  # no room, something in the way, or a signal
+            kept = trained.keep()
+            if not isinstance(error, OSError | SafetensorError):
+                raise
+            raise Stopped(f"train {identity} cannot be written: {error}; {kept}") from error
         checkpoint.unlink(missing_ok=True)
         return made
 

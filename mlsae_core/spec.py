@@ -70,8 +70,9 @@ class DataSpec(Spec):
     Args:
         path: ``docstrings`` (the embedded corpus), ``docstring-questions`` (questions on it and
             their answers), a file or folder (.jsonl, .json, .txt, .parquet, and all but the last
-            also compressed as .zst; a .txt file's documents are its paragraphs), or the id of a hub
-            dataset, which is streamed. A relative path is looked up from the working directory.
+            also compressed as .zst; a .txt file's documents are its paragraphs; of a folder all
+            files but hidden ones, readmes and licences), or the id of a hub dataset, which is
+            streamed. A relative path is looked up from the working directory.
         name, split, revision: configuration, split and revision of a hub dataset.
         text_column: the column that holds a document's text.
         context_length: tokens per sequence.

@@ -12,15 +12,16 @@ it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ class Stopped(RuntimeError):
     """A computation that stopped before its end: the message says why, and what is kept."""
 
 
+class Unavailable(Stopped):
+    """Input that could be read at first, and no longer; all that was computed of it is good."""
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
@@ -55,6 +60,8 @@ def file_hash(path: Path) -> str:
 def source_hash(path: Path) -> str:
     """SHA-256 of an input (weights, text), computed once per process while it does not change."""
     state = path.stat()
+    if state.st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+        raise SpecError(f"{path}: is a Git LFS pointer, not the file; `git lfs pull` fetches it")
     return _source_hash(path, state.st_ino, state.st_mtime_ns, state.st_size)
 
 
@@ -91,39 +98,76 @@ class Artefact:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
+def atomic_folder(path: Path, replace: bool = True, mark: str = "meta.json") -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends without an error.
+
+    Files have the permissions that the umask gives, however they were made.
 
     Args:
         replace: false leaves an artefact that another process finished meanwhile, since somebody
             may be reading it.
+        mark: the file by which a folder is known as one that was written here.
+
+    Raises:
+        StoreError: something without that mark is there; it is not touched.
     """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
+    settle(path)
+    check_own(path, mark)
     _remove_leftovers(path)
-    work = _beside(path)
+    work, old = _beside(path), _set_aside(path)
+    work.mkdir()
+    mode = work.stat().st_mode & 0o666
     try:
         yield work
         for file in work.rglob("*"):
             if file.is_file():
+                file.chmod(mode)
                 with open(file, "rb+") as handle:
                     os.fsync(handle.fileno())
-        work.chmod(0o755)
         while work.exists():
             try:
                 work.rename(path)
-            except OSError:  # a folder with content is there
-                if not replace and (path / "meta.json").is_file():
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                check_own(path, mark)
+                if not replace:
                     break
+                shutil.rmtree(old, ignore_errors=True)
                 with contextlib.suppress(FileNotFoundError):
-                    path.rename(old := _beside(path))
-                    shutil.rmtree(old)
+                    path.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def check_own(path: Path, mark: str = "meta.json"):
+    """Refuse to write where something is that was not written here, an empty folder aside."""
+    if path.is_dir():
+        if (path / mark).is_file() or not any(path.iterdir()):
+            return
+        raise StoreError(f"{path}: expected a folder with {mark}, as written here; move it away")
+    if path.exists():
+        raise StoreError(f"{path}: expected a folder, got a file; move it away")
+
+
+def settle(path: Path):
+    """Put back what a process left under another name that was killed between two renames."""
+    old = _set_aside(path)
+    if old.exists() and not path.exists():
+        with contextlib.suppress(OSError):  # another process did
+            old.rename(path)
+
+
+def _set_aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
 def _beside(path: Path) -> Path:
-    """A new hidden folder next to `path`, named after it and this process."""
-    return Path(tempfile.mkdtemp(prefix=f".{path.name}-{os.getpid()}-", dir=path.parent))
+    """A new hidden name next to `path`, of it and this process."""
+    return path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def _remove_leftovers(path: Path):
@@ -170,17 +214,25 @@ def provenance() -> dict:
 
 
 def read(path: Path, check: bool = True) -> Artefact:
-    """Read an artefact and check every file against its recorded hash."""
-    shipped = f"restore it with `git checkout -- {path}`"
-    stored = f"delete {path}, or compute it anew with --force"
-    remedy = shipped if path.is_relative_to(SHIPPED) else stored
+    """Read an artefact; check that it is the one of its place, and every file's recorded hash."""
+    remedy = f"delete {path}; it is computed anew where it is needed"
+    if path.is_relative_to(SHIPPED):
+        remedy = f"restore it with `git checkout -- {path}`"
     try:
-        spec = json.loads((path / "spec.json").read_text(encoding="utf-8"))
+        content = (path / "spec.json").read_bytes()
+        spec = json.loads(content)
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         files = dict(meta["files"])
+        stage, _ = meta["stage"], meta["seconds"]
         spec.keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise StoreError(f"{path}: spec.json or meta.json is damaged; {remedy}") from None
+    # Earlier results do not carry their key and the hash of their spec.
+    own, digest = meta.get("key", path.name), hashlib.sha256(content).hexdigest()
+    if (stage, own) != (path.parent.name, path.name):
+        raise StoreError(f"{path}: holds another result, {stage} {own}; {remedy}")
+    if meta.get("spec", digest) != digest:
+        raise StoreError(f"{path / 'spec.json'}: damaged; {remedy}")
     for name, digest in files.items() if check else ():
         file = path / name
         if not file.is_file():
@@ -194,6 +246,7 @@ def find(stage: str, identity: str) -> Artefact | None:
     """The shipped artefact with this key, else this machine's, else nothing."""
     for root in (SHIPPED, STORE):
         path = root / stage / identity
+        settle(path)
         if (path / "meta.json").is_file():
             return read(path)
     return None
@@ -246,8 +299,11 @@ def write(
     with atomic_folder(path, replace) as folder:
         notes = fill(folder)
         files = {f.relative_to(folder).as_posix(): file_hash(f) for f in sorted(folder.rglob("*"))}
+        (folder / "spec.json").write_text(json.dumps(spec, indent=1, sort_keys=True) + "\n")
         meta = {
             "stage": stage,
+            "key": identity,
+            "spec": file_hash(folder / "spec.json"),
             "version": STAGES[stage],
             "parents": parents,
             "files": files,
@@ -256,7 +312,6 @@ def write(
             **notes,
             **provenance(),
         }
-        (folder / "spec.json").write_text(json.dumps(spec, indent=1, sort_keys=True) + "\n")
         (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return read(path, check=False)
 
@@ -299,14 +354,19 @@ def save_checkpoint(path: Path, state):
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    with open(temporary, "wb+") as file:
-        file.write(bytes(_DIGEST_BYTES))
-        torch.save(send_to_device(state, "cpu"), file)
-        file.seek(_DIGEST_BYTES)
-        digest = hashlib.file_digest(file, "sha256").digest()
-        file.seek(0)
-        file.write(digest)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb+") as file:
+            file.write(bytes(_DIGEST_BYTES))
+            torch.save(send_to_device(state, "cpu"), file)
+            file.seek(_DIGEST_BYTES)
+            digest = hashlib.file_digest(file, "sha256").digest()
+            file.seek(0)
+            file.write(digest)
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch's, where a write fails
+        raise OSError(f"{path}: cannot be written; is the disk full? {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path):
@@ -329,8 +389,10 @@ def load_checkpoint(path: Path):
 
 def lens_folder(basis: str) -> Path:
     """The tuned lens of that name under ``data/lenses``, else the folder `basis` itself."""
-    if Path(basis).name == basis and (DATA / "lenses" / basis / "config.json").is_file():
-        return DATA / "lenses" / basis
+    if Path(basis).name == basis:
+        settle(DATA / "lenses" / basis)
+        if (DATA / "lenses" / basis / "config.json").is_file():
+            return DATA / "lenses" / basis
     return Path(basis).expanduser()
 
 

@@ -8,15 +8,16 @@ validate; here nothing is read twice).
 
 from __future__ import annotations
 
-import collections
 import functools
 import hashlib
 import importlib.metadata
 import io
 import itertools
 import json
+import queue
+import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 DOCUMENTS_PER_CHUNK = 1024  # Appendix A: so many documents are joined before cutting
 LANES = 16  # at most, of a hub data set: as many processes read it without overlap
+MAX_CHARACTERS = 2**23  # of a document; its tokenising takes about 1.4 GB
+MAX_LIST = 2**28  # characters of a .json file that is one list
 _FORMATS = (".jsonl", ".json", ".txt", ".parquet")  # all but the last also with .zst
 
 
@@ -122,13 +125,20 @@ def _distinct_documents(data: DataSpec, rows: Iterable[dict] | None) -> Iterator
 
 
 def local_files(data: DataSpec) -> list[Path]:
-    """The files that a path names, none where it can only be a hub data set."""
+    """The files that a path names, none where it can only be a hub data set.
+
+    Of a folder all files, in their order, but hidden ones, readmes and licences, which lie beside
+    the data. Numbered shards (`-00001-of-00003`) are refused where they are not all there.
+    """
     formats = f"{', '.join(_FORMATS)} (or .zst)"
     here = Path(data.path).expanduser()
     if here.is_dir():
-        if files := sorted(file for file in here.rglob("*") if _format(file) and file.is_file()):
-            return files
-        raise SpecError(f"data.path: expected {formats} files in the folder {data.path}, got none")
+        if not (files := sorted(file for file in here.rglob("*") if _is_data(file, here))):
+            raise SpecError(
+                f"data.path: expected {formats} files in the folder {data.path}, got none"
+            )
+        _check_shards(files)
+        return files
     if here.is_file():
         if _format(here):
             return [here]
@@ -146,29 +156,51 @@ def _format(path: Path) -> str | None:
     return suffix if suffix in _FORMATS else None
 
 
+def _is_data(path: Path, folder: Path) -> bool:
+    if _format(path) is None or not path.is_file():
+        return False
+    hidden = any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+    return not hidden and not path.name.lower().startswith(("readme", "license", "licence"))
+
+
+def _check_shards(files: list[Path]):
+    """Refuse numbered files of which some are missing, or more are there than their names say."""
+    found: dict[tuple[str, int], set[int]] = {}
+    for file in files:
+        if shard := re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\b.*", str(file)):
+            found.setdefault((shard[1], int(shard[3])), set()).add(int(shard[2]))
+    for (name, count), numbers in found.items():
+        first = 0 if 0 in numbers else 1
+        if wrong := sorted(numbers ^ {*range(first, first + count)}):
+            raise SpecError(
+                f"data.path: expected the {count} shards {name}-…-of-{count:05} and no others, got "
+                f"{len(numbers)}; see that of number {wrong[0]:05}"
+            )
+
+
 def _file_documents(path: Path, data: DataSpec) -> Iterator[str]:
     """Documents of one file: rows of a table, JSON objects, or paragraphs of a plain text."""
-    opened, errors = open, (OSError, ValueError, RecursionError, EOFError)
-    if path.suffix.lower() == ".zst":
-        import zstandard  # not everywhere that trains: tokenised text needs it no more
-
-        opened, errors = zstandard.open, (*errors, zstandard.ZstdError)
     try:
         if _format(path) == ".parquet":
             yield from _parquet(path, data.text_column)
             return
-        with opened(path, "rt", encoding="utf-8-sig") as file:
+        with _opened(path) as file:
             if _format(path) == ".txt":
-                for blank, lines in itertools.groupby(file, lambda line: not line.strip()):
-                    if not blank:
-                        yield "".join(lines).rstrip("\n")
+                yield from _paragraphs(file)
             else:
                 for row in _json_rows(file):
                     yield _text(row, data.text_column)
     except SpecError:
         raise
-    except errors as error:
+    except (OSError, ValueError, RecursionError, EOFError) as error:
         raise SpecError(f"data.path: cannot read {path}: {_reason(error)}") from error
+
+
+def _opened(path: Path) -> io.TextIOBase:
+    """A text file, or one compressed as .zst; the latter's end is the end of its last frame."""
+    if path.suffix.lower() != ".zst":
+        return open(path, encoding="utf-8-sig")
+    return io.TextIOWrapper(pyarrow.input_stream(path, compression="zstd"), encoding="utf-8-sig")
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:
@@ -176,18 +208,55 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         names = table.schema_arrow.names
         if column not in names:
             _text(dict.fromkeys(names), column)
-        for batch in table.iter_batches(columns=[column]):
+        for batch in table.iter_batches(1024, columns=[column]):
             for value in batch.column(0).to_pylist():
                 yield _text({column: value}, column)
 
 
+def _lines(file: io.TextIOBase) -> Iterator[str]:
+    """Lines, of which none asks for more memory than a document may."""
+    while line := file.readline(MAX_CHARACTERS + 1):
+        _check_length(len(line))
+        yield line
+
+
+def _check_length(characters: int):
+    if characters > MAX_CHARACTERS:
+        raise ValueError(
+            f"expected lines and documents of at most {MAX_CHARACTERS:,} characters, got a longer "
+            "one; split it"
+        )
+
+
+def _paragraphs(file: io.TextIOBase) -> Iterator[str]:
+    for blank, lines in itertools.groupby(_lines(file), lambda line: not line.strip()):
+        paragraph, characters = [], 0
+        for line in lines:
+            if not blank:
+                paragraph.append(line)
+                characters += len(line)
+                _check_length(characters)
+        if not blank:
+            yield "".join(paragraph).rstrip("\n")
+
+
 def _json_rows(file: io.TextIOBase) -> Iterator:
     """Rows of a JSON file: one list of objects, or one object per line."""
-    start = next((line for line in file if line.strip()), "")
+    start = ""
+    while not start.strip():
+        if not (start := file.readline(MAX_CHARACTERS + 1)):
+            return
     if start.lstrip().startswith("["):
-        yield from json.loads(start + file.read())
+        content = start + file.read(MAX_LIST)
+        if file.read(1):
+            raise ValueError(
+                f"expected a list of at most {MAX_LIST:,} characters, got a longer one; write one "
+                "object per line"
+            )
+        yield from json.loads(content)
         return
-    for line in itertools.chain([start], file):
+    _check_length(len(start))
+    for line in itertools.chain([start], _lines(file)):
         if line.strip():
             try:
                 yield json.loads(line)
@@ -203,21 +272,31 @@ def _text(row, column: str) -> str:
     if not isinstance(row, dict):
         raise SpecError(f"data.path: expected objects with a text column, got {str(row)[:40]!r}")
     if column not in row:
-        raise SpecError(f"data.text_column: expected one of {', '.join(row)}, got {column}")
+        raise SpecError(
+            f"data.text_column: expected one of {', '.join(map(str, row))}, got {column}"
+        )
     value = row[column]
     if value is not None and not isinstance(value, str):
         raise SpecError(f"data.text_column: expected text in {column}, got {str(value)[:40]!r}")
+    _check_length(len(value or ""))
     return value or ""
 
 
 def _hub(data: DataSpec, rows: Iterable[dict] | None) -> Iterator[str]:
     """Documents of a hub data set, streamed by the `datasets` library."""
+    count = 0
     try:
         for row in _data_set(data) if rows is None else rows:
             yield _text(row, data.text_column)
-    except SpecError:
-        raise
+            count += 1
     except Exception as error:
+        if count:  # what could be read is no bad input
+            raise store.Unavailable(
+                f"data.path: {data.path} cannot be read further than {count:,} documents: "
+                f"{_reason(error)}"
+            ) from error
+        if isinstance(error, SpecError):
+            raise
         raise _unreadable(data, error) from error
 
 
@@ -299,18 +378,38 @@ def pack(documents: Iterable[str], tokenizer, context_length: int) -> Iterator[n
         yield np.array(joined[: whole * context_length], np.int32).reshape(whole, context_length)
 
 
-def ahead(items: Iterator, depth: int = 2) -> Iterator:
+def ahead(items: Iterator, depth: int = 2, stopped: threading.Event | None = None) -> Iterator:
     """The same items in the same order, of which a thread makes up to `depth` before they are used.
 
     So reading and tokenising (which leave Python's lock) go on while a language model is busy. An
-    error of `items` is raised where its item would have come.
+    error of `items` is raised where its item would have come. Whoever uses no more items does not
+    wait for the thread.
+
+    stopped: is set at the end, for `items` to end early.
     """
-    end = object()
-    with ThreadPoolExecutor(1) as maker:
-        made = collections.deque(maker.submit(next, items, end) for _ in range(depth))
-        while (item := made.popleft().result()) is not end:
-            made.append(maker.submit(next, items, end))
+    made, free = queue.SimpleQueue(), threading.Semaphore(depth)
+    stopped = stopped or threading.Event()
+
+    def make():
+        try:
+            while free.acquire() and not stopped.is_set():
+                made.put((next(items), None))
+        except BaseException as error:
+            made.put((None, error))
+
+    threading.Thread(target=make, daemon=True).start()
+    try:
+        while True:
+            item, error = made.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            free.release()
             yield item
+    finally:
+        stopped.set()
+        free.release()
 
 
 def _tensor(rows: np.ndarray) -> torch.Tensor:
@@ -407,14 +506,22 @@ class StreamedBlocks:
     def _rows(self) -> datasets.IterableDataset:
         return _data_set(self.data)
 
+    def _documents(self, rows: Iterable[dict], stopped: threading.Event) -> Iterator[str]:
+        for text in documents(self.data, rows):
+            if stopped.is_set():
+                return
+            if split_of(text) == self.split:
+                yield text
+
     def _sequences(self, lane: int | None) -> Iterator[np.ndarray]:
         """The sequences of a lane, again and again; without one, all of them once."""
         lanes, index = (1, 0) if lane is None else (self.lanes, lane)
         while True:
             rows = self._rows.shard(num_shards=lanes, index=index, contiguous=False)
-            chosen = (text for text in documents(self.data, rows) if split_of(text) == self.split)
-            found = False
-            for chunk in ahead(pack(chosen, self.tokenizer, self.data.context_length)):
+            found, stopped = False, threading.Event()
+            own = self._documents(rows, stopped)
+            chunks = pack(own, self.tokenizer, self.data.context_length)
+            for chunk in ahead(chunks, stopped=stopped):
                 found = found or len(chunk) > 0
                 yield from chunk
             if not found and lanes == 1:
@@ -451,11 +558,17 @@ def check_tokenizer(tokenizer, n_embeddings: int | None = None):
             "model.path: expected a tokenizer with an EOS token, which is put between documents, "
             "got one without"
         )
-    largest = max(end, tokenizer.vocab_size - 1)  # the latter without added tokens
-    if n_embeddings is not None and largest >= n_embeddings:
+    if n_embeddings is None:
+        return
+    # Special tokens never stand in text, so those of them that a model has not do no harm.
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ordinary = {i: token for token, i in tokenizer.get_vocab().items() if i not in special}
+    largest = max(end, *ordinary)
+    if largest >= n_embeddings:
         raise SpecError(
             f"model.path: expected the model's own tokenizer, got one with ids up to {largest}; "
-            f"the model has {n_embeddings} embeddings"
+            f"the model has {n_embeddings} embeddings, none for "
+            f"{ordinary.get(largest, tokenizer.eos_token)!r}"
         )
 
 

@@ -8,9 +8,10 @@ and a run continues after a stop from its last checkpoint as if nothing had happ
 from __future__ import annotations
 
 import itertools
+import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from accelerate.utils import LoggerType
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mlsae_core import activations, kernels, metrics, objective, store
+from mlsae_core import activations, kernels, metrics, objective, stops, store
 from mlsae_core.activations import ActivationError, ActivationSource, Batch
 from mlsae_core.kernels import Kernel
 from mlsae_core.keys import run_settings
@@ -40,11 +41,16 @@ _ACCELERATE_PRECISION = {"fp32": "no", "tf32": "no", "fp16": "fp16", "bf16": "bf
 
 
 class Trained(NamedTuple):
-    """A trained autoencoder, its log (see `train`), and the seconds of training, stops left out."""
+    """A trained autoencoder, its log (see `train`), and the seconds of training, stops left out.
+
+    keep: writes a last checkpoint, if it can, for when the result cannot be written; says which
+        one there is.
+    """
 
     sae: MLSAE
     log: pd.DataFrame
     seconds: float
+    keep: Callable[[], str]
 
 
 def make_accelerator(
@@ -114,7 +120,8 @@ def train(
         source: where activations come from, at the run's site.
         accelerator: on the device of `source`; by default one is made there.
         checkpoint: file to continue from if it exists, and to write every `checkpoint_seconds` or
-            20 times as long as it took to write, whichever is longer.
+            20 times as long as it took to write, whichever is longer; also when a signal (`stops`)
+            or text that is no longer to be had ends the run.
         should_stop: asked after every step but the last; true ends the run at a checkpoint.
         kernel: how the same numbers are computed, see `mlsae_core.kernels`.
 
@@ -130,8 +137,9 @@ def train(
         SpecError: precision, batch, k or site that do not fit the activations or device, or an
             accelerator on another device than theirs.
         StoreError: a checkpoint that is damaged, of another run or of other activations.
-        Stopped: NaN or infinite activations or loss, text that holds nothing but special tokens
-            (with the batch, the step and the last checkpoint), or a stop that was asked for.
+        Stopped: NaN or infinite activations or loss, text that holds nothing but special tokens or
+            can be read no further (with the batch, the step and the last checkpoint), or a stop
+            that was asked for. stops.Interrupted: a signal came.
     """
     sites = (replace(s, layers=s.indices(source.n_layers)) for s in (run.site, source.site))
     activations.check_site(*sites, [f.name for f in fields(run.site)], "are")
@@ -158,7 +166,8 @@ def train(
         disable=not accelerator.is_main_process,
     )
     try:
-        with progress, _products(run.train.precision):
+        together = stops.held(throughout=True) if loop.plan.every > 1 else nullcontext()
+        with stops.raised(), together, progress, _products(run.train.precision):
             for row in loop.steps(state):
                 progress.update(loop.plan.step_tokens)
                 if row is not None:
@@ -171,11 +180,27 @@ def train(
                     saved.write(state)
                 if stop:
                     raise Stopped("stopped as asked")
-    except (Stopped, ActivationError) as error:
-        raise Stopped(
-            f"{error}, after step {state.step} of {loop.plan.steps}; {saved.describe()}"
-        ) from error
-    return Trained(sae, pd.DataFrame(state.log), state.seconds)
+                if loop.plan.every > 1:
+                    told = torch.full((), stops.waiting(), device=device)
+                    if accelerator.reduce(told, "sum"):  # one of the processes was
+                        raise stops.Interrupted(stops.waiting() or signal.SIGTERM)
+    except (Stopped, ActivationError, stops.Interrupted) as error:
+        if isinstance(error, store.Unavailable | stops.Interrupted):  # between two steps
+            with stops.held():  # a launcher whose process ends stops the others
+                saved.write(state)
+                if isinstance(error, stops.Interrupted):
+                    accelerator.wait_for_everyone()
+        kept = f"after step {state.step} of {loop.plan.steps}; {saved.describe()}"
+        if isinstance(error, stops.Interrupted):
+            raise error.kept(kept) from error
+        raise Stopped(f"{error}, {kept}") from error
+
+    def keep() -> str:
+        with suppress(OSError, RuntimeError):  # as of a full disk
+            saved.write(state)
+        return saved.describe()
+
+    return Trained(sae, pd.DataFrame(state.log), state.seconds, keep)
 
 
 @contextmanager
@@ -255,22 +280,23 @@ class _Loop:
         dead = self.sae.dead.nonzero().squeeze(1)
         last = time.perf_counter()
         while state.step < plan.steps:
-            queued, order = self.step(batches, prepared, dead)
-            if queued.device.type != "cpu" and state.step + 1 < plan.steps:
-                batches.make()  # the language model works while the host waits for this step
-            *sums, n_dead = queued.cpu()
-            sums, dead = torch.stack(sums), order[: int(n_dead)]
-            if not sums.isfinite().all():
-                raise Stopped(f"loss is {float(sums[0])}")
-            state.running = sums if state.running is None else state.running + sums
-            state.step += 1
-            now = time.perf_counter()
-            state.seconds, last = state.seconds + now - last, now
-            row = None
-            if state.step % interval == 0 or state.step == plan.steps:
-                row = self.row(state, state.step % interval or interval, len(dead))
-                state.log.append(row)
-                state.running = None
+            with stops.held():  # a checkpoint has all of a step or nothing
+                queued, order = self.step(batches, prepared, dead)
+                if queued.device.type != "cpu" and state.step + 1 < plan.steps:
+                    batches.make()  # the language model works while the host waits for this step
+                *sums, n_dead = queued.cpu()
+                sums, dead = torch.stack(sums), order[: int(n_dead)]
+                if not sums.isfinite().all():
+                    raise Stopped(f"loss is {float(sums[0])}")
+                state.running = sums if state.running is None else state.running + sums
+                state.step += 1
+                now = time.perf_counter()
+                state.seconds, last = state.seconds + now - last, now
+                row = None
+                if state.step % interval == 0 or state.step == plan.steps:
+                    row = self.row(state, state.step % interval or interval, len(dead))
+                    state.log.append(row)
+                    state.running = None
             yield row
 
     @torch.no_grad()
@@ -338,16 +364,27 @@ class _Loop:
 
 
 class _Ahead(Iterator):
-    """An iterator whose next item can be made before it is asked for."""
+    """An iterator whose next item can be made before it is asked for.
+
+    Signals do not wait while one is waited for: nothing has changed by then.
+    """
 
     def __init__(self, items: Iterator):
         self._items, self._made = items, []
 
     def make(self):
-        self._made = [next(self)]
+        """An error is raised where the item would be used."""
+        try:
+            self._made = [(next(self._items), None)]
+        except Exception as error:
+            self._made = [(None, error)]
 
     def __next__(self):
-        return self._made.pop() if self._made else next(self._items)
+        with stops.released():
+            item, error = self._made.pop() if self._made else (next(self._items), None)
+        if error is not None:
+            raise error
+        return item
 
 
 class _Checkpoint:
@@ -393,13 +430,13 @@ class _Checkpoint:
                 raise ValueError("it belongs to another run")
             if content["source"] != self.source:
                 raise ValueError("it was trained on other activations")
+            state = _State(**content["state"])
+            if state.step not in range(loop.plan.steps + 1):
+                raise ValueError(f"its step is {state.step} of {loop.plan.steps}")
             loop.sae.load_state_dict(content["sae"])
             loop.optimizer.load_state_dict(content["optimizer"])
             if loop.accelerator.scaler and content["scaler"]:
                 loop.accelerator.scaler.load_state_dict(content["scaler"])
-            state = _State(**content["state"])
-            if state.step not in range(loop.plan.steps + 1):
-                raise ValueError(f"its step is {state.step} of {loop.plan.steps}")
             return state
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise store.StoreError(

@@ -69,7 +69,8 @@ def run(arguments: list[str], folder: Path):
     from mlsae_core import train as training
     from mlsae_core.__main__ import main as core
 
-    training.CHECKPOINT_EVERY = training.train.__kwdefaults__["checkpoint_seconds"] = 0.0
+    training.CHECKPOINT_SECONDS = training.CHECKPOINT_EVERY = 0.0
+    training.train.__kwdefaults__["checkpoint_seconds"] = 0.0
     package, *arguments = arguments
     code = (core if package == "core" else book)(arguments)
     sys.stdout.flush(), sys.stderr.flush()

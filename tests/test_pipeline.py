@@ -183,7 +183,7 @@ def test_a_damaged_result_is_not_used(inputs, data):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(SpecError, match=r"model\.safetensors: damaged.*--force"):
+    with pytest.raises(SpecError, match=r"model\.safetensors: damaged.*delete"):
         pipeline.Session().evaluate(run, SETTINGS)
 
 

@@ -77,8 +77,7 @@ def test_damage_is_named_with_the_remedy(data, damage, message):
     damage(made.path)
     with pytest.raises(store.StoreError, match=message) as error:
         store.find("tokens", made.key)
-    assert "delete" in str(error.value)
-    assert "--force" in str(error.value)
+    assert f"delete {made.path}; it is computed anew" in str(error.value)
     assert isinstance(error.value, SpecError)
 
 
@@ -97,8 +96,6 @@ def test_a_finished_artefact_is_kept_unless_it_is_to_be_replaced(data):
     make(text="first")
     assert make(text="second").file("table.csv").read_text() == "first"
     assert make(text="third", replace=True).file("table.csv").read_text() == "third"
-    (store.STORE / "tokens" / ("0" * 16) / "meta.json").unlink()  # not finished
-    assert make(text="fourth").file("table.csv").read_text() == "fourth"
     assert [path.name for path in (store.STORE / "tokens").iterdir()] == ["0" * 16]
 
 

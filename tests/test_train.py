@@ -522,6 +522,32 @@ def test_a_killed_process_is_continued_exactly(inputs, processes, tmp_path):
     assert not list((killed / "store" / "checkpoints").iterdir())
 
 
+def test_processes_stop_together_where_one_is_told_to(inputs, processes, tmp_path):
+    """Else the others would wait for it in the next step, and nobody would keep anything."""
+    (tmp_path / "spec.yml").write_text(spec_text(inputs))
+    arguments, both = ["train", str(tmp_path / "spec.yml")], tmp_path / "both"
+
+    def run(step):
+        port = free_port()
+        started = [
+            processes.Process(
+                target=workers.told_command, args=(arguments, both, (rank, 2, port), step)
+            )
+            for rank in (0, 1)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(300)
+        return [process.exitcode for process in started]
+
+    assert run(step=5) == [143, 143]
+    (checkpoint,) = (both / "store" / "checkpoints").glob("*.pt")
+    assert store.load_checkpoint(checkpoint)["state"]["step"] == 5
+    assert run(step=0) == [0, 0]
+    assert list(results(both)[1].step) == list(range(1, 13))
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 

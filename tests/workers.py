@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -66,6 +67,7 @@ def slow_command(arguments: list[str], data: Path, checkpoint_steps: int):
     """Run the command line so that it writes a checkpoint at every step and marks when it has."""
     from mlsae_core import train
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell waits for none
     train.CHECKPOINT_EVERY = train.train.__kwdefaults__["checkpoint_seconds"] = 0.0
     save, count = store.save_checkpoint, 0
 
@@ -78,6 +80,22 @@ def slow_command(arguments: list[str], data: Path, checkpoint_steps: int):
 
     store.save_checkpoint = save_and_mark
     command(arguments, data)
+
+
+def told_command(arguments: list[str], data: Path, rank: tuple[int, int, int], step: int):
+    """Run the command line as one rank of several; number 1 gets SIGTERM after so many steps."""
+    from mlsae_core import train
+
+    steps = train._Loop.steps
+
+    def told(loop, state):
+        for row in steps(loop, state):
+            if rank[0] == 1 and state.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield row
+
+    train._Loop.steps = told
+    command(arguments, data, rank)
 
 
 def streaming_command(

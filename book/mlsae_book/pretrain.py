@@ -1,17 +1,19 @@
 """Train one of the book's own language models from its recipe, as a Hugging Face folder.
 
-A recipe is ``data/models/<name>/recipe.yml``; everything else in that folder is written by this
-module. Hidden matrices are updated by Muon, embeddings, gains and biases by AdamW, both with a
+A recipe is ``data/models/<name>/recipe.yml``, or any other recipe.yml; the model is written beside
+it, and whatever else is in that folder stays. Hidden matrices are updated by Muon, embeddings, gains and biases by AdamW, both with a
 short warm-up and linear decay to zero: on two cores the number of steps is what is scarce.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +25,26 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from mlsae_book import corpus
-from mlsae_core import models, store, text
+from mlsae_core import fits, models, pipeline, stops, store, text
+from mlsae_core import train as sae_training
 from mlsae_core.keys import keyed
-from mlsae_core.spec import DataSpec, ModelSpec, Spec, SpecError, added, build, read_yaml
+from mlsae_core.spec import (
+    DataSpec,
+    ModelSpec,
+    Spec,
+    SpecError,
+    added,
+    build,
+    canonical,
+    read_yaml,
+)
 from mlsae_core.store import Stopped
 
 END_OF_TEXT = "<|endoftext|>"
+CONFIG = "config.json"  # without it a folder is no model
+MADE = ".made"  # in a recipe's folder, what is to be moved into it
+MARK = "training.json"  # of a model that was trained here, and of what
+store.STAGES["tokenizer"] = 1
 
 
 @dataclass(frozen=True)
@@ -112,19 +128,48 @@ def _shipped(recipe: Recipe, name: str) -> Path:
 
 
 def _tokenizer(recipe: Recipe, folder: Path):
-    """The tokenizer of a shipped model, or the folder's own, trained if it is not there."""
+    """The tokenizer of a shipped model; or one that lies beside the recipe; or one trained here."""
     from transformers import AutoTokenizer
 
     for name in ("tokenizer", "base"):
         if getattr(recipe, name) is not None:
             return AutoTokenizer.from_pretrained(_shipped(recipe, name), trust_remote_code=False)
-    if not (folder / "tokenizer.json").exists():
+    given = folder if _is_given_tokenizer(folder) else _trained_tokenizer(recipe)
+    return AutoTokenizer.from_pretrained(given, trust_remote_code=False)
+
+
+def _is_given_tokenizer(folder: Path) -> bool:
+    """Whether the folder's tokenizer is the user's."""
+    made = _facts(folder)
+    return (folder / "tokenizer.json").is_file() and (made is None or made.get("given", False))
+
+
+def _trained_tokenizer(recipe: Recipe) -> Path:
+    """The folder of a tokenizer of the recipe's text and vocabulary, trained once."""
+    spec = {"text": pipeline.text_key(recipe.data), "vocab_size": recipe.vocab_size}
+    identity = store.key("tokenizer", spec, {})
+
+    def fill(folder: Path) -> dict:
         documents = [d for split, d in text.split_documents(recipe.data) if split == "train"]
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as temporary:
-            train_tokenizer(documents, recipe.vocab_size).save_pretrained(temporary)
-            for file in sorted(Path(temporary).iterdir(), reverse=True):  # tokenizer.json last
-                os.replace(file, folder / file.name)
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        train_tokenizer(documents, recipe.vocab_size).save_pretrained(folder)
+        return {}
+
+    made = store.find("tokenizer", identity)
+    return (made or store.write("tokenizer", identity, spec, {}, fill)).path
+
+
+def _facts(folder: Path) -> dict | None:
+    """What is known of the model in a folder, if it was trained here."""
+    if not (folder / MARK).is_file():
+        return None
+    try:
+        facts = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        facts["training_tokens"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SpecError(
+            f"recipe: {folder / MARK} is not of a model trained here: {error!r}"
+        ) from None
+    return facts
 
 
 def _model(recipe: Recipe, tokenizer):
@@ -143,7 +188,8 @@ def _model(recipe: Recipe, tokenizer):
             )
         return model
     architecture: dict[str, Any] = dict(recipe.architecture)
-    try:
+    with fits.reading("recipe.architecture"):
+        fits.check_layers(architecture)
         config = AutoConfig.for_model(
             architecture.pop("model_type"),
             vocab_size=len(tokenizer),
@@ -152,12 +198,10 @@ def _model(recipe: Recipe, tokenizer):
             eos_token_id=tokenizer.eos_token_id,
             **architecture,
         )
+        fits.empty_model(config, "float32")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise SpecError(f"recipe.architecture: {reason}") from error
 
 
 class Muon(torch.optim.Optimizer):
@@ -275,13 +319,34 @@ def read_recipe(path: str | Path) -> tuple[Recipe, Path]:
     if not path.is_file():
         known = sorted(recipe.parent.name for recipe in store.MODELS.glob("*/recipe.yml"))
         raise SpecError(f"recipe: expected a YAML file or one of {', '.join(known)}, got {path}")
-    return build(Recipe, read_yaml(path, typed=True)), path.parent
+    return build(Recipe, read_yaml(path, typed=True)), path.resolve().parent
 
 
-def _identity(recipe: Recipe) -> dict:
-    """What a checkpoint belongs to: the recipe, and the weights from which it starts."""
-    start = {} if recipe.base is None else {"base": models.key(recipe.base, None)}
-    return keyed(recipe) | start
+def _identity(recipe: Recipe, tokenizer) -> str:
+    """What the weights are a function of: the recipe, and the content of all that it names."""
+    fields = keyed(recipe)
+    for name in ("description", "data", "tokenizer", "base"):
+        fields.pop(name, None)
+    fields |= {
+        "text": pipeline.text_key(recipe.data),
+        "context_length": recipe.data.context_length,
+        "tokenizer": text.tokenizer_key(tokenizer),
+        "base": None if recipe.base is None else models.key(recipe.base, None),
+    }
+    return hashlib.sha256(canonical(fields).encode()).hexdigest()[:16]
+
+
+def _check_folder(folder: Path, recipe: Recipe):
+    """Refuse a folder in which a file of the user's has the name of one that is to be written."""
+    if _facts(folder) is None:
+        names = [CONFIG, "generation_config.json", "model.safetensors", "log.csv", "README.md"]
+        if recipe.tokenizer or recipe.base:
+            names += ["tokenizer.json", "tokenizer_config.json"]
+        if theirs := [name for name in names if (folder / name).exists()]:
+            raise SpecError(
+                f"recipe: {folder} has {', '.join(theirs)}, which this would replace and which was "
+                "not written here; move it, or the recipe"
+            )
 
 
 @dataclass
@@ -304,25 +369,35 @@ def pretrain(path: str | Path, stop_after: float | None = None) -> Path:
         Stopped: the loss is not finite; the last checkpoint is kept.
     """
     recipe, folder = read_recipe(path)
+    _place(folder)
+    _check_folder(folder, recipe)
+    if text.is_streamed(recipe.data):
+        raise SpecError(
+            f"recipe.data.path: expected text in files, got the hub's {recipe.data.path}"
+        )
     store.provenance()  # of the code that trains, not of what is there when it ends
     accelerator = Accelerator(mixed_precision=recipe.precision)
     if accelerator.num_processes > 1:
         raise SpecError(f"pretrain: expected one process, got {accelerator.num_processes}")
     tokenizer = _tokenizer(recipe, folder)
     text.check_tokenizer(tokenizer)
+    identity = _identity(recipe, tokenizer)
+    if (_facts(folder) or {}).get("identity") == identity and (folder / CONFIG).is_file():
+        return folder
     model = _model(recipe, tokenizer).to(accelerator.device)
     train = text.blocks(recipe.data, tokenizer, "train")
     validation = text.blocks(recipe.data, tokenizer, "validation")
     training = _Training(
         recipe, accelerator, model, _optimizers(model, recipe), train, validation,
-        store.STORE / "pretrain" / f"{folder.name}.pt",
+        store.STORE / "pretrain" / f"{identity}.pt",
     )  # fmt: skip
     state = training.restore()
     if recipe.base is not None and not state.log:  # what fine-tuning has to improve on
         loss = validation_loss(model, validation, limit=16)
         state.log.append({"tokens": 0, "validation": round(loss, 4)})
     if training.run(state, folder.name, stop_after):
-        _write(folder, training, tokenizer, state)
+        _write(folder, training, tokenizer, state, identity)
+        training.checkpoint.unlink(missing_ok=True)
     return folder
 
 
@@ -346,42 +421,62 @@ class _Training:
         step_batch = recipe.batch_tokens // recipe.data.context_length
         batches = self.train.batches(step_batch, seed=recipe.seed, start=state.step)
         compiled = torch.compile(self.model) if device.type == "cuda" else self.model
-        started = last = time.perf_counter()
-        with tqdm(total=steps * recipe.batch_tokens, initial=state.step * recipe.batch_tokens,
-                  desc=name, unit=" tokens", unit_scale=True) as progress:  # fmt: skip
+        started = last = saved = time.perf_counter()
+        with stops.raised(), self.kept(state, steps), tqdm(
+            total=steps * recipe.batch_tokens, initial=state.step * recipe.batch_tokens,
+            desc=name, unit=" tokens", unit_scale=True,
+        ) as progress:  # fmt: skip
             while state.step < steps:
-                scale = _rate(state.step, steps, recipe.warmup)
-                state.running += self.step(compiled, next(batches).to(device), scale)
-                state.step += 1
-                now = time.perf_counter()
-                state.seconds, last = state.seconds + now - last, now
-                progress.update(recipe.batch_tokens)
-                final, since = state.step == steps, (state.step - 1) % interval + 1
-                if since == interval or final:
-                    checked = final or state.step % (5 * interval) == 0
-                    progress.set_postfix(self.log(state, since, checked))
-                    if checked:
-                        self.save(state)
-                if stop_after is not None and now - started > stop_after and not final:
+                losses = self.gradient(compiled, next(batches).to(device))
+                with stops.held():  # a checkpoint has all of a step or nothing
+                    self.update(_rate(state.step, steps, recipe.warmup))
+                    state.running += losses
+                    state.step += 1
+                    now = time.perf_counter()
+                    state.seconds, last = state.seconds + now - last, now
+                    progress.update(recipe.batch_tokens)
+                    final, since = state.step == steps, (state.step - 1) % interval + 1
+                    if since == interval or final:
+                        checked = final or state.step % (5 * interval) == 0
+                        progress.set_postfix(self.log(state, since, checked))
+                stop = stop_after is not None and now - started > stop_after and not final
+                if stop or final or now - saved > sae_training.CHECKPOINT_SECONDS:
                     self.save(state)
+                    saved = time.perf_counter()
+                if stop:
                     return False
         return True
 
-    def step(self, model, tokens: torch.Tensor, scale: float) -> list[torch.Tensor]:
-        """One step of all optimisers at that share of their peak rates; the parts of the loss."""
-        for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * scale
+    @contextmanager
+    def kept(self, state: _State, steps: int) -> Iterator[None]:
+        """A signal writes a checkpoint, and its message says how to go on."""
+        try:
+            yield
+        except stops.Interrupted as error:
+            self.save(state)
+            raise error.kept(
+                f"after step {state.step} of {steps}; the same command continues from "
+                f"{self.checkpoint}"
+            ) from error
+
+    def gradient(self, model, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """The gradient of one step; the parts of its loss."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         losses = []
         for part in tokens.split(self.recipe.micro_batch):
             with self.accelerator.autocast():
                 loss = _loss(model, part) * (len(part) / len(tokens))
             loss.backward()
             losses.append(loss.detach())
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
         return losses
+
+    def update(self, scale: float):
+        """One step of all optimisers at that share of their peak rates."""
+        for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * scale
+            optimizer.step()
 
     @property
     def peaks(self) -> tuple[float, float]:
@@ -403,7 +498,6 @@ class _Training:
     def save(self, state: _State):
         """Write all that the rest of the training depends on."""
         content = {
-            "recipe": _identity(self.recipe),
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             **vars(state),
@@ -411,12 +505,10 @@ class _Training:
         store.save_checkpoint(self.checkpoint, content)
 
     def restore(self) -> _State:
-        """Where the training stands; a checkpoint of another recipe is not continued."""
+        """Where the training stands."""
         if not self.checkpoint.exists():
             return _State()
         content = store.load_checkpoint(self.checkpoint)
-        if content["recipe"] != _identity(self.recipe):
-            return _State()
         self.model.load_state_dict(content["model"])
         for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -424,7 +516,7 @@ class _Training:
         return _State(content["step"], content["seconds"], content["log"], running)
 
 
-def _write(folder: Path, training: _Training, tokenizer, state: _State):
+def _write(folder: Path, training: _Training, tokenizer, state: _State, identity: str):
     recipe, model = training.recipe, training.model
     stored = getattr(torch, recipe.storage)
     model.to(stored).float()  # what the losses below are measured on
@@ -439,13 +531,33 @@ def _write(folder: Path, training: _Training, tokenizer, state: _State):
         "seed": recipe.seed,
         **store.provenance(),
     }
-    with store.atomic_folder(folder) as new:
+    card = _card(folder.name, recipe, facts)
+    given = _is_given_tokenizer(folder)
+    facts |= {"identity": identity, "given": given}
+    with store.atomic_folder(folder / MADE) as new:
         model.to(stored).save_pretrained(new)
-        tokenizer.save_pretrained(new)
+        if not given:
+            tokenizer.save_pretrained(new)
         pd.DataFrame(state.log).to_csv(new / "log.csv", index=False)
-        (new / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
-        (new / "README.md").write_text(_card(folder.name, recipe, facts))
-        (new / "recipe.yml").write_bytes((folder / "recipe.yml").read_bytes())
+        (new / "README.md").write_text(card)
+        (new / MARK).write_text(json.dumps(facts, indent=1) + "\n")
+    _place(folder)
+
+
+def _place(folder: Path):
+    """Move what was made beside the recipe, and what is left of a move that was stopped.
+
+    The mark goes first, so that what follows is known to be from here. `config.json` goes away
+    before all and comes last: the folder is a model as a whole or not at all.
+    """
+    made = folder / MADE
+    if not made.is_dir():
+        return
+    names = sorted((file.name for file in made.iterdir()), key=lambda n: (n == CONFIG, n != MARK))
+    (folder / CONFIG).unlink(missing_ok=True)
+    for name in names:
+        os.replace(made / name, folder / name)
+    made.rmdir()
 
 
 def _card(name: str, recipe: Recipe, facts: dict) -> str:

@@ -8,9 +8,11 @@ logit lens, and are trained by Adam on the same tokens, each by its own divergen
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,14 +24,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mlsae_core import models, store, text
+from mlsae_core import models, pipeline, stops, store, text
+from mlsae_core import train as training
 from mlsae_core.keys import stored
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
-from mlsae_core.spec import DataSpec, ModelSpec, Spec, to_dict
+from mlsae_core.spec import DataSpec, ModelSpec, Spec, SpecError, canonical, to_dict
 from mlsae_core.store import Stopped
 from mlsae_core.train import process_state
 
+MARK = "training.json"  # of a lens that was made here
 _AT_ONCE = 512  # positions whose logits are held at a time; they stay in a CPU's cache
 
 
@@ -163,15 +167,23 @@ def _parts(states: Tensor, final: Tensor):
     return zip(states.split(_AT_ONCE), final.split(_AT_ONCE), strict=True)
 
 
-def tune(lm: LanguageModel, blocks, spec: TuneSpec, validation=()) -> Tuned:
+def tune(
+    lm: LanguageModel,
+    blocks,
+    spec: TuneSpec,
+    validation=(),
+    checkpoint: Path | None = None,
+) -> Tuned:
     """Train the translators of a language model on packed text.
 
     Args:
         blocks: `text.blocks` of the train split, or anything with such `batches`.
         validation: (batch, position) int64 tokens, read twice.
+        checkpoint: file to continue from if it exists, and to write every minute and when a signal
+            (`stops`) ends the training.
 
     Raises:
-        Stopped: the divergence is not finite.
+        Stopped: the divergence is not finite. stops.Interrupted: a signal came.
     """
     shape = lm.n_layers, lm.d_model
     weight = torch.zeros(*shape, lm.d_model, device=lm.device, requires_grad=True)
@@ -180,27 +192,59 @@ def tune(lm: LanguageModel, blocks, spec: TuneSpec, validation=()) -> Tuned:
         [weight, bias], lr=spec.learning_rate, betas=(0.9, 0.999), amsgrad=True,
         weight_decay=spec.weight_decay,
     )  # fmt: skip
-    steps = spec.tokens // spec.batch_tokens
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    steps, step, log, running = spec.tokens // spec.batch_tokens, 0, [], []
     before = translator_divergences(lm, weight, bias, validation)
-    batches = blocks.batches(spec.batch_tokens // spec.data.context_length, seed=spec.seed)
-    log, running = [], []
-    with tqdm(total=steps * spec.batch_tokens, desc=f"lens of {lm.name}", unit=" tokens",
-              unit_scale=True) as progress:  # fmt: skip
-        for step, tokens in zip(range(1, steps + 1), batches, strict=False):
-            running.append(_gradient(lm, weight, bias, tokens, spec.precision))
-            torch.nn.utils.clip_grad_norm_([weight, bias], 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            progress.update(spec.batch_tokens)
-            if step % max(steps // 50, 1) == 0 or step == steps:
-                kl = sum(running) / len(running)
-                if not math.isfinite(kl):
-                    raise Stopped(f"the lens's divergence is {kl} at step {step}; nothing is kept")
-                log.append({"tokens": step * spec.batch_tokens, "kl": round(kl, 5)})
-                progress.set_postfix(kl=f"{kl:.4f}")
-                running = []
+    if checkpoint is not None and checkpoint.is_file():
+        content = store.load_checkpoint(checkpoint)
+        step, log, running = (content[name] for name in ("step", "log", "running"))
+        optimizer.load_state_dict(content["optimizer"])
+        with torch.no_grad():
+            weight.copy_(content["weight"])
+            bias.copy_(content["bias"])
+
+    def save():
+        if checkpoint is not None:
+            content = {
+                "weight": weight.detach(),
+                "bias": bias.detach(),
+                "optimizer": optimizer.state_dict(),
+            }
+            content |= {"step": step, "log": log, "running": running}
+            store.save_checkpoint(checkpoint, content)
+
+    size = spec.batch_tokens // spec.data.context_length
+    batches = blocks.batches(size, seed=spec.seed, start=step)
+    saved = time.perf_counter()
+    try:
+        with stops.raised(), tqdm(total=steps * spec.batch_tokens, unit=" tokens", unit_scale=True,
+                  initial=step * spec.batch_tokens, desc=f"lens of {lm.name}") as progress:  # fmt: skip
+            while step < steps:
+                optimizer.zero_grad()
+                kl = _gradient(lm, weight, bias, next(batches), spec.precision)
+                torch.nn.utils.clip_grad_norm_([weight, bias], 1.0)
+                with stops.held():  # a checkpoint has all of a step or nothing
+                    for group in optimizer.param_groups:
+                        group["lr"] = spec.learning_rate * _rate(step, steps)
+                    optimizer.step()
+                    running.append(kl)
+                    step += 1
+                    progress.update(spec.batch_tokens)
+                    if step % max(steps // 50, 1) == 0 or step == steps:
+                        kl = sum(running) / len(running)
+                        if not math.isfinite(kl):
+                            raise Stopped(
+                                f"the lens's divergence is {kl} at step {step}; nothing is kept"
+                            )
+                        log.append({"tokens": step * spec.batch_tokens, "kl": round(kl, 5)})
+                        progress.set_postfix(kl=f"{kl:.4f}")
+                        running = []
+                if step == steps or time.perf_counter() - saved > training.CHECKPOINT_SECONDS:
+                    save()
+                    saved = time.perf_counter()
+    except stops.Interrupted as error:
+        save()
+        kept = f"the same command continues from {checkpoint}" if checkpoint else "nothing is kept"
+        raise error.kept(f"after step {step} of {steps}; {kept}") from error
     weight, bias = weight.detach(), bias.detach()
     after = translator_divergences(lm, weight, bias, validation)
     lens = Lens(weight, bias, model_name=lm.name)
@@ -236,21 +280,39 @@ def _gradient(lm, weight: Tensor, bias: Tensor, tokens: Tensor, precision: str) 
 def make(model: str, spec: TuneSpec | None = None, force: bool = False) -> Path:
     """The folder of a model's tuned lens, trained if it is not there for this model and spec.
 
-    It is trained on accelerate's device.
+    It is trained on accelerate's device, and named as the model's folder is.
 
     Args:
         model: a shipped name, a Hugging Face folder or a hub id.
-        force: train although it is there.
+        force: train although it is there; only so is a lens replaced, and only one made here.
 
     Raises:
-        SpecError: a model or text that cannot be read.
+        SpecError: a model or text that cannot be read, or another lens of that name.
         Stopped: the divergence is not finite; nothing is written.
     """
     spec = spec or TuneSpec()
-    folder = store.DATA / "lenses" / Path(model).name
-    identity = {"model": models.key(model, None), "spec": to_dict(spec)}
-    if not force and _made_of(folder) == identity:
-        return folder
+    here = models.folder(model) is not None
+    name = Path(os.path.abspath(Path(model).expanduser()) if here else model).name
+    if not name:
+        raise SpecError(f"model.path: expected a folder that has a name, got {model}")
+    folder = store.DATA / "lenses" / name
+    identity = {
+        "model": models.key(model, None),
+        "text": pipeline.text_key(spec.data),
+        "spec": to_dict(spec),
+    }
+    store.settle(folder)
+    store.check_own(folder, MARK)
+    made = _made_of(folder)
+    if made is not None and not force:
+        made = {"text": identity["text"]} | made  # earlier lenses do not say of which
+        other = [name for name in identity if made.get(name) != identity[name]]
+        if not other:
+            return folder
+        raise SpecError(
+            f"lens: {folder} was made of another {other[0]}; rename it to keep it, or replace it "
+            "with --force"
+        )
     lm = LanguageModel.load(ModelSpec(model), process_state().device)
     text.check_tokenizer(lm.tokenizer, lm.vocab_size)
     train, held_out = (text.blocks(spec.data, lm.tokenizer, s) for s in ("train", "validation"))
@@ -258,7 +320,11 @@ def make(model: str, spec: TuneSpec | None = None, force: bool = False) -> Path:
     validation = [*itertools.islice(held_out.batches(1), sequences)]
     store.provenance()  # of the code that trains, not of what is there when it ends
     start = time.perf_counter()
-    tuned = tune(lm, train, spec, validation)
+    digest = hashlib.sha256(canonical(identity).encode()).hexdigest()[:16]
+    checkpoint = store.STORE / "lens" / f"{digest}.pt"
+    if force:
+        checkpoint.unlink(missing_ok=True)
+    tuned = tune(lm, train, spec, validation, checkpoint)
     facts = {
         **identity,
         "validation_tokens": sum(tokens.numel() for tokens in validation),
@@ -268,17 +334,21 @@ def make(model: str, spec: TuneSpec | None = None, force: bool = False) -> Path:
         **store.provenance(),
     }
     tuned.lens.check()
-    with store.atomic_folder(folder) as new:
+    with store.atomic_folder(folder, mark=MARK) as new:
         tuned.lens.write(new, safetensors=True)
         tuned.log.to_csv(new / "log.csv", index=False)
-        (new / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+        (new / MARK).write_text(json.dumps(facts, indent=1) + "\n")
+    checkpoint.unlink(missing_ok=True)
     return folder
 
 
 def _made_of(folder: Path) -> dict | None:
-    """The model and spec of a lens that is there."""
-    try:
-        facts = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-        return {"model": facts["model"], "spec": to_dict(stored(TuneSpec, facts["spec"]))}
-    except (OSError, ValueError, KeyError, TypeError):
+    """The model, text and spec of a lens that is there."""
+    if not (folder / MARK).is_file():
         return None
+    try:
+        facts = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        spec = to_dict(stored(TuneSpec, facts["spec"]))
+        return {name: facts[name] for name in ("model", "text") if name in facts} | {"spec": spec}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SpecError(f"lens: {folder / MARK} cannot be read: {error!r}") from None
