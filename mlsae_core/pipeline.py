@@ -248,11 +248,9 @@ class Session:
 
         try:
             made = self.write("train", identity, spec, parents, fill)
-        except BaseException as error:  # no room, something in the way, or a signal
-            kept = trained.keep()
-            if not isinstance(error, OSError | SafetensorError):
-                raise
-            raise Stopped(f"train {identity} cannot be written: {error}; {kept}") from error
+        except (OSError, SafetensorError) as error:  # as of a full disk
+            left = train.kept(checkpoint)
+            raise Stopped(f"train {identity} cannot be written: {error}; {left}") from error
         checkpoint.unlink(missing_ok=True)
         return made
 
@@ -327,6 +325,8 @@ class Session:
         _wait()
         if found is None and self.mode == "read-only":
             raise StoreError(_missing(stage, identity, spec))
+        if found is None:
+            store.check_own(store.STORE / stage / identity)
         return found
 
     def write(self, stage, identity, spec, parents, fill: Callable[[Path], dict]) -> Artefact:

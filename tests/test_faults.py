@@ -856,15 +856,14 @@ def test_no_room_is_one_line_and_nothing_half_is_left(data, base, limit, message
     ]
 
 
-def test_what_was_trained_is_kept_where_its_place_is_taken(data, base, capsys, monkeypatch):
-    run = run_from_dict(base)
-    theirs = store.STORE / "train" / pipeline.run_key(run)[0] / "notes.md"
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_a_place_that_is_taken_is_named_before_anything_is_computed(
+    data, base, capsys, monkeypatch, force
+):
+    theirs = store.STORE / "train" / pipeline.run_key(run_from_dict(base))[0] / "notes.md"
     theirs.parent.mkdir(parents=True)
     theirs.write_text("mine")
-    code = core(["train", spec_file(data, base)])
+    monkeypatch.setattr(train._Loop, "step", lambda *_: pytest.fail("trained for nothing"))
+    code = core(["train", spec_file(data, base), *force])
     assert refused(capsys, code, "expected a folder with meta.json") == 2
     assert theirs.read_text() == "mine"
-    theirs.unlink()
-    with monkeypatch.context() as patched:
-        patched.setattr(train._Loop, "step", lambda *_: pytest.fail("trained twice"))
-        assert core(["train", spec_file(data, base)]) == 0
