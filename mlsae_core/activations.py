@@ -30,6 +30,7 @@ from mlsae_core.keys import stored
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.metrics import LayerMoments
+from mlsae_core.resume import Pass
 from mlsae_core.spec import SiteSpec, SpecError, canonical, to_dict
 from mlsae_core.text import StreamedBlocks, TokenBlocks, data_key
 
@@ -96,17 +97,27 @@ class ActivationSource(Protocol):
 
 
 def one_pass(
-    batches: Iterable[T], source: ActivationSource, size: int, name: str, progress: bool = True
+    batches: Iterable[T],
+    source: ActivationSource,
+    size: int,
+    name: str,
+    progress: bool = True,
+    done: Pass | None = None,
 ) -> Iterator[T]:
     """The batches of `size` sequences of a source, with a progress bar.
+
+    done: what was read before; it counts each batch when the next one is asked for.
 
     Raises:
         ValueError: there are none.
     """
-    batch = None
+    first = done.first if done else 0
+    batch = first or None  # some were read
     total = math.ceil(source.n_sequences / size) if source.n_sequences else None
-    for batch in tqdm(batches, name, total, disable=not progress):
+    for batch in tqdm(batches, name, total, disable=not progress, initial=first):
         yield batch
+        if done:
+            done.batch_done()
     if batch is None:
         raise ValueError("source: expected at least one sequence, got none")
 
@@ -298,19 +309,20 @@ class TextSource:
 
     # --- putting vectors back -----------------------------------------------------------------
 
-    def passes(self, size: int, start: int = 0) -> Iterator[tuple[Batch, PutBack]]:
+    def passes(self, size: int, start: int = 0, first: int = 0) -> Iterator[tuple[Batch, PutBack]]:
         """`batches` in order, each with what puts vectors in the place of its target's.
 
         Vectors are replaced at the positions of the batch, one layer at a time, and the rest of
         the model is run; all replaced layers share a growing batch. Every position but a sequence's
         last makes one prediction, scored against the token that really follows.
 
-        start: the position from which on the batch has vectors and predictions are made.
+        start: the position from which on the batch has vectors and predictions are made. first: the
+            number of the batch to begin with.
 
         Raises:
             ActivationError: NaN or infinite activations, or nothing but special tokens.
         """
-        for index, tokens in enumerate(self.blocks.batches(size)):
+        for index, tokens in enumerate(self.blocks.batches(size, start=first), first):
             tokens = tokens.to(self.device)
             keep = self.lm.keep_mask(tokens)
             keep[:, :start] = False

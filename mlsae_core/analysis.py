@@ -6,7 +6,7 @@ read at a time, and makes one pass over the source.
 
 from __future__ import annotations
 
-import itertools
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -27,6 +27,7 @@ from mlsae_core.metrics import (
     gaussian_like,
     permute_layers,
 )
+from mlsae_core.resume import Pass
 from mlsae_core.sae import MLSAE
 
 # What distributions over layers are compared with: see `distributions`.
@@ -44,6 +45,7 @@ def evaluate(
     layers_at_once: int | None = None,
     start: int = 0,
     progress: bool = True,
+    checkpoint: Path | None = None,
 ) -> pd.DataFrame:
     """Reconstruction error and downstream loss of every layer.
 
@@ -62,7 +64,8 @@ def evaluate(
         layers_at_once: layers that share a growing batch; fewer take less memory.
         start: the position from which on vectors are replaced and measured, and predictions scored;
             those before it are context.
-        progress: show a progress bar.
+        progress: show a progress bar. checkpoint: file to continue from if it exists, and to write
+            every minute.
 
     Returns:
         One row per layer. Means over `tokens` non-special tokens: ``fvu_global``,
@@ -92,9 +95,15 @@ def evaluate(
     ablated = torch.zeros(others.shape[:2], dtype=torch.float64, device=device)  # Σ CE
     active = torch.zeros(n, sae.n_latents + 1, dtype=torch.bool, device=device)
 
-    alone = zip(source.batches(size), itertools.repeat(None), strict=False)
-    passes = source.passes(size, start) if replaces else alone
-    for batch, put_back in one_pass(passes, source, size, "evaluate", progress):
+    done = Pass(
+        checkpoint, size, reconstruction=reconstruction, downstream=downstream, ablated=ablated,
+        active=active,
+    )  # fmt: skip
+    if replaces:
+        passes = source.passes(size, start, done.first)
+    else:
+        passes = ((batch, None) for batch in source.batches(size, start=done.first))
+    for batch, put_back in one_pass(passes, source, size, "evaluate", progress, done):
         target = None if batch.target is batch.source else batch.target
         output = sae(batch.source) if target is None else sae(batch.source, target)
         values, indices = (part.expand(n, -1, -1) for part in output.topk)
@@ -142,6 +151,7 @@ def distributions(
     *,
     replicates: int = 1000,
     progress: bool = True,
+    checkpoint: Path | None = None,
 ) -> tuple[dict[str, Tensor], dict]:
     """Distributions of every latent over layers, their variances, intervals and null models.
 
@@ -152,6 +162,7 @@ def distributions(
     Args:
         size: sequences that are read at a time; the null models are drawn batch by batch.
         replicates: bootstrap replicates over blocks of sequences, for 95 % intervals.
+        checkpoint: file to continue from if it exists, and to write every minute.
 
     Returns:
         Arrays, no wider than the three digits they are read to: ``probs``, ``probs_permuted``,
@@ -173,8 +184,9 @@ def distributions(
     # The numbers depend on where they are drawn; a GPU would wait for those of a CPU.
     drawn_on = device if device.type == "cuda" else "cpu"
     generator, noise = (torch.Generator(drawn_on).manual_seed(seed) for seed in (0, 1))
-    seen = 0
-    for batch in one_pass(source.batches(size), source, size, "distributions", progress):
+    done = Pass(checkpoint, size, found=found, sums=sums, generator=generator, noise=noise)
+    seen, batches = done.first * size, source.batches(size, start=done.first)
+    for batch in one_pass(batches, source, size, "distributions", progress, done):
         values, indices = sae.encode(batch.source)
         found.update(indices, values, batch.sequence + seen)
         sums["permuted"].update(*permute_layers(indices, values, generator))

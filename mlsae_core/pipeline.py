@@ -188,16 +188,21 @@ class Session:
             tokens = batch_tokens(source.lm) if this.any_batch else EVALUATION_BATCH_TOKENS
             size = max(tokens // read.data.context_length, 1)
         sae = self.sae(run) if "dictionary" in this.needs else None
+        checkpoint = checkpoint_path(identity)
+        if self.mode == "force":
+            checkpoint.unlink(missing_ok=True)
 
         def fill(folder: Path) -> dict:
             from mlsae_core.activations import ActivationError
 
             try:
-                return this.measure(folder, Subject(run, settings, source, size, sae))
+                return this.measure(folder, Subject(run, settings, source, size, sae, checkpoint))
             except ActivationError as error:
                 raise Stopped(f"{stage}: {error}") from error
 
-        return self.write(stage, identity, spec, parents, fill)
+        made = self.write(stage, identity, spec, parents, fill)
+        checkpoint.unlink(missing_ok=True)
+        return made
 
     def train(self, run: RunSpec) -> Artefact:
         """The trained dictionary: `model.safetensors`, `config.json` and `log.csv`."""
@@ -343,7 +348,8 @@ class Subject:
     """What a stage measures.
 
     run, settings: what is asked for. source: the activations, read `size` sequences at a time.
-    sae: the dictionary. None where the stage does not need it.
+    sae: the dictionary. None where the stage does not need it. checkpoint: file for a measurement
+    to continue from; it goes when the result is written.
     """
 
     run: SubjectSpec
@@ -351,6 +357,7 @@ class Subject:
     source: TextSource | None
     size: int
     sae: MLSAE | None
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -388,7 +395,11 @@ def _evaluate(folder: Path, subject: Subject) -> dict:
     from mlsae_core import analysis
 
     table = analysis.evaluate(
-        subject.source, subject.sae, subject.size, ablations=subject.settings.ablations
+        subject.source,
+        subject.sae,
+        subject.size,
+        ablations=subject.settings.ablations,
+        checkpoint=subject.checkpoint,
     )
     table.to_csv(folder / "evaluation.csv", index=False, float_format="%.8g")
     return {"tokens": int(table.tokens.iloc[0])}
@@ -399,7 +410,9 @@ def _distributions(folder: Path, subject: Subject) -> dict:
 
     from mlsae_core import analysis
 
-    arrays, numbers = analysis.distributions(subject.source, subject.sae, subject.size)
+    arrays, numbers = analysis.distributions(
+        subject.source, subject.sae, subject.size, checkpoint=subject.checkpoint
+    )
     save_file(arrays, folder / "distributions.safetensors")
     (folder / "variances.json").write_text(json.dumps(numbers, indent=1) + "\n")
     return {"tokens": numbers["tokens"]}

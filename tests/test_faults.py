@@ -23,10 +23,10 @@ from workers import sentences, slow_command, write_jsonl
 
 from mlsae_book import pretrain, tune
 from mlsae_book.__main__ import main as book
-from mlsae_core import cli, fits, pipeline, stops, store, text, train
+from mlsae_core import cli, fits, pipeline, resume, stops, store, text, train
 from mlsae_core.__main__ import main as core
 from mlsae_core.lens import Lens
-from mlsae_core.spec import DataSpec, SpecError, run_from_dict
+from mlsae_core.spec import DataSpec, EvaluateSpec, SpecError, run_from_dict
 
 CONTEXT = 16
 
@@ -828,6 +828,48 @@ def test_models_and_lenses_continue_where_a_signal_stopped_them(
                 call()
     again = load_file(call())
     assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "distributions"])
+def test_a_measurement_continues_at_the_batch_where_it_was_stopped(data, base, stage, monkeypatch):
+    monkeypatch.setattr(pipeline, "EVALUATION_BATCH_TOKENS", 64)
+    monkeypatch.setattr(resume, "SECONDS", -1.0)
+    run, settings = run_from_dict(base), EvaluateSpec(tokens=640)
+
+    def measure():
+        made = pipeline.Session().make(stage, run, settings)
+        return {name: made.file(name).read_bytes() for name in made.meta["files"]}
+
+    whole = measure()
+    shutil.rmtree(store.STORE / stage)
+    counted, calls = resume.Pass.batch_done, []
+
+    def stopped(self):
+        counted(self)
+        calls.append(self.first)
+        if len(calls) in (3, 5):
+            raise stops.Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(resume, "EVERY", 0.0)
+    monkeypatch.setattr(resume.Pass, "batch_done", stopped)
+    for _ in range(2):
+        with pytest.raises(stops.Interrupted):
+            measure()
+    assert measure() == whole
+    assert calls == list(range(1, 11))  # no batch twice
+    assert not list((store.STORE / "checkpoints").iterdir())
+    assert core(["status"]) == 0
+
+
+def test_sums_of_other_batches_are_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "SECONDS", -1.0)
+    done = resume.Pass(tmp_path / "sums.pt", 8, total=torch.zeros(2))
+    done.parts["total"] += 3
+    done.batch_done()
+    for size, first in ((8, 1), (4, 0)):
+        again = resume.Pass(tmp_path / "sums.pt", size, total=torch.zeros(2))
+        assert again.first == first
+        assert again.parts["total"].tolist() == [3 * first] * 2
 
 
 # --- a disk that is full --------------------------------------------------------------------------
