@@ -40,6 +40,7 @@ from mlsae_core.metrics.geometry import (
     mmcs_between,
     most_similar,
 )
+from mlsae_core.metrics.lifetimes import Correlation, Matches, best_matches, chain_lengths
 from mlsae_core.metrics.persistence import (
     Persistence,
     PersistenceResult,
@@ -58,6 +59,7 @@ from mlsae_core.metrics.reconstruction import (
 )
 
 __all__ = [
+    "Correlation",
     "CosineHistogram",
     "DistributionResult",
     "Downstream",
@@ -67,6 +69,7 @@ __all__ = [
     "Examples",
     "LayerDistribution",
     "LayerMoments",
+    "Matches",
     "MaxCosine",
     "Persistence",
     "PersistenceResult",
@@ -79,8 +82,10 @@ __all__ = [
     "Variances",
     "adjacent_cosine",
     "basic_interval",
+    "best_matches",
     "ce_recovered",
     "centred_logit",
+    "chain_lengths",
     "copied_rows",
     "cosine_histogram",
     "cross_entropy",
