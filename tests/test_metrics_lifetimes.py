@@ -91,7 +91,7 @@ def test_lifetimes_are_what_following_each_chain_gives(seed):
 
 
 def test_planted_lifetimes_are_found_and_shuffled_tokens_have_none():
-    """Features that live for 1 to 4 layers, under other names at each; noise in their activations."""
+    """Features that live for 1 to 4 layers, under other names at each, with noisy activations."""
     generator = torch.Generator().manual_seed(0)
     tokens, layers, n = 4000, 4, 24
     begins = torch.arange(n) % layers

@@ -105,7 +105,7 @@ def chain_lengths(matches: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
 
     Args:
         matches: for each layer but the last, `Matches.other` between it and the next.
-        sizes: latents of each layer's dictionary that are to be counted, or masks (n_latents,) bool.
+        sizes: latents of each layer's dictionary, or masks (n_latents,) bool of those that count.
 
     Returns:
         (chain,) int64, in the order in which chains begin: layer by layer, then by latent. A latent
