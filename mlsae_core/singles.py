@@ -19,11 +19,12 @@ class SingleLayers(nn.Module):
     A latent of one is none of another: latent j of the i-th dictionary has the index starts[i] + j.
     Shares of all latents that are not active at a layer count those of the other layers.
 
-    Attributes
-    ----------
-    layers : block indices, increasing. saes : the dictionary of each.
-    n_inputs, dead_threshold : theirs, which are the same. n_latents : of all together. k : the
-        largest.
+    Attributes:
+        layers: block indices, increasing.
+        saes: the dictionary of each.
+        n_inputs, dead_threshold: theirs, which are the same.
+        n_latents: of all together.
+        k: the largest.
     """
 
     def __init__(self, saes: Mapping[int, MLSAE]):

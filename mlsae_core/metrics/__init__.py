@@ -40,6 +40,17 @@ from mlsae_core.metrics.geometry import (
     mmcs_between,
     most_similar,
 )
+from mlsae_core.metrics.lifetimes import Correlation, Matches, best_matches, chain_lengths
+from mlsae_core.metrics.persistence import (
+    Persistence,
+    PersistenceResult,
+    Survival,
+    SurvivalResult,
+    hysteresis,
+    layers_of_pairs,
+    random_updates,
+    shuffled_updates,
+)
 from mlsae_core.metrics.reconstruction import (
     LayerMoments,
     Reconstruction,

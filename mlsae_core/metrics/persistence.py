@@ -1,0 +1,308 @@
+"""At how many layers a latent is active at one token, and whether it is still at the next.
+
+`Persistence` counts (token, latent) pairs by the layers at which they are active; `Survival` asks
+how many of the latents that are active before a step are active after it, where the step is a block
+of the language model or a null model of one. Both are exact, one pass, mergeable, and resample
+blocks of sequences.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from mlsae_core.metrics.distribution import _check_codes, _drawn_on
+from mlsae_core.metrics.reconstruction import _check_same
+
+
+class PersistenceResult(NamedTuple):
+    """Of the pairs (token, latent) that are active at some layer. float64."""
+
+    pairs: int
+    """How many there are."""
+    layers: Tensor
+    """Share of the pairs that are active at exactly 1, 2, … n_layers layers, (n_layers,)."""
+    mean_layers: float
+    """Layers at which a pair is active, on average."""
+    contiguous: float
+    """Share of the pairs of several layers whose layers follow each other; nan if there are none.
+    """
+    together: Tensor
+    """P(active at layer m | active at layer l), (n_layers, n_layers); nan if never active at l."""
+
+
+class Persistence:
+    """Counts of the layers at which a latent is active at one token.
+
+    Args:
+        n_layers, n_latents: sizes as in `LayerDistribution`.
+        n_blocks: blocks of sequences to resample; 1 if no interval is wanted.
+        device: where codes are sorted; the counts are small.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        n_latents: int,
+        n_blocks: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.shape, self.device = (n_layers, n_latents, n_blocks), torch.device(device)
+        zeros = torch.zeros(n_blocks, n_layers, dtype=torch.float64)
+        self.layers, self.runs = zeros, zeros.clone()  # pairs by layers; those without a gap
+        self.together = zeros.new_zeros(n_blocks, n_layers, n_layers)
+
+    @torch.no_grad()
+    def update(self, indices: Tensor, values: Tensor, sequences: Tensor | None = None) -> None:
+        """Add a batch: the arguments of `LayerDistribution.update`."""
+        n_layers, n_latents, n_blocks = self.shape
+        _check_codes(indices, values, n_layers, n_latents)
+        tokens = indices.shape[1]
+        blocks = _blocks(sequences, tokens, n_blocks)
+        for block in blocks.unique().tolist():
+            rows = (blocks == block).to(indices.device)
+            active, _ = layers_of_pairs(indices[:, rows], values[:, rows] > 0, self.device)
+            active = active.double()
+            count = active.sum(1).long()
+            # As many beginnings as there are runs of layers without a gap.
+            begins = active[:, 0] + (active[:, 1:] > active[:, :-1]).sum(1)
+            for kept, chosen in ((self.layers, count), (self.runs, count[begins == 1])):
+                kept[block] += torch.bincount(chosen - 1, minlength=n_layers).cpu()
+            self.together[block] += (active.T @ active).cpu()
+
+    def merge(self, other: Persistence) -> Self:
+        """Add what another accumulator has seen (disjoint tokens); returns self."""
+        _check_same(self.shape, other.shape)
+        for name in ("layers", "runs", "together"):
+            getattr(self, name).add_(getattr(other, name))
+        return self
+
+    def compute(self) -> PersistenceResult:
+        """The shares of everything seen so far."""
+        layers = self.layers.sum(0)
+        if not layers.any():
+            raise ValueError("no latent has been active yet: call update() with activations first")
+        together = self.together.sum(0)
+        shares, mean, contiguous = _shares(layers, self.runs.sum(0))
+        return PersistenceResult(
+            int(layers.sum()),
+            shares,
+            mean.item(),
+            contiguous.item(),
+            together / together.diagonal()[:, None],
+        )
+
+    def bootstrap(
+        self, n_replicates: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`layers` (n_replicates, n_layers), `mean_layers` and `contiguous` (n_replicates,) of
+        resampled data, for `basic_interval`."""
+        weights = _resampled(self.shape[2], n_replicates, generator)
+        return _shares(weights @ self.layers, weights @ self.runs)
+
+
+class SurvivalResult(NamedTuple):
+    """What of the active latents stays active over each step. float64."""
+
+    rate: Tensor
+    """P(active after | active before), (step,); nan where nothing was active before."""
+    rate_by_latent: Tensor
+    """The same for each latent, (step, n_latents)."""
+    active: Tensor
+    """Tokens at which the latent is active before the step, (step, n_latents) int64."""
+
+
+class Survival:
+    """How many latents that are active before a step are active after it.
+
+    Args:
+        n_steps: steps, such as n_layers − 1 blocks; n_latents, n_blocks: as in `Persistence`.
+        device: where the counts are kept.
+    """
+
+    def __init__(
+        self,
+        n_steps: int,
+        n_latents: int,
+        n_blocks: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.shape = (n_steps, n_latents, n_blocks)
+        zeros = torch.zeros(n_steps, n_latents, dtype=torch.float64, device=device)
+        self.before, self.kept = zeros, zeros.clone()
+        self.sums = zeros.new_zeros(n_blocks, 2, n_steps)  # active before, and kept, by block
+
+    @torch.no_grad()
+    def update(
+        self,
+        before: tuple[Tensor, Tensor],
+        after: tuple[Tensor, Tensor],
+        sequences: Tensor | None = None,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            before, after: indices and values of the codes on both sides of each step, each
+                (step, token, k); k may differ between them.
+            sequences: as in `LayerDistribution.update`.
+        """
+        n_steps, n_latents, n_blocks = self.shape
+        for indices, values in (before, after):
+            _check_codes(indices, values, n_steps, n_latents)
+        (indices, values), (later, later_values) = before, after
+        if later.shape[1] != (tokens := indices.shape[1]):
+            raise ValueError(f"after must have the {tokens} tokens of before, got {later.shape[1]}")
+        device = self.before.device
+        blocks = _blocks(sequences, tokens, n_blocks).to(device)
+        # What is not active is a latent that does not exist, and another one on each side.
+        left = indices.masked_fill(values <= 0, -1).to(device)
+        right = later.masked_fill(later_values <= 0, -2).to(device)
+        stays = torch.cat([
+            (a[..., None] == b[..., None, :]).any(-1)
+            for a, b in zip(left.split(256, 1), right.split(256, 1), strict=True)
+        ], 1)  # fmt: skip
+        step = torch.arange(n_steps, device=device)[:, None, None].expand_as(left)
+        cells = (step * n_latents + left.clamp(min=0)).flatten()
+        for row, found in enumerate((left >= 0, stays)):
+            kept = (self.before, self.kept)[row]
+            kept.view(-1).index_add_(0, cells, found.double().flatten())
+            self.sums[:, row].index_add_(0, blocks, found.double().sum(-1).T)
+
+    def merge(self, other: Survival) -> Self:
+        """Add what another accumulator has seen (disjoint tokens); returns self."""
+        _check_same(self.shape, other.shape)
+        for name in ("before", "kept", "sums"):
+            mine = getattr(self, name)
+            mine += getattr(other, name).to(mine.device)
+        return self
+
+    def compute(self) -> SurvivalResult:
+        """The rates of everything seen so far."""
+        before, kept = self.sums.sum(0)
+        return SurvivalResult(kept / before, self.kept / self.before, self.before.long())
+
+    def bootstrap(self, n_replicates: int, generator: torch.Generator | None = None) -> Tensor:
+        """`rate` of resampled data, (n_replicates, step), for `basic_interval`."""
+        weights = _resampled(self.shape[2], n_replicates, generator).to(self.sums.device)
+        before, kept = torch.einsum("rb,bis->irs", weights, self.sums)
+        return kept / before
+
+
+# --- null models of a block, and activity without sharp edges -----------------------------------
+
+
+def shuffled_updates(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Null model: each token's stream plus the update that the block makes at another token.
+
+    What an update does on average stays, and so does its size; that it answers this token goes.
+
+    Args:
+        x: the residual stream, (layer, token, d_model).
+        generator: on any device, where the numbers are drawn; by default the CPU's.
+
+    Returns:
+        (layer − 1, token, d_model), in the place of x[1:].
+    """
+    order = torch.rand(x.shape[1], generator=generator, device=_drawn_on(generator)).argsort()
+    return x[:-1] + (x[1:] - x[:-1])[:, order.to(x.device)]
+
+
+def random_updates(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Null model: each token's stream plus an update in a random direction, whose part along the
+    stream and whose norm are those of the block's. Arguments and result as of `shuffled_updates`.
+    """
+    update = x[1:] - x[:-1]
+    along = x[:-1] / torch.linalg.vector_norm(x[:-1], dim=-1, keepdim=True)
+    radial = (update * along).sum(-1, keepdim=True)
+    across = torch.linalg.vector_norm(update - radial * along, dim=-1, keepdim=True)
+    noise = torch.randn(update.shape, generator=generator, device=_drawn_on(generator)).to(x)
+    noise -= (noise * along).sum(-1, keepdim=True) * along
+    noise /= torch.linalg.vector_norm(noise, dim=-1, keepdim=True)
+    return x[:-1] + radial * along + across * noise
+
+
+def hysteresis(indices: Tensor, values: Tensor, k: int, n_layers: int) -> tuple[Tensor, Tensor]:
+    """Codes without the margin of TopK: a latent goes on where it is among the k largest, and stays
+    on over the layers around while it is among those given.
+
+    Args:
+        indices, values: (layer, token, k_off) with k_off > k, the largest first.
+
+    Returns:
+        The same indices, and values that are 0 where a latent is off.
+    """
+    if not (len(indices) == n_layers and 0 < k < indices.shape[2]):
+        raise ValueError(
+            f"expected codes of {n_layers} layers with more than k = {k} latents for each vector, "
+            f"got {tuple(indices.shape)}"
+        )
+    held, place = layers_of_pairs(indices, values > 0)
+    first = torch.zeros_like(values, dtype=torch.bool)
+    first[..., :k] = values[..., :k] > 0
+    on = torch.zeros_like(held)
+    layer = torch.arange(n_layers, device=indices.device)[:, None, None].expand_as(indices)
+    on[place[first], layer[first]] = True
+    for _ in range(n_layers - 1):
+        on[:, 1:] |= on[:, :-1] & held[:, 1:]
+        on[:, :-1] |= on[:, 1:] & held[:, :-1]
+    kept = torch.zeros_like(first)
+    active = values > 0
+    kept[active] = on[place[active], layer[active]]
+    return indices, torch.where(kept, values, 0)
+
+
+def layers_of_pairs(
+    indices: Tensor, active: Tensor, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The pairs (token, latent) that are active at some layer, and at which layers.
+
+    Args:
+        indices: (layer, token, k), distinct within a vector; active: bool, of the same shape.
+
+    Returns:
+        (pair, layer) bool; and of each entry of `indices` the number of its pair, −1 where it is
+        not active. Pairs are ordered by token, then by latent.
+    """
+    device = indices.device if device is None else torch.device(device)
+    indices, active = indices.to(device), active.to(device)
+    token = torch.arange(indices.shape[1], device=device)[None, :, None].expand_as(indices)
+    size = int(indices.max()) + 1 if indices.numel() else 1
+    pairs, number = (token[active] * size + indices[active]).unique(return_inverse=True)
+    layer = torch.arange(len(indices), device=device)[:, None, None].expand_as(indices)
+    found = torch.zeros(len(pairs), len(indices), dtype=torch.bool, device=device)
+    found[number, layer[active]] = True
+    place = torch.full_like(indices, -1)
+    place[active] = number
+    return found, place
+
+
+def _blocks(sequences: Tensor | None, tokens: int, n_blocks: int) -> Tensor:
+    """The block of each token, (token,)."""
+    if sequences is None:
+        if n_blocks > 1:
+            raise ValueError(f"n_blocks is {n_blocks}: update() needs the sequence ids")
+        sequences = torch.zeros(tokens)
+    if sequences.shape != (tokens,):
+        raise ValueError(f"sequences must be ({tokens},), got {tuple(sequences.shape)}")
+    return sequences.to("cpu", torch.int64) % n_blocks
+
+
+def _shares(layers: Tensor, runs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Shares, mean and contiguity from counts (…, n_layers) of pairs by their layers."""
+    pairs = layers.sum(-1, keepdim=True)
+    number = torch.arange(1, layers.shape[-1] + 1, dtype=layers.dtype)
+    contiguous = runs[..., 1:].sum(-1) / layers[..., 1:].sum(-1)
+    return layers / pairs, (layers * number).sum(-1) / pairs[..., 0], contiguous
+
+
+def _resampled(n_blocks: int, n_replicates: int, generator: torch.Generator | None) -> Tensor:
+    """How often each block is drawn, (n_replicates, n_blocks) float64: n_blocks of them with
+    replacement (Efron 1979)."""
+    if n_blocks < 2:
+        raise ValueError("to resample, make the accumulator with n_blocks ≥ 2, such as 64")
+    shape = (n_replicates, n_blocks)
+    chosen = torch.randint(n_blocks, shape, generator=generator, device=_drawn_on(generator)).cpu()
+    weights = torch.zeros(shape, dtype=torch.float64)
+    return weights.scatter_add_(1, chosen, torch.ones_like(weights))
