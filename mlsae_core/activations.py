@@ -31,6 +31,7 @@ from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
 from mlsae_core.metrics import LayerMoments
 from mlsae_core.processes import ALONE, Share
+from mlsae_core.resume import Pass
 from mlsae_core.spec import SiteSpec, SpecError, canonical, to_dict
 from mlsae_core.text import StreamedBlocks, TokenBlocks, data_key
 
@@ -102,20 +103,27 @@ def one_pass(
     size: int,
     name: str,
     progress: bool = True,
+    done: Pass | None = None,
     share: Share = ALONE,
 ) -> Iterator[T]:
     """The batches of `size` sequences of a source, with a progress bar.
 
-    share: whose they are.
+    done: what was read before; it counts each batch when the next one is asked for. share: whose
+    they are.
 
     Raises:
         ValueError: there are none.
     """
-    batch, total = None, None
+    first = done.first if done else 0
+    batch = first or None  # some were read
+    total = None
     if source.n_sequences:
         total = math.ceil((math.ceil(source.n_sequences / size) - share.index) / share.count)
-    for batch in tqdm(batches, name, total, disable=not progress or share.index > 0):
+    shown = progress and share.index == 0
+    for batch in tqdm(batches, name, total, disable=not shown, initial=first):
         yield batch
+        if done:
+            done.batch_done()
     if batch is None and share.index == 0:
         raise ValueError("source: expected at least one sequence, got none")
 
@@ -310,7 +318,7 @@ class TextSource:
     # --- putting vectors back -----------------------------------------------------------------
 
     def passes(
-        self, size: int, start: int = 0, share: Share = ALONE
+        self, size: int, start: int = 0, first: int = 0, every: int = 1
     ) -> Iterator[tuple[Batch, PutBack]]:
         """`batches` in order, each with what puts vectors in the place of its target's.
 
@@ -318,14 +326,14 @@ class TextSource:
         the model is run; all replaced layers share a growing batch. Every position but a sequence's
         last makes one prediction, scored against the token that really follows.
 
-        start: the position from which on the batch has vectors and predictions are made.
-        share: which batches.
+        start: the position from which on the batch has vectors and predictions are made. first,
+            every: which batches, as of `batches`.
 
         Raises:
             ActivationError: NaN or infinite activations, or nothing but special tokens.
         """
-        own = self.blocks.batches(size, None, share.index, share.count)
-        for index, tokens in enumerate(own):
+        own = self.blocks.batches(size, None, first, every)
+        for index, tokens in zip(itertools.count(first, every), own, strict=False):
             tokens = tokens.to(self.device)
             keep = self.lm.keep_mask(tokens)
             keep[:, :start] = False

@@ -6,7 +6,7 @@ read at a time, and makes one pass over the source.
 
 from __future__ import annotations
 
-import itertools
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -28,6 +28,7 @@ from mlsae_core.metrics import (
     permute_layers,
 )
 from mlsae_core.processes import ALONE, Share
+from mlsae_core.resume import Pass
 from mlsae_core.sae import MLSAE
 
 # What distributions over layers are compared with: see `distributions`.
@@ -46,6 +47,7 @@ def evaluate(
     start: int = 0,
     progress: bool = True,
     share: Share = ALONE,
+    checkpoint: Path | None = None,
 ) -> pd.DataFrame:
     """Reconstruction error and downstream loss of every layer.
 
@@ -64,7 +66,8 @@ def evaluate(
         layers_at_once: layers that share a growing batch; fewer take less memory.
         start: the position from which on vectors are replaced and measured, and predictions scored;
             those before it are context.
-        progress: show a progress bar.
+        progress: show a progress bar. checkpoint: file to continue from if it exists, and to write
+            every minute.
         share: where several processes measure together, each of which gets the whole table.
 
     Returns:
@@ -95,10 +98,16 @@ def evaluate(
     ablated = torch.zeros(others.shape[:2], dtype=torch.float64, device=device)  # Σ CE
     active = torch.zeros(n, sae.n_latents + 1, dtype=torch.bool, device=device)
 
-    own = source.batches(size, None, share.index, share.count)
-    alone = zip(own, itertools.repeat(None), strict=False)
-    passes = source.passes(size, start, share) if replaces else alone
-    for batch, put_back in one_pass(passes, source, size, "evaluate", progress, share):
+    done = Pass(
+        checkpoint, size, reconstruction=reconstruction, downstream=downstream, ablated=ablated,
+        active=active,
+    )  # fmt: skip
+    own = share.index + done.first * share.count, share.count
+    if replaces:
+        passes = source.passes(size, start, *own)
+    else:
+        passes = ((batch, None) for batch in source.batches(size, None, *own))
+    for batch, put_back in one_pass(passes, source, size, "evaluate", progress, done, share):
         target = None if batch.target is batch.source else batch.target
         output = sae(batch.source) if target is None else sae(batch.source, target)
         values, indices = (part.expand(n, -1, -1) for part in output.topk)
@@ -148,6 +157,7 @@ def distributions(
     replicates: int = 1000,
     progress: bool = True,
     share: Share = ALONE,
+    checkpoint: Path | None = None,
 ) -> tuple[dict[str, Tensor], dict]:
     """Distributions of every latent over layers, their variances, intervals and null models.
 
@@ -158,6 +168,8 @@ def distributions(
     Args:
         size: sequences that are read at a time; the null models are drawn batch by batch.
         replicates: bootstrap replicates over blocks of sequences, for 95 % intervals.
+        checkpoint: file to continue from if it exists, and to write every minute; not of several
+            processes, which keep in step.
         share: where several processes measure together, each of which gets the whole result.
 
     Returns:
@@ -180,9 +192,11 @@ def distributions(
     # The numbers depend on where they are drawn; a GPU would wait for those of a CPU.
     drawn_on = device if device.type == "cuda" else "cpu"
     generator, noise = (torch.Generator(drawn_on).manual_seed(seed) for seed in (0, 1))
-    own = source.batches(size, None, share.index, share.count)
-    own = one_pass(own, source, size, "distributions", progress, share)
-    for number, (counts, batch) in enumerate(share.rounds(own)):
+    kept = checkpoint if share.count == 1 else None
+    done = Pass(kept, size, found=found, sums=sums, generator=generator, noise=noise)
+    own = source.batches(size, None, share.index + done.first, share.count)
+    own = one_pass(own, source, size, "distributions", progress, done, share)
+    for number, (counts, batch) in enumerate(share.rounds(own), done.first):
         for index, tokens in enumerate(counts):
             if index != share.index:  # what another draws, so that it is the same without it
                 torch.rand(n, tokens, generator=generator, device=drawn_on)

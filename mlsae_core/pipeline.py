@@ -203,16 +203,22 @@ class Session:
             size = max(tokens // read.data.context_length, 1)
         sae = self.sae(run) if "dictionary" in this.needs else None
         share = _share() if this.shared else None
+        checkpoint = checkpoint_path(identity, share)
+        if self.mode == "force":
+            checkpoint.unlink(missing_ok=True)
 
         def fill(folder: Path) -> dict:
             from mlsae_core.activations import ActivationError
 
             try:
-                return this.measure(folder, Subject(run, settings, source, size, sae, share))
+                subject = Subject(run, settings, source, size, sae, share, checkpoint)
+                return this.measure(folder, subject)
             except ActivationError as error:
                 raise Stopped(f"{stage}: {error}") from error
 
-        return self.write(stage, identity, spec, parents, fill, this.shared)
+        made = self.write(stage, identity, spec, parents, fill, this.shared)
+        checkpoint.unlink(missing_ok=True)
+        return made
 
     def train(self, run: RunSpec) -> Artefact:
         """The trained dictionary: `model.safetensors`, `config.json` and `log.csv`."""
@@ -263,11 +269,9 @@ class Session:
 
         try:
             made = self.write("train", identity, spec, parents, fill)
-        except BaseException as error:  # no room, something in the way, or a signal
-            kept = trained.keep()
-            if not isinstance(error, OSError | SafetensorError):
-                raise
-            raise Stopped(f"train {identity} cannot be written: {error}; {kept}") from error
+        except (OSError, SafetensorError) as error:  # as of a full disk
+            left = train.kept(checkpoint)
+            raise Stopped(f"train {identity} cannot be written: {error}; {left}") from error
         checkpoint.unlink(missing_ok=True)
         return made
 
@@ -342,6 +346,8 @@ class Session:
         _wait()
         if found is None and self.mode == "read-only":
             raise StoreError(_missing(stage, identity, spec))
+        if found is None:
+            store.check_own(store.STORE / stage / identity)
         return found
 
     def write(
@@ -367,7 +373,8 @@ class Subject:
 
     run, settings: what is asked for. source: the activations, read `size` sequences at a time.
     sae: the dictionary. None where the stage does not need it. share: this process' part of what
-    is read, where the stage is shared.
+    is read, where the stage is shared. checkpoint: file for a measurement to continue from; it goes
+    when the result is written.
     """
 
     run: SubjectSpec
@@ -376,6 +383,7 @@ class Subject:
     size: int
     sae: MLSAE | None
     share: Share | None = None
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -416,7 +424,12 @@ def _evaluate(folder: Path, subject: Subject) -> dict:
 
     ablations = subject.settings.ablations
     table = analysis.evaluate(
-        subject.source, subject.sae, subject.size, ablations=ablations, share=subject.share
+        subject.source,
+        subject.sae,
+        subject.size,
+        ablations=ablations,
+        checkpoint=subject.checkpoint,
+        share=subject.share,
     )
     table.to_csv(folder / "evaluation.csv", index=False, float_format="%.8g")
     return {"tokens": int(table.tokens.iloc[0])}
@@ -428,7 +441,11 @@ def _distributions(folder: Path, subject: Subject) -> dict:
     from mlsae_core import analysis
 
     arrays, numbers = analysis.distributions(
-        subject.source, subject.sae, subject.size, share=subject.share
+        subject.source,
+        subject.sae,
+        subject.size,
+        checkpoint=subject.checkpoint,
+        share=subject.share,
     )
     save_file(arrays, folder / "distributions.safetensors")
     (folder / "variances.json").write_text(json.dumps(numbers, indent=1) + "\n")
@@ -497,8 +514,10 @@ def batch_tokens(lm: LanguageModel) -> int:
     return min(1 << (fit.bit_length() - 1), 32 * EVALUATION_BATCH_TOKENS)
 
 
-def checkpoint_path(identity: str) -> Path:
-    return store.STORE / "checkpoints" / f"{identity}.pt"
+def checkpoint_path(identity: str, share: Share | None = None) -> Path:
+    """Where a stage is kept before it is done; of each process that has a share, by itself."""
+    part = f"-{share.index}-of-{share.count}" if share and share.count > 1 else ""
+    return store.STORE / "checkpoints" / f"{identity}{part}.pt"
 
 
 def _compiled(source: TextSource, run: RunSpec) -> TextSource:

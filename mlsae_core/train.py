@@ -11,7 +11,7 @@ import itertools
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,16 +41,11 @@ _ACCELERATE_PRECISION = {"fp32": "no", "tf32": "no", "fp16": "fp16", "bf16": "bf
 
 
 class Trained(NamedTuple):
-    """A trained autoencoder, its log (see `train`), and the seconds of training, stops left out.
-
-    keep: writes a last checkpoint, if it can, for when the result cannot be written; says which
-        one there is.
-    """
+    """A trained autoencoder, its log (see `train`), and the seconds of training, stops left out."""
 
     sae: MLSAE
     log: pd.DataFrame
     seconds: float
-    keep: Callable[[], str]
 
 
 def make_accelerator(
@@ -198,17 +193,11 @@ def train(
                 saved.write(state)
                 if isinstance(error, stops.Interrupted):
                     accelerator.wait_for_everyone()
-        kept = f"after step {state.step} of {loop.plan.steps}; {saved.describe()}"
+        where = f"after step {state.step} of {loop.plan.steps}; {kept(checkpoint)}"
         if isinstance(error, stops.Interrupted):
-            raise error.kept(kept) from error
-        raise Stopped(f"{error}, {kept}") from error
-
-    def keep() -> str:
-        with suppress(OSError, RuntimeError):  # as of a full disk
-            saved.write(state)
-        return saved.describe()
-
-    return Trained(sae, pd.DataFrame(state.log), state.seconds, keep)
+            raise error.kept(where) from error
+        raise Stopped(f"{error}, {where}") from error
+    return Trained(sae, pd.DataFrame(state.log), state.seconds)
 
 
 @contextmanager
@@ -451,8 +440,9 @@ class _Checkpoint:
                 f"{self.path}: expected a checkpoint of this run; {error}; delete it to start anew"
             ) from error
 
-    def describe(self) -> str:
-        """What is left after a stop, for messages."""
-        if self.path is None or not self.path.exists():
-            return "no checkpoint was written"
-        return f"the last good checkpoint is {self.path}; the same command continues from it"
+
+def kept(checkpoint: Path | None) -> str:
+    """What is left after a stop, for messages."""
+    if checkpoint is None or not checkpoint.exists():
+        return "no checkpoint was written"
+    return f"the last good checkpoint is {checkpoint}; the same command continues from it"

@@ -65,9 +65,11 @@ def run(arguments: list[str], folder: Path):
     os.chdir(folder)
     use_data(folder / "data")
     from mlsae_book.__main__ import main as book
+    from mlsae_core import resume
     from mlsae_core import train as training
     from mlsae_core.__main__ import main as core
 
+    resume.SECONDS = resume.EVERY = 0.0
     training.CHECKPOINT_SECONDS = training.CHECKPOINT_EVERY = 0.0
     training.train.__kwdefaults__["checkpoint_seconds"] = 0.0
     package, *arguments = arguments

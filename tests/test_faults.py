@@ -23,10 +23,10 @@ from workers import sentences, slow_command, write_jsonl
 
 from mlsae_book import pretrain, tune
 from mlsae_book.__main__ import main as book
-from mlsae_core import cli, fits, pipeline, stops, store, text, train
+from mlsae_core import cli, fits, pipeline, resume, stops, store, text, train
 from mlsae_core.__main__ import main as core
 from mlsae_core.lens import Lens
-from mlsae_core.spec import DataSpec, SpecError, run_from_dict
+from mlsae_core.spec import DataSpec, EvaluateSpec, SpecError, run_from_dict
 
 CONTEXT = 16
 
@@ -826,6 +826,48 @@ def test_models_and_lenses_continue_where_a_signal_stopped_them(
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
+@pytest.mark.parametrize("stage", ["evaluate", "distributions"])
+def test_a_measurement_continues_at_the_batch_where_it_was_stopped(data, base, stage, monkeypatch):
+    monkeypatch.setattr(pipeline, "EVALUATION_BATCH_TOKENS", 64)
+    monkeypatch.setattr(resume, "SECONDS", -1.0)
+    run, settings = run_from_dict(base), EvaluateSpec(tokens=640)
+
+    def measure():
+        made = pipeline.Session().make(stage, run, settings)
+        return {name: made.file(name).read_bytes() for name in made.meta["files"]}
+
+    whole = measure()
+    shutil.rmtree(store.STORE / stage)
+    counted, calls = resume.Pass.batch_done, []
+
+    def stopped(self):
+        counted(self)
+        calls.append(self.first)
+        if len(calls) in (3, 5):
+            raise stops.Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(resume, "EVERY", 0.0)
+    monkeypatch.setattr(resume.Pass, "batch_done", stopped)
+    for _ in range(2):
+        with pytest.raises(stops.Interrupted):
+            measure()
+    assert measure() == whole
+    assert calls == list(range(1, 11))  # no batch twice
+    assert not list((store.STORE / "checkpoints").iterdir())
+    assert core(["status"]) == 0
+
+
+def test_sums_of_other_batches_are_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "SECONDS", -1.0)
+    done = resume.Pass(tmp_path / "sums.pt", 8, total=torch.zeros(2))
+    done.parts["total"] += 3
+    done.batch_done()
+    for size, first in ((8, 1), (4, 0)):
+        again = resume.Pass(tmp_path / "sums.pt", size, total=torch.zeros(2))
+        assert again.first == first
+        assert again.parts["total"].tolist() == [3 * first] * 2
+
+
 # --- a disk that is full --------------------------------------------------------------------------
 
 
@@ -852,15 +894,14 @@ def test_no_room_is_one_line_and_nothing_half_is_left(data, base, limit, message
     ]
 
 
-def test_what_was_trained_is_kept_where_its_place_is_taken(data, base, capsys, monkeypatch):
-    run = run_from_dict(base)
-    theirs = store.STORE / "train" / pipeline.run_key(run)[0] / "notes.md"
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_a_place_that_is_taken_is_named_before_anything_is_computed(
+    data, base, capsys, monkeypatch, force
+):
+    theirs = store.STORE / "train" / pipeline.run_key(run_from_dict(base))[0] / "notes.md"
     theirs.parent.mkdir(parents=True)
     theirs.write_text("mine")
-    code = core(["train", spec_file(data, base)])
+    monkeypatch.setattr(train._Loop, "step", lambda *_: pytest.fail("trained for nothing"))
+    code = core(["train", spec_file(data, base), *force])
     assert refused(capsys, code, "expected a folder with meta.json") == 2
     assert theirs.read_text() == "mine"
-    theirs.unlink()
-    with monkeypatch.context() as patched:
-        patched.setattr(train._Loop, "step", lambda *_: pytest.fail("trained twice"))
-        assert core(["train", spec_file(data, base)]) == 0
