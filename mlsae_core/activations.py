@@ -109,23 +109,24 @@ def one_pass(
     size: int,
     name: str,
     progress: bool = True,
-    share: Share = ALONE,
     done: Pass | None = None,
+    share: Share = ALONE,
 ) -> Iterator[T]:
     """The batches of `size` sequences of a source, with a progress bar.
 
-    share: whose they are. done: what was read before; it counts each batch when the next one is
-    asked for.
+    done: what was read before; it counts each batch when the next one is asked for. share: whose
+    they are.
 
     Raises:
         ValueError: there are none.
     """
-    first, total = done.first if done else 0, None
+    first = done.first if done else 0
     batch = first or None  # some were read
+    total = None
     if source.n_sequences:
         total = math.ceil((math.ceil(source.n_sequences / size) - share.index) / share.count)
-    quiet = not progress or share.index > 0
-    for batch in tqdm(batches, name, total, disable=quiet, initial=first):
+    shown = progress and share.index == 0
+    for batch in tqdm(batches, name, total, disable=not shown, initial=first):
         yield batch
         if done:
             done.batch_done()
@@ -323,7 +324,7 @@ class TextSource:
     # --- putting vectors back -----------------------------------------------------------------
 
     def passes(
-        self, size: int, start: int = 0, share: Share = ALONE, first: int = 0
+        self, size: int, start: int = 0, first: int = 0, every: int = 1
     ) -> Iterator[tuple[Batch, PutBack]]:
         """`batches` in order, each with what puts vectors in the place of its target's.
 
@@ -331,14 +332,14 @@ class TextSource:
         the model is run; all replaced layers share a growing batch. Every position but a sequence's
         last makes one prediction, scored against the token that really follows.
 
-        start: the position from which on the batch has vectors and predictions are made. share:
-            which batches. first: how many of them were read before.
+        start: the position from which on the batch has vectors and predictions are made. first,
+            every: which batches, as of `batches`.
 
         Raises:
             ActivationError: NaN or infinite activations, or nothing but special tokens.
         """
-        own = self.blocks.batches(size, None, share.index + first * share.count, share.count)
-        for index, tokens in enumerate(own, first):
+        own = self.blocks.batches(size, None, first, every)
+        for index, tokens in zip(itertools.count(first, every), own, strict=False):
             tokens = tokens.to(self.device)
             keep = self.lm.keep_mask(tokens)
             keep[:, :start] = False

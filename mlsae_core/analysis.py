@@ -67,8 +67,8 @@ def evaluate(
         start: the position from which on vectors are replaced and measured, and predictions scored;
             those before it are context.
         progress: show a progress bar.
-        share: where several processes measure together, each of which gets the whole table.
         checkpoint: file to continue from if it exists, and to write every minute.
+        share: where several processes measure together, each of which gets the whole table.
 
     Returns:
         One row per layer. Means over `tokens` non-special tokens: ``fvu_global``,
@@ -102,12 +102,12 @@ def evaluate(
         checkpoint, size, reconstruction=reconstruction, downstream=downstream, ablated=ablated,
         active=active,
     )  # fmt: skip
-    begin = share.index + done.first * share.count
+    own = share.index + done.first * share.count, share.count
     if replaces:
-        passes = source.passes(size, start, share, done.first)
+        passes = source.passes(size, start, *own)
     else:
-        passes = ((batch, None) for batch in source.batches(size, None, begin, share.count))
-    for batch, put_back in one_pass(passes, source, size, "evaluate", progress, share, done):
+        passes = ((batch, None) for batch in source.batches(size, None, *own))
+    for batch, put_back in one_pass(passes, source, size, "evaluate", progress, done, share):
         target = None if batch.target is batch.source else batch.target
         output = sae(batch.source) if target is None else sae(batch.source, target)
         values, indices = (part.expand(n, -1, -1) for part in output.topk)
@@ -168,8 +168,9 @@ def distributions(
     Args:
         size: sequences that are read at a time; the null models are drawn batch by batch.
         replicates: bootstrap replicates over blocks of sequences, for 95 % intervals.
+        checkpoint: file to continue from if it exists, and to write every minute; not of several
+            processes, which keep in step.
         share: where several processes measure together, each of which gets the whole result.
-        checkpoint: file to continue from if it exists, and to write every minute.
 
     Returns:
         Arrays, no wider than the three digits they are read to: ``probs``, ``probs_permuted``,
@@ -191,11 +192,11 @@ def distributions(
     # The numbers depend on where they are drawn; a GPU would wait for those of a CPU.
     drawn_on = device if device.type == "cuda" else "cpu"
     generator, noise = (torch.Generator(drawn_on).manual_seed(seed) for seed in (0, 1))
-    done = Pass(checkpoint, size, found=found, sums=sums, generator=generator, noise=noise)
-    before = done.first
-    own = source.batches(size, None, share.index + before * share.count, share.count)
-    own = one_pass(own, source, size, "distributions", progress, share, done)
-    for number, (counts, batch) in enumerate(share.rounds(own), before):
+    kept = checkpoint if share.count == 1 else None
+    done = Pass(kept, size, found=found, sums=sums, generator=generator, noise=noise)
+    own = source.batches(size, None, share.index + done.first, share.count)
+    own = one_pass(own, source, size, "distributions", progress, done, share)
+    for number, (counts, batch) in enumerate(share.rounds(own), done.first):
         for index, tokens in enumerate(counts):
             if index != share.index:  # what another draws, so that it is the same without it
                 torch.rand(n, tokens, generator=generator, device=drawn_on)

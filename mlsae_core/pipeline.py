@@ -210,10 +210,8 @@ class Session:
             first = next(source.batches(size))
             check_recipe(sae, run, run.site.indices(source.n_layers), first)
         share = _share() if this.shared else None
-        # Each of several processes would have sums of its own.
-        alone = share is None or share.count == 1
-        checkpoint = checkpoint_path(identity) if alone else None
-        if self.mode == "force" and checkpoint:
+        checkpoint = checkpoint_path(identity, share)
+        if self.mode == "force":
             checkpoint.unlink(missing_ok=True)
 
         def fill(folder: Path) -> dict:
@@ -226,8 +224,7 @@ class Session:
                 raise Stopped(f"{stage}: {error}") from error
 
         made = self.write(stage, identity, spec, parents, fill, this.shared)
-        if checkpoint:
-            checkpoint.unlink(missing_ok=True)
+        checkpoint.unlink(missing_ok=True)
         return made
 
     def train(self, run: RunSpec) -> Artefact:
@@ -444,8 +441,8 @@ def _evaluate(folder: Path, subject: Subject) -> dict:
         subject.sae,
         subject.size,
         ablations=ablations,
-        share=subject.share,
         checkpoint=subject.checkpoint,
+        share=subject.share,
     )
     table.to_csv(folder / "evaluation.csv", index=False, float_format="%.8g")
     return {"tokens": int(table.tokens.iloc[0])}
@@ -460,8 +457,8 @@ def _distributions(folder: Path, subject: Subject) -> dict:
         subject.source,
         subject.sae,
         subject.size,
-        share=subject.share,
         checkpoint=subject.checkpoint,
+        share=subject.share,
     )
     save_file(arrays, folder / "distributions.safetensors")
     (folder / "variances.json").write_text(json.dumps(numbers, indent=1) + "\n")
@@ -530,8 +527,10 @@ def batch_tokens(lm: LanguageModel) -> int:
     return min(1 << (fit.bit_length() - 1), 32 * EVALUATION_BATCH_TOKENS)
 
 
-def checkpoint_path(identity: str) -> Path:
-    return store.STORE / "checkpoints" / f"{identity}.pt"
+def checkpoint_path(identity: str, share: Share | None = None) -> Path:
+    """Where a stage is kept before it is done; of each process that has a share, by itself."""
+    part = f"-{share.index}-of-{share.count}" if share and share.count > 1 else ""
+    return store.STORE / "checkpoints" / f"{identity}{part}.pt"
 
 
 def _compiled(source: TextSource, run: RunSpec) -> TextSource:
