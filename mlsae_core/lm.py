@@ -29,6 +29,7 @@ from mlsae_core import models
 from mlsae_core.fits import check_layers, empty_model, reading
 from mlsae_core.products import fast_products
 from mlsae_core.spec import HookPoint, ModelSpec, SpecError
+from mlsae_core.text import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,8 +75,8 @@ class LanguageModel:
     Attributes:
         model, tokenizer, name: as they were given.
         n_layers, d_model, vocab_size, device: of the model.
-        special_ids: 1-D int64: of EOS, which ends documents; packed text has neither BOS nor PAD,
-            whatever their ids.
+        special_ids: 1-D int64: of EOS, which ends documents, and of BOS and PAD where these are no
+            tokens of text.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer, name: str = "model"):
@@ -87,8 +88,9 @@ class LanguageModel:
         self.vocab_size = config.vocab_size
         self.max_positions = getattr(config, "max_position_embeddings", None)
         self.device = next(model.parameters()).device
-        ids = [i for i in (tokenizer.eos_token_id,) if i is not None]
-        self.special_ids = torch.tensor(ids, dtype=torch.int64, device=self.device)
+        self.special_ids = torch.tensor(
+            _special_ids(tokenizer), dtype=torch.int64, device=self.device
+        )
         self._special_ids = self.special_ids.cpu()  # for tokens that are not on the device yet
         owner, self.blocks, final_norm = _find_blocks(model, self.n_layers)
         # The model's own code from the final norm on: a copy that shares all parameters, in which
@@ -178,7 +180,7 @@ class LanguageModel:
         return twin
 
     def keep_mask(self, tokens: Tensor) -> Tensor:
-        """(batch, position) bool: True where the token does not end a document."""
+        """(batch, position) bool: True where the token is none of the special ones."""
         known = self._special_ids if tokens.device.type == "cpu" else self.special_ids
         return torch.isin(tokens, known, invert=True)
 
@@ -610,6 +612,15 @@ def _resolve(model: ModelSpec) -> tuple[str, str, str | None]:
     if not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").is_file():
         raise SpecError(f"model.path: {model.path!r} has no tokenizer; expected tokenizer.json")
     return str(folder), Path(model.path).resolve().name, None
+
+
+def _special_ids(tokenizer) -> list[int]:
+    """EOS, and those of BOS and PAD that text cannot spell: some tokenizers pad with a letter."""
+    found = {tokenizer.eos_token_id} - {None}
+    for token in {tokenizer.bos_token_id, tokenizer.pad_token_id} - {None, *found}:
+        if token not in token_ids(tokenizer, [tokenizer.decode([token])])[0]:
+            found.add(token)
+    return sorted(found)
 
 
 def _first(output):

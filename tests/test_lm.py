@@ -209,8 +209,8 @@ def test_graphs_of_blocks_do_not_overwrite_what_was_captured():
 
 def test_keep_mask_is_false_at_special_tokens():
     lm = tiny_lm()
-    assert lm.special_ids.tolist() == [EOS]  # packed text has no padding
-    assert lm.keep_mask(torch.tensor([[5, EOS, PAD, 7]])).tolist() == [[True, False, True, True]]
+    assert lm.special_ids.tolist() == [EOS, PAD]
+    assert lm.keep_mask(torch.tensor([[5, EOS, PAD, 7]])).tolist() == [[True, False, False, True]]
 
 
 def test_other_architectures_are_found_by_structure():
