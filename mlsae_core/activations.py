@@ -239,8 +239,9 @@ class TextSource:
     cores, and on a GPU kernels are queued, and training must not wait for them: activations that
     are not finite are refused on a CPU and in passes without a seed, else whoever trains looks.
 
-    blocks: (batch, position) int64 tokens are its `batches`; none where they come later.
-    lens: the basis of the activations; by default the one the site names.
+    Args:
+        blocks: (batch, position) int64 tokens are its `batches`; none where they come later.
+        lens: the basis of the activations; by default the one the site names.
     """
 
     lm: LanguageModel
@@ -332,8 +333,9 @@ class TextSource:
         the model is run; all replaced layers share a growing batch. Every position but a sequence's
         last makes one prediction, scored against the token that really follows.
 
-        start: the position from which on the batch has vectors and predictions are made. first,
-            every: which batches, as of `batches`.
+        Args:
+            start: the position from which on the batch has vectors and predictions are made.
+            first, every: which batches, as of `batches`.
 
         Raises:
             ActivationError: NaN or infinite activations, or nothing but special tokens.

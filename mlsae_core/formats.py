@@ -75,8 +75,9 @@ def read(folder: Path) -> Weights:
 def layers(folder: Path, within: Sequence[str] = ()) -> dict[int, Path]:
     """Folders of single-layer dictionaries below a folder, by layer; none if it is one itself.
 
-    within : patterns of their names from `folder` on, such as "layer_3/width_16k/average_*"; others
-        do not count. By default all do.
+    Args:
+        within: patterns of their names from `folder` on, such as "layer_3/width_16k/average_*";
+            others do not count. By default all do.
 
     Raises ValueError where a name has no layer (see `LAYER`), or two have the same.
     """

@@ -18,9 +18,11 @@ EVERY = 20.0  # times as long as the last one took to write, at least
 class Pass:
     """One pass over batches of `size` sequences, whose sums are in `parts`.
 
-    parts: accumulators, tensors and generators by name, as they are before the first batch; those
-        of a file that is there are put in their place, and `first` batches are behind them.
-    path: the file, or nothing. It belongs to one pass of one size on one kind of device.
+    Args:
+        parts: accumulators, tensors and generators by name, as they are before the first batch;
+            those of a file that is there are put in their place, and `first` batches are behind
+            them.
+        path: the file, or nothing. It belongs to one pass of one size on one kind of device.
     """
 
     def __init__(self, path: Path | None, size: int, **parts):

@@ -217,7 +217,9 @@ def test_a_failing_cell_fails_the_build(tmp_path):
     build = [Path(sys.executable).with_name("jupyter-book"), "build", tmp_path / "book"]
     run = subprocess.run(build, capture_output=True, text=True)
     assert run.returncode != 0
-    assert "ZeroDivisionError" in run.stdout + run.stderr
+    assert "look at page.ipynb: ZeroDivisionError: division by zero" in run.stdout + run.stderr
+    shown = (tmp_path / "_build/html/page.html").read_text()
+    assert "could not be executed" in shown
 
 
 # The house --------------------------------------------------------------------------------------

@@ -199,9 +199,10 @@ def say_what_failed(app, pagename, templatename, context, doctree) -> None:
 
 
 def list_what_failed(app, error) -> None:
-    """The last lines of a build: what to look at."""
+    """The last lines of a build, which has failed: what to look at."""
     for chapter, reason in sorted(getattr(app.env, "mlsae_failed", {}).items()):
         logger.info("look at %s.ipynb: %s", chapter, reason, color="red")
+        app.statuscode = 1
 
 
 def main(chapters: list[str]) -> int:
