@@ -5,21 +5,15 @@ What can be refused is refused here, in one line, before weights or text are rea
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlsae_core import models, store
-from mlsae_core.spec import GivenSpec, ModelSpec, RunSpec, SpecError, SubjectSpec
-
-MOST_LAYERS = 1000
-_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # in configurations
+from mlsae_core.architecture import memory_of, model_config, reading
+from mlsae_core.spec import GivenSpec, RunSpec, SpecError, SubjectSpec
 
 if TYPE_CHECKING:
-    import torch
-
     from mlsae_core.activations import Batch
     from mlsae_core.lens import Lens
     from mlsae_core.lm import LanguageModel
@@ -34,79 +28,6 @@ LARGEST_FVU = 0.7
 # GPU (benchmarks/gpu.json); an evaluation replaces each layer by three, and of each a block makes
 # about 16.
 _TRAINING_VECTORS, EVALUATION_VECTORS = 14, 3 * 16
-
-
-def model_config(model: ModelSpec):
-    """The configuration of a language model: its dimensions, without its weights.
-
-    Those of some models of the hub are in ``dimensions.yml``, and need no network.
-    """
-    from transformers import AutoConfig, PreTrainedConfig
-
-    folder = models.folder(model.path)
-    if folder is None and (known := models.dimensions().get(model.path)):
-        return AutoConfig.for_model(**known)
-    known = ", ".join(models.known())
-    with reading(
-        f"model.path: expected a shipped name ({known}), a Hugging Face folder or a hub id, got "
-        f"{model.path}, whose config.json cannot be read"
-    ):
-        place, revision = folder or model.path, None if folder else model.revision
-        check_layers(PreTrainedConfig.get_config_dict(place, revision=revision)[0])
-        found = AutoConfig.from_pretrained(
-            place, revision=revision, trust_remote_code=False
-        ).get_text_config()
-        if min(found.num_hidden_layers, found.hidden_size, found.vocab_size) < 1:
-            raise ValueError("a dimension is 0")
-    return found
-
-
-def check_layers(values: dict):
-    """Refuse a configuration of more blocks than any model has: transformers makes lists of them.
-
-    Raises ValueError.
-    """
-    pending = [values]
-    while pending:
-        for name, value in pending.pop().items():
-            if isinstance(value, dict):
-                pending.append(value)
-            elif name in _LAYERS and isinstance(value, int) and value > MOST_LAYERS:
-                raise ValueError(f"expected {name} of at most {MOST_LAYERS}, got {value}")
-
-
-def empty_model(config, dtype: str):
-    """The model of a configuration without memory for its parameters.
-
-    Raises ValueError where there is not enough for them on this machine.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if config.get_text_config().num_hidden_layers < 1:
-        raise ValueError("expected at least one block, got none")
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
-    parameters = sum(parameter.numel() for parameter in empty.parameters())
-    needed, memory = parameters * getattr(torch, dtype).itemsize, memory_of(torch.device("cpu"))
-    if needed > memory:
-        raise ValueError(
-            f"expected a model that fits {memory / 1e9:.0f} GB of memory, got {parameters:,} "
-            f"parameters, which need {needed / 1e9:.0f} GB"
-        )
-    return empty
-
-
-@contextlib.contextmanager
-def reading(failure: str):
-    """Errors of other libraries, of many kinds and lengths, become one line."""
-    try:
-        yield
-    except (SpecError, MemoryError):
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise SpecError(f"{failure}: {reason}") from error
 
 
 def check(run: SubjectSpec):
@@ -216,15 +137,6 @@ def check_recipe(sae: MLSAE | SingleLayers, run: GivenSpec, layers: list[int], b
             "and at which layer it is of",
             file=sys.stderr,
         )
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes of memory of a device, or of this machine."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def load_lens(run: SubjectSpec, lm: LanguageModel) -> Lens:

@@ -12,9 +12,8 @@ Sequences are packed, so no attention mask is passed: every position is a real t
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,11 +21,16 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from mlsae_core import models
-from mlsae_core.fits import check_layers, empty_model, reading
+from mlsae_core import models, modules
+from mlsae_core.architecture import (
+    check_layers,
+    check_shapes,
+    check_shards,
+    empty_model,
+    reading,
+)
 from mlsae_core.products import fast_products
 from mlsae_core.spec import HookPoint, ModelSpec, SpecError
 from mlsae_core.text import token_ids
@@ -92,10 +96,10 @@ class LanguageModel:
             _special_ids(tokenizer), dtype=torch.int64, device=self.device
         )
         self._special_ids = self.special_ids.cpu()  # for tokens that are not on the device yet
-        owner, self.blocks, final_norm = _find_blocks(model, self.n_layers)
+        owner, self.blocks, final_norm = modules.find_blocks(model, self.n_layers)
         # The model's own code from the final norm on: a copy that shares all parameters, in which
         # the module that owns the blocks returns the residual stream it is given, normalised.
-        self._head = _with_submodule(model, owner, _Given(final_norm))
+        self._head = modules.with_submodule(model, owner, modules.Given(final_norm))
         self._is_compiled = False
         self._per_sequence: list[dict[tuple, bool]] = [{} for _ in self.blocks]
         self._sites: dict[str, list[nn.Module]] = {"residual": [*self.blocks]}
@@ -133,7 +137,7 @@ class LanguageModel:
             config = AutoConfig.from_pretrained(path, **options)
             empty = empty_model(config, model.dtype)
             if revision is None and not hasattr(config, "quantization_config"):
-                _check_shapes(empty, Path(path), model)
+                check_shapes(empty, Path(path), model)
             if model.random_weights is None:
                 network, report = AutoModelForCausalLM.from_pretrained(
                     path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
@@ -166,7 +170,7 @@ class LanguageModel:
         mode = "reduce-overhead" if graphs else None
         # What is compiled belongs to a code object: one for each model gives it a limit of
         # recompilation of its own, and is shared by the model's blocks.
-        own = FunctionType(_forward.__code__.replace(), _forward.__globals__)
+        own = FunctionType(modules.forward.__code__.replace(), modules.forward.__globals__)
         forward = torch.compile(own, backend=backend, dynamic=False, mode=mode)
         # The forward alone and not the call, so that hooks stay outside of what is compiled: they
         # come and go with every pass, and the last one raises.
@@ -175,7 +179,7 @@ class LanguageModel:
             block.forward = partial(forward, original)
         twin.blocks = nn.ModuleList(blocks)
         [name] = (name for name, module in self.model.named_modules() if module is self.blocks)
-        twin.model = _with_submodule(self.model, name, twin.blocks)
+        twin.model = modules.with_submodule(self.model, name, twin.blocks)
         twin.base = twin.model.base_model
         return twin
 
@@ -220,7 +224,7 @@ class LanguageModel:
         inputs: list[Tensor] = []
 
         def keep_call(_, args, kwargs):
-            stream, args, kwargs = _split_call(args, kwargs)
+            stream, args, kwargs = modules.split_call(args, kwargs)
             inputs.append(stream)
             calls.append((args, kwargs))
 
@@ -319,13 +323,13 @@ class LanguageModel:
                 for layer in layers:
                     handle = self._watch(layer, point, kept[point])
                     hooks.callback(handle.remove)
-            last = self.blocks[max(layers)].register_forward_hook(_stop)
+            last = self.blocks[max(layers)].register_forward_hook(modules.stop)
             hooks.callback(last.remove)
             if self._is_compiled and self.device.type == "cuda":
                 # A block's graph would else free what the one before it has returned. All of it
                 # is copied below, before the next pass overwrites it.
                 torch.compiler.cudagraph_mark_step_begin()
-            with suppress(_Stop), fast_products(self.device), _unpacked():
+            with suppress(modules.Stop), fast_products(self.device), modules.unpacked():
                 self.base(input_ids=tokens, use_cache=False)
         return {
             point: torch.stack([found[layer] for layer in layers]) for point, found in kept.items()
@@ -337,19 +341,20 @@ class LanguageModel:
         if point == "mlp_input":
 
             def keep_input(_, args, kwargs):
-                kept[layer] = _split_call(args, kwargs)[0].clone()
+                kept[layer] = modules.split_call(args, kwargs)[0].clone()
 
             return module.register_forward_pre_hook(keep_input, with_kwargs=True)
 
         def keep_output(_, __, output):
-            found = _first(output)  # of an MLP, some blocks add attention's output to it in place
+            found = modules.first(output)
+            # To that of an MLP some blocks add attention's in place.
             kept[layer] = found if point == "residual" else found.clone()
 
         return module.register_forward_hook(keep_output)
 
     def _replaced(self, layer: int, point: str, rows: Tensor):
         """The MLP's input or output of one block is `rows` while this is entered."""
-        return _replacing(self._site(layer, point), point, rows)
+        return modules.replacing(self._site(layer, point), point, rows)
 
     def _site(self, layer: int, point: str) -> nn.Module:
         if self._is_compiled and point != "residual":
@@ -385,7 +390,7 @@ class LanguageModel:
         calls: list[tuple[nn.Module, Any, tuple, Any]] = []
         with ExitStack() as hooks:
             for child in block.children():
-                keep = partial(_keep_call, calls)
+                keep = partial(modules.keep_call, calls)
                 handle = child.register_forward_hook(keep, with_kwargs=True)
                 hooks.callback(handle.remove)
             expected = self._call_block(layer, before, original)
@@ -394,12 +399,12 @@ class LanguageModel:
         noise *= expected.float().square().mean().sqrt().to(expected.dtype)
 
         def changed(module: nn.Module, value: Tensor, by: Tensor) -> Tensor:
-            with _replacing(module, point, value + by):
+            with modules.replacing(module, point, value + by):
                 return self._call_block(layer, before, original)
 
         chain, reason = None, "is not called by its block"
         for module, given, others, made in calls:
-            if module is not mlp and (point == "mlp_input" or not _same(given, chain)):
+            if module is not mlp and (point == "mlp_input" or not modules.same(given, chain)):
                 continue
             chain, value = made, given if point == "mlp_input" else made
             if not isinstance(value, Tensor) or value.shape != before.shape:
@@ -409,8 +414,8 @@ class LanguageModel:
             strays = [changed(module, value, torch.zeros_like(noise)) - expected]
             if point == "mlp_output":
                 strays.append(changed(module, value, noise) - expected - noise)
-                args, kwargs = _map_tensors(partial(_shifted, noise), others)
-                strays.append(_first(module(given, *args, **kwargs)) - made)
+                args, kwargs = modules.map_tensors(partial(modules.shifted, noise), others)
+                strays.append(modules.first(module(given, *args, **kwargs)) - made)
             worst = float(torch.stack([s.float().norm() for s in strays]).max() / noise.norm())
             if worst <= (1e-3 if expected.dtype == torch.float32 else 0.05):
                 return module
@@ -425,10 +430,10 @@ class LanguageModel:
 
     def _call_block(self, layer: int, stream: Tensor, original: Original) -> Tensor:
         batch = len(original.tokens)
-        repeat = _repeater(self._per_sequence[layer], batch, len(stream) // batch)
-        args, kwargs = _map_tensors(repeat, original.calls[layer])
+        repeat = modules.repeater(self._per_sequence[layer], batch, len(stream) // batch)
+        args, kwargs = modules.map_tensors(repeat, original.calls[layer])
         with fast_products(self.device):
-            return _first(self.blocks[layer](stream, *args, **kwargs))
+            return modules.first(self.blocks[layer](stream, *args, **kwargs))
 
     def _check_layers(self, layers: Iterable[int]) -> list[int]:
         layers = list(layers)
@@ -481,7 +486,7 @@ class LanguageModel:
             for known, *calls in zip(self._per_sequence, original.calls, larger.calls, strict=True):
                 shapes: list[dict[tuple, int]] = [{}, {}]
                 for found, call in zip(shapes, calls, strict=True):
-                    _map_tensors(lambda p, t, f=found: f.update({p: (*t.shape, 0)[0]}), call)
+                    modules.map_tensors(lambda p, t, f=found: f.update({p: (*t.shape, 0)[0]}), call)
                 known |= {p: n != shapes[1].get(p, n) for p, n in shapes[0].items()}
             twice = {i: original.residual[i].expand(2, -1, -1, -1) for i in range(self.n_layers)}
             resumed = self.resume_layers(original, twice)
@@ -515,91 +520,6 @@ class LanguageModel:
         )
 
 
-@contextmanager
-def _unpacked() -> Iterator[None]:
-    """transformers does not look for several sequences in one row while this is entered.
-
-    It would look at the position ids that it has just counted itself, and the host would wait for
-    the device to answer.
-    """
-    from transformers import masking_utils
-
-    name = "find_packed_sequence_indices"
-    before = getattr(masking_utils, name, None)
-    if before is None:  # other versions
-        yield
-        return
-    setattr(masking_utils, name, lambda _: None)
-    try:
-        yield
-    finally:
-        setattr(masking_utils, name, before)
-
-
-class _Stop(Exception):
-    """Ends a forward pass after the last block that is needed."""
-
-
-def _stop(*_):
-    raise _Stop
-
-
-def _forward(block: nn.Module, *args, **kwargs):
-    return type(block).forward(block, *args, **kwargs)
-
-
-class _Given(nn.Module):
-    """Stands for the module that owns the blocks: the final norm of the residual stream given."""
-
-    def __init__(self, norm: nn.Module):
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, *_, inputs_embeds: Tensor, **__):
-        return _BaseOutput((self.norm(inputs_embeds),))
-
-
-class _BaseOutput(tuple):
-    """Output of a module that has a last hidden state and nothing else."""
-
-    @property
-    def last_hidden_state(self) -> Tensor:
-        return self[0]
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-def _find_blocks(model: PreTrainedModel, n_layers: int) -> tuple[str, nn.ModuleList, nn.Module]:
-    """Name of the module that owns the blocks, the blocks, and the final norm."""
-    for name, owner in model.named_modules():
-        children = list(owner.children())
-        for position, blocks in enumerate(children):
-            if isinstance(blocks, nn.ModuleList) and len(blocks) == n_layers:
-                after, before = _norms(children[position + 1 :]), _norms(children[:position])
-                if len(norms := after or before) == 1:
-                    return name, blocks, norms[0]
-    raise SpecError(
-        f"model.path: {type(model).__name__} does not fit: looked for a ModuleList of "
-        f"num_hidden_layers = {n_layers} blocks with one final norm beside it, found in its base "
-        f"{', '.join(f'{n} ({type(m).__name__})' for n, m in model.base_model.named_children())}"
-    )
-
-
-def _with_submodule(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    """A copy of `module` that shares everything with it but the submodule at a dotted name."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    child, _, rest = name.partition(".")
-    setattr(twin, child, _with_submodule(getattr(module, child), rest, new) if rest else new)
-    return twin
-
-
-def _norms(modules: list[nn.Module]) -> list[nn.Module]:
-    return [module for module in modules if "norm" in type(module).__name__.lower()]
-
-
 def _resolve(model: ModelSpec) -> tuple[str, str, str | None]:
     """Path for Hugging Face, display name and revision of a shipped name, a folder or a hub id."""
     folder = models.weights(model.path)
@@ -608,7 +528,7 @@ def _resolve(model: ModelSpec) -> tuple[str, str, str | None]:
     if model.random_weights is None and not any(folder.glob("*.safetensors")):
         raise SpecError(f"model.path: {model.path!r} has no weights; expected *.safetensors")
     if model.random_weights is None:
-        _check_shards(folder, model.path)
+        check_shards(folder, model.path)
     if not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").is_file():
         raise SpecError(f"model.path: {model.path!r} has no tokenizer; expected tokenizer.json")
     return str(folder), Path(model.path).resolve().name, None
@@ -621,120 +541,3 @@ def _special_ids(tokenizer) -> list[int]:
         if token not in token_ids(tokenizer, [tokenizer.decode([token])])[0]:
             found.add(token)
     return sorted(found)
-
-
-def _first(output):
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _split_call(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
-    """A module's input, its other positional and its other keyword arguments."""
-    if args:
-        return args[0], args[1:], kwargs
-    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-    return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
-
-
-def _repeater(
-    known: Mapping[tuple, bool], batch: int, times: int
-) -> Callable[[tuple, Tensor], Tensor]:
-    """Repeats what has rows for each sequence; what is shared by the batch broadcasts.
-
-    known: by place in a block's call; one that was never seen has them if their number is right.
-    """
-
-    def repeat(place: tuple, tensor: Tensor) -> Tensor:
-        if times == 1 or tensor.ndim == 0 or tensor.shape[0] == 1:
-            return tensor
-        if not known.get(place, tensor.shape[0] == batch):
-            return tensor
-        if tensor.stride(0) == 0:
-            return tensor[:1].expand(times * tensor.shape[0], *tensor.shape[1:])
-        return tensor.repeat(times, *[1] * (tensor.ndim - 1))
-
-    return repeat
-
-
-def _map_tensors(function, value, place: tuple = ()):
-    """Nested values with `function(place, tensor)` for each tensor."""
-    if isinstance(value, Tensor):
-        return function(place, value)
-    if isinstance(value, tuple | list):
-        return type(value)(
-            _map_tensors(function, item, (*place, i)) for i, item in enumerate(value)
-        )
-    if isinstance(value, dict):
-        return {key: _map_tensors(function, item, (*place, key)) for key, item in value.items()}
-    return value
-
-
-@contextmanager
-def _replacing(module: nn.Module, point: str, rows: Tensor) -> Iterator[None]:
-    """A module's input or output is `rows` while this is entered; they are never written to."""
-    if point == "mlp_input":
-
-        def replace_input(_, args, kwargs):
-            _, args, kwargs = _split_call(args, kwargs)
-            return (rows.clone(), *args), kwargs
-
-        handle = module.register_forward_pre_hook(replace_input, with_kwargs=True)
-    else:
-
-        def replace_output(_, __, output):
-            return (rows.clone(), *output[1:]) if isinstance(output, tuple) else rows.clone()
-
-        handle = module.register_forward_hook(replace_output)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _keep_call(calls: list, module: nn.Module, args, kwargs, output) -> None:
-    """Hook: the module, its input, other arguments and output, before anything changes them."""
-    given, *others = _split_call(args, kwargs) if args or kwargs else (None, (), {})
-    made = _first(output)
-    calls.append((module, *_map_tensors(lambda _, t: t.clone(), (given, tuple(others), made))))
-
-
-def _shifted(noise: Tensor, _, tensor: Tensor) -> Tensor:
-    """Another residual stream in the place of what may be one."""
-    return tensor + noise if tensor.shape == noise.shape else tensor
-
-
-def _same(one, other) -> bool:
-    return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
-
-
-def _check_shapes(empty: nn.Module, folder: Path, model: ModelSpec):
-    """Refuse weights that are not those of the configuration beside them.
-
-    transformers asks for memory first, and reports at length.
-    """
-    expected = empty.state_dict()
-    for path in folder.glob("*.safetensors") if model.random_weights is None else ():
-        with safe_open(path, "pt") as file:
-            for name in sorted(expected.keys() & file.keys()):
-                shape, wanted = file.get_slice(name).get_shape(), [*expected[name].shape]
-                if shape != wanted:
-                    raise SpecError(
-                        f"model.path: expected {name} of shape {wanted} from config.json of "
-                        f"{model.path!r}, got {shape} in {path.name}: the files belong to "
-                        "different models"
-                    )
-
-
-def _check_shards(folder: Path, path: str):
-    """Refuse an index of weights that names others than the shards that are there."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():
-        return
-    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    there = {file.name for file in folder.glob("*.safetensors")}
-    shards = {file.name for file in folder.glob("model-*-of-*.safetensors")}
-    for wrong, what in ((named - there, "is not there"), (shards - named, "is not in it")):
-        if wrong:
-            raise SpecError(
-                f"model.path: expected the *.safetensors of {index.name} in {path!r}, and no other "
-                f"shards; {min(wrong)} {what}"
-            )

@@ -18,16 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mlsae_core import models, store, text
-from mlsae_core.fits import (
-    EVALUATION_VECTORS,
-    check,
-    check_recipe,
-    check_width,
-    load_lens,
-    memory_of,
-    model_config,
-    reading,
-)
+from mlsae_core.architecture import memory_of, model_config, reading
+from mlsae_core.fits import EVALUATION_VECTORS, check, check_recipe, check_width, load_lens
 from mlsae_core.keys import keyed, run_settings, stored, stored_run
 from mlsae_core.spec import (
     DataSpec,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -18,9 +18,6 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from mlsae_core.store import Stopped
-
-if TYPE_CHECKING:
-    from mlsae_core.activations import Batch
 
 T = TypeVar("T")
 WAIT = timedelta(days=30)
@@ -102,8 +99,9 @@ class Share:
                 if index != self.index:
                     mine.merge(other)
 
-    def rounds(self, batches: Iterable[Batch]) -> Iterator[tuple[list[int], Batch | None]]:
-        """The vectors in the next batch of each process, and the own one, until no one has any."""
+    def rounds(self, batches: Iterable[T]) -> Iterator[tuple[list[int], T | None]]:
+        """The vectors in the next `activations.Batch` of each process, and the own one, until no
+        one has any."""
         for batch in itertools.chain(batches, itertools.repeat(None)):
             counts = self.gather(0 if batch is None else len(batch.tokens))
             if not any(counts):

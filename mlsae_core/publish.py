@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlsae_core import models, store
-from mlsae_core.fits import model_config, reading
+from mlsae_core.architecture import model_config, reading
 from mlsae_core.spec import EvaluateSpec, RunSpec, SpecError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pandas as pd
 
-from mlsae_core import fits, pipeline, store
+from mlsae_core import architecture, fits, pipeline, store
 from mlsae_core.pipeline import EVALUATION_BATCH_TOKENS
 from mlsae_core.spec import EvaluateSpec, Experiment, RunSpec, SubjectSpec
 from mlsae_core.store import Artefact
@@ -77,7 +77,7 @@ def _state(stage: str, identity: str) -> str:
 
 def _operations(stage: str, run: SubjectSpec, settings: EvaluateSpec | None) -> float:
     """Floating-point operations of a stage, at the share of peak speed that was measured."""
-    config = fits.model_config(run.model)
+    config = architecture.model_config(run.model)
     width, depth, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
     model = 24 * depth * width**2 + 4 * depth * width * run.data.context_length
     layers = len(run.site.indices(depth))

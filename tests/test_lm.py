@@ -18,7 +18,7 @@ from tiny_lm import (
 from torch._inductor import compile_fx
 from transformers import AutoModelForCausalLM, BertConfig, OPTConfig, masking_utils
 
-from mlsae_core import lm as lm_module
+from mlsae_core import modules
 from mlsae_core.lm import LanguageModel
 from mlsae_core.spec import ModelSpec, SpecError
 
@@ -324,7 +324,7 @@ def test_transformers_is_left_as_it_was_after_a_pass(monkeypatch, present):
     if not present:  # as in other versions
         monkeypatch.delattr(masking_utils, name)
     before = dict(vars(masking_utils))
-    with lm_module._unpacked():
+    with modules.unpacked():
         assert hasattr(masking_utils, name) == present
         assert not present or masking_utils.find_packed_sequence_indices(torch.zeros(1, 2)) is None
     assert vars(masking_utils) == before

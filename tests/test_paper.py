@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from mlsae_core import fits, models, status
-from mlsae_core.spec import load_experiment
+from mlsae_core import architecture, fits, models, status
+from mlsae_core.spec import ModelSpec, SpecError, load_experiment
 
 ROOT = Path(__file__).parents[1]
 DECLARED = sorted((ROOT / "book" / "experiments" / "paper").glob("*.yml"))
@@ -42,14 +42,14 @@ def test_what_the_papers_experiments_cost_is_known_without_a_network(path, offli
     assert len(trained) == {"models": 8, "expansion": 9, "sparsity": 6}[path.stem]
     assert (found[["seconds", "gpu_hours", "memory_gb"]] > 0).all(axis=None)
     assert (trained.disk_gb > 0).all()
-    with pytest.raises(fits.SpecError, match=r"hub id, got a/b, whose config\.json cannot be read"):
-        fits.model_config(fits.ModelSpec("a/b"))
+    with pytest.raises(SpecError, match=r"hub id, got a/b, whose config\.json cannot be read"):
+        architecture.model_config(ModelSpec("a/b"))
 
 
 def test_sizes_are_those_that_the_paper_prints():
     """ "Between 512 and 131072 latents for Pythia-70m"; parameters as the models' authors say."""
     runs = [run for _, run in costs("expansion")[0].runs]
-    latents = [run.n_latents(6, fits.model_config(run.model).hidden_size) for run in runs]
+    latents = [run.n_latents(6, architecture.model_config(run.model).hidden_size) for run in runs]
     assert (latents[0], latents[-1]) == (512, 131072)
     parameters = {"70m": 70e6, "160m": 162e6, "410m": 405e6, "1b-": 1.01e9, "1.4b": 1.41e9,
                   "gpt2": 124e6, "gemma": 2.61e9, "Llama": 3.21e9}  # fmt: skip

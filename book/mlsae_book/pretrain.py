@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from mlsae_book import corpus
-from mlsae_core import fits, models, pipeline, stops, store, text
+from mlsae_core import models, pipeline, stops, store, text
 from mlsae_core import train as sae_training
 from mlsae_core.keys import keyed
 from mlsae_core.spec import (
@@ -188,8 +188,8 @@ def _model(recipe: Recipe, tokenizer):
             )
         return model
     architecture: dict[str, Any] = dict(recipe.architecture)
-    with fits.reading("recipe.architecture"):
-        fits.check_layers(architecture)
+    with architecture.reading("recipe.architecture"):
+        architecture.check_layers(architecture)
         config = AutoConfig.for_model(
             architecture.pop("model_type"),
             vocab_size=len(tokenizer),
@@ -198,7 +198,7 @@ def _model(recipe: Recipe, tokenizer):
             eos_token_id=tokenizer.eos_token_id,
             **architecture,
         )
-        fits.empty_model(config, "float32")
+        architecture.empty_model(config, "float32")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlsae_book import corpus  # noqa: F401 (so that its text is known)
-from mlsae_core import fits, models, pipeline, store
+from mlsae_core import architecture, models, pipeline, store
 from mlsae_core.keys import keyed, later, run_settings
 from mlsae_core.pipeline import Keyed, Session, Stage, Subject
 from mlsae_core.spec import EvaluateSpec, SubjectSpec, flat, to_dict
@@ -100,7 +100,7 @@ def _geometry(folder: Path, subject: Subject) -> dict:
     from mlsae_book.tables import geometry
 
     run = subject.run
-    layers = run.site.indices(fits.model_config(run.model).num_hidden_layers)
+    layers = run.site.indices(architecture.model_config(run.model).num_hidden_layers)
     summary, cosines = geometry.geometry(subject.sae.decoder.detach(), len(layers))
     summary.to_csv(folder / "mmcs.csv", index=False, float_format="%.8g")
     cosines.to_csv(folder / "cosines.csv", index=False, float_format="%.8g")
