@@ -11,9 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import io
 import itertools
-import json
 import queue
 import re
 import threading
@@ -22,13 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from mlsae_core import store
+from mlsae_core.documents import FORMATS, document, file_documents, format_of, reason
 from mlsae_core.keys import keyed, later
 from mlsae_core.spec import DataSpec, SpecError
 
@@ -39,9 +36,6 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 DOCUMENTS_PER_CHUNK = 1024  # Appendix A: so many documents are joined before cutting
 LANES = 16  # at most, of a hub data set: as many processes read it without overlap
-MAX_CHARACTERS = 2**23  # of a document; its tokenising takes about 1.4 GB
-MAX_LIST = 2**28  # characters of a .json file that is one list
-_FORMATS = (".jsonl", ".json", ".txt", ".parquet")  # all but the last also with .zst
 
 
 class Source(NamedTuple):
@@ -111,7 +105,7 @@ def split_documents(data: DataSpec) -> Iterable[tuple[str, str]]:
 
 def _distinct_documents(data: DataSpec, rows: Iterable[dict] | None) -> Iterator[str]:
     files, seen = local_files(data), set()
-    own = (text for file in files for text in _file_documents(file, data))
+    own = (text for file in files for text in file_documents(file, data.text_column))
     for text in own if files else _hub(data, rows):
         if not text.isascii():  # halves of surrogate pairs, which no tokenizer takes
             text = text.encode("utf-8", "replace").decode()
@@ -130,7 +124,7 @@ def local_files(data: DataSpec) -> list[Path]:
     Of a folder all files, in their order, but hidden ones, readmes and licences, which lie beside
     the data. Numbered shards (`-00001-of-00003`) are refused where they are not all there.
     """
-    formats = f"{', '.join(_FORMATS)} (or .zst)"
+    formats = f"{', '.join(FORMATS)} (or .zst)"
     here = Path(data.path).expanduser()
     if here.is_dir():
         if not (files := sorted(file for file in here.rglob("*") if _is_data(file, here))):
@@ -140,10 +134,10 @@ def local_files(data: DataSpec) -> list[Path]:
         _check_shards(files)
         return files
     if here.is_file():
-        if _format(here):
+        if format_of(here):
             return [here]
         raise SpecError(f"data.path: expected a file ending in {formats}, got {data.path}")
-    if _format(here) or data.path.startswith((".", "/", "~")) or data.path.count("/") > 1:
+    if format_of(here) or data.path.startswith((".", "/", "~")) or data.path.count("/") > 1:
         raise SpecError(
             f"data.path: expected {_kinds()}, or a file or folder (from {Path.cwd()}, "
             f"if relative), got {data.path}"
@@ -151,13 +145,8 @@ def local_files(data: DataSpec) -> list[Path]:
     return []
 
 
-def _format(path: Path) -> str | None:
-    suffix = Path(path.name.lower().removesuffix(".zst")).suffix
-    return suffix if suffix in _FORMATS else None
-
-
 def _is_data(path: Path, folder: Path) -> bool:
-    if _format(path) is None or not path.is_file():
+    if format_of(path) is None or not path.is_file():
         return False
     hidden = any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
     return not hidden and not path.name.lower().startswith(("readme", "license", "licence"))
@@ -178,122 +167,18 @@ def _check_shards(files: list[Path]):
             )
 
 
-def _file_documents(path: Path, data: DataSpec) -> Iterator[str]:
-    """Documents of one file: rows of a table, JSON objects, or paragraphs of a plain text."""
-    try:
-        if _format(path) == ".parquet":
-            yield from _parquet(path, data.text_column)
-            return
-        with _opened(path) as file:
-            if _format(path) == ".txt":
-                yield from _paragraphs(file)
-            else:
-                for row in _json_rows(file):
-                    yield _text(row, data.text_column)
-    except SpecError:
-        raise
-    except (OSError, ValueError, RecursionError, EOFError) as error:
-        raise SpecError(f"data.path: cannot read {path}: {_reason(error)}") from error
-
-
-def _opened(path: Path) -> io.TextIOBase:
-    """A text file, or one compressed as .zst; the latter's end is the end of its last frame."""
-    if path.suffix.lower() != ".zst":
-        return open(path, encoding="utf-8-sig")
-    return io.TextIOWrapper(pyarrow.input_stream(path, compression="zstd"), encoding="utf-8-sig")
-
-
-def _parquet(path: Path, column: str) -> Iterator[str]:
-    with pyarrow.parquet.ParquetFile(path) as table:
-        names = table.schema_arrow.names
-        if column not in names:
-            _text(dict.fromkeys(names), column)
-        for batch in table.iter_batches(1024, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                yield _text({column: value}, column)
-
-
-def _lines(file: io.TextIOBase) -> Iterator[str]:
-    """Lines, of which none asks for more memory than a document may."""
-    while line := file.readline(MAX_CHARACTERS + 1):
-        _check_length(len(line))
-        yield line
-
-
-def _check_length(characters: int):
-    if characters > MAX_CHARACTERS:
-        raise ValueError(
-            f"expected lines and documents of at most {MAX_CHARACTERS:,} characters, got a longer "
-            "one; split it"
-        )
-
-
-def _paragraphs(file: io.TextIOBase) -> Iterator[str]:
-    for blank, lines in itertools.groupby(_lines(file), lambda line: not line.strip()):
-        paragraph, characters = [], 0
-        for line in lines:
-            if not blank:
-                paragraph.append(line)
-                characters += len(line)
-                _check_length(characters)
-        if not blank:
-            yield "".join(paragraph).rstrip("\n")
-
-
-def _json_rows(file: io.TextIOBase) -> Iterator:
-    """Rows of a JSON file: one list of objects, or one object per line."""
-    start = ""
-    while not start.strip():
-        if not (start := file.readline(MAX_CHARACTERS + 1)):
-            return
-    if start.lstrip().startswith("["):
-        content = start + file.read(MAX_LIST)
-        if file.read(1):
-            raise ValueError(
-                f"expected a list of at most {MAX_LIST:,} characters, got a longer one; write one "
-                "object per line"
-            )
-        yield from json.loads(content)
-        return
-    _check_length(len(start))
-    for line in itertools.chain([start], _lines(file)):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{error}, in {line.strip()[:40]!r}; expected a list of objects or one object "
-                    "per line"
-                ) from None
-
-
-def _text(row, column: str) -> str:
-    """A row's document; nothing is an empty one."""
-    if not isinstance(row, dict):
-        raise SpecError(f"data.path: expected objects with a text column, got {str(row)[:40]!r}")
-    if column not in row:
-        raise SpecError(
-            f"data.text_column: expected one of {', '.join(map(str, row))}, got {column}"
-        )
-    value = row[column]
-    if value is not None and not isinstance(value, str):
-        raise SpecError(f"data.text_column: expected text in {column}, got {str(value)[:40]!r}")
-    _check_length(len(value or ""))
-    return value or ""
-
-
 def _hub(data: DataSpec, rows: Iterable[dict] | None) -> Iterator[str]:
     """Documents of a hub data set, streamed by the `datasets` library."""
     count = 0
     try:
         for row in _data_set(data) if rows is None else rows:
-            yield _text(row, data.text_column)
+            yield document(row, data.text_column)
             count += 1
     except Exception as error:
         if count:  # what could be read is no bad input
             raise store.Unavailable(
                 f"data.path: {data.path} cannot be read further than {count:,} documents: "
-                f"{_reason(error)}"
+                f"{reason(error)}"
             ) from error
         if isinstance(error, SpecError):
             raise
@@ -316,12 +201,8 @@ def _unreadable(data: DataSpec, error: Exception) -> SpecError:
     """The library's errors are many; the reader needs one line."""
     return SpecError(
         f"data.path: expected {_kinds()}, or a file or folder; as a hub id {data.path} cannot be "
-        f"read: {_reason(error)}"
+        f"read: {reason(error)}"
     )
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def is_streamed(data: DataSpec) -> bool:
@@ -334,7 +215,7 @@ def data_key(data: DataSpec) -> dict:
     if declared := source(data.path):
         return declared.identity() | later(data)
     if files := local_files(data):
-        hashes = [[_format(file), store.source_hash(file)] for file in files]
+        hashes = [[format_of(file), store.source_hash(file)] for file in files]
         return {"files": hashes, "text_column": data.text_column} | later(data)
     return {n: v for n, v in keyed(data).items() if n != "context_length"}
 

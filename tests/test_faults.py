@@ -23,7 +23,7 @@ from workers import sentences, slow_command, write_jsonl
 
 from mlsae_book import pretrain, tune
 from mlsae_book.__main__ import main as book
-from mlsae_core import cli, fits, pipeline, resume, stops, store, text, train
+from mlsae_core import cli, documents, fits, pipeline, resume, stops, store, text, train
 from mlsae_core.__main__ import main as core
 from mlsae_core.lens import Lens
 from mlsae_core.spec import DataSpec, EvaluateSpec, SpecError, run_from_dict
@@ -485,7 +485,7 @@ def test_a_lens_with_nan_says_so(data):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.parquet", "a.txt.zst"])
 def test_a_document_of_any_file_has_a_length_at_most(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(text, "MAX_CHARACTERS", 1000)
+    monkeypatch.setattr(documents, "MAX_CHARACTERS", 1000)
     for length, fine in ((900, True), (1001, False)):
         document = "a" * (length - 1) + "b"
         if name == "a.parquet":
@@ -510,14 +510,14 @@ def test_a_document_of_any_file_has_a_length_at_most(tmp_path, name, monkeypatch
 
 
 def test_a_paragraph_of_many_lines_has_a_length_at_most(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "MAX_CHARACTERS", 1000)
+    monkeypatch.setattr(documents, "MAX_CHARACTERS", 1000)
     (tmp_path / "a.txt").write_text("a line\n" * 200)
     with pytest.raises(SpecError, match="at most 1,000 characters"):
         list(text.documents(DataSpec(str(tmp_path / "a.txt"))))
 
 
 def test_a_list_has_a_length_at_most(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "MAX_LIST", 100)
+    monkeypatch.setattr(documents, "MAX_LIST", 100)
     (tmp_path / "a.json").write_text("[\n" + ",\n".join(['{"text": "a"}'] * 9) + "]")
     with pytest.raises(SpecError, match=r"a list of at most 100 characters.*one object per line"):
         list(text.documents(DataSpec(str(tmp_path / "a.json"))))

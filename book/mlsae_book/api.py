@@ -27,6 +27,7 @@ PACKAGES = {
             "models",
             "architecture",
             "metrics",
+            "documents",
             "text",
             "products",
             "modules",
