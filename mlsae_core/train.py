@@ -175,10 +175,6 @@ def train(
                     saved.write(state)
                 if stop:
                     raise Stopped("stopped as asked")
-                if loop.plan.every > 1:
-                    told = torch.full((), stops.waiting(), device=device)
-                    if accelerator.reduce(told, "sum"):  # one of the processes was
-                        raise stops.Interrupted(stops.waiting() or signal.SIGTERM)
     except (Stopped, ActivationError, stops.Interrupted) as error:
         if isinstance(error, store.Unavailable | stops.Interrupted):  # between two steps
             with stops.held():  # a launcher whose process ends stops the others
@@ -273,7 +269,7 @@ class _Loop:
                 queued, order = self.step(batches, prepared, dead)
                 if queued.device.type != "cpu" and state.step + 1 < plan.steps:
                     batches.make()  # the language model works while the host waits for this step
-                *sums, n_dead = queued.cpu()
+                *sums, n_dead, told = queued.cpu()
                 sums, dead = torch.stack(sums), order[: int(n_dead)]
                 if not sums.isfinite().all():
                     raise Stopped(f"loss is {float(sums[0])}")
@@ -287,6 +283,8 @@ class _Loop:
                     state.log.append(row)
                     state.running = None
             yield row
+            if told:  # one of several processes was to stop
+                raise stops.Interrupted(stops.waiting() or signal.SIGTERM)
 
     @torch.no_grad()
     def set_bias(self, batch: Batch):
@@ -299,8 +297,9 @@ class _Loop:
     def step(self, batches: Iterator[Batch], optimizer, dead: Tensor) -> tuple[Tensor, Tensor]:
         """One optimiser step with the dead latents given, queued: nothing in it waits for a device.
 
-        Returns (2 + layers + 1,) means of loss, AuxK and FVU per layer and then the number of
-        latents that are dead after it; and all latents, those first.
+        Returns (2 + layers + 2,) means of loss, AuxK and FVU per layer, the number of latents that
+        are dead after it, and whether one of several processes is to stop; and all latents, the
+        dead ones first.
         """
         sae, accelerator, own = (
             self.sae,
@@ -319,6 +318,7 @@ class _Loop:
             fired |= loss.fired
             kept += len(batch.tokens)
         log = torch.stack(logs).mean(0)
+        told = log.new_zeros(())
         if self.plan.every > 1:
             for parameter in sae.parameters():
                 parameter.grad = accelerator.reduce(parameter.grad, "mean")
@@ -326,6 +326,7 @@ class _Loop:
             fired = accelerator.reduce(fired.int(), "sum") > 0
             # Not torch.tensor, which makes the host wait for the device.
             kept = accelerator.reduce(torch.full((), kept, device=fired.device), "sum")
+            told = accelerator.reduce(told + stops.waiting(), "sum")
         optimizer.step()
         optimizer.zero_grad()
         log, seen = log.tensor_split([len(log) - len(loss.seen)])
@@ -333,7 +334,7 @@ class _Loop:
         sae.count_tokens(fired, kept)
         dead = sae.dead
         order = dead.byte().argsort(descending=True, stable=True)
-        return torch.cat([log, dead.sum()[None]]), order
+        return torch.cat([log, torch.stack([dead.sum().to(log), told])]), order
 
     def row(self, state: _State, steps: int, n_dead: int) -> dict[str, Any]:
         """The log row of the `steps` steps since the last one, with `n_dead` latents now dead."""
