@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from mlsae_book import corpus
-from mlsae_core import models, pipeline, stops, store, text
+from mlsae_core import architecture, models, pipeline, stops, store, text
 from mlsae_core import train as sae_training
 from mlsae_core.keys import keyed
 from mlsae_core.spec import (
@@ -187,16 +187,16 @@ def _model(recipe: Recipe, tokenizer):
                 f"{recipe.base}, got {context}"
             )
         return model
-    architecture: dict[str, Any] = dict(recipe.architecture)
+    fields: dict[str, Any] = dict(recipe.architecture)
     with architecture.reading("recipe.architecture"):
-        architecture.check_layers(architecture)
+        architecture.check_layers(fields)
         config = AutoConfig.for_model(
-            architecture.pop("model_type"),
+            fields.pop("model_type"),
             vocab_size=len(tokenizer),
             max_position_embeddings=recipe.data.context_length,
             bos_token_id=tokenizer.eos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            **architecture,
+            **fields,
         )
         architecture.empty_model(config, "float32")
         with torch.random.fork_rng(devices=[]):
