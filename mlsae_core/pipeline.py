@@ -198,9 +198,8 @@ class Session:
             tokens = batch_tokens(source.lm) if this.any_batch else EVALUATION_BATCH_TOKENS
             size = max(tokens // read.data.context_length, 1)
         sae = self.sae(run) if "dictionary" in this.needs else None
-        if isinstance(run, GivenSpec) and source and sae and read is run and is_main_process():
-            first = next(source.batches(size))
-            check_recipe(sae, run, run.site.indices(source.n_layers), first)
+        foreign = isinstance(run, GivenSpec) and read is run and is_main_process()
+        foreign = foreign and {"dictionary", "text"} <= set(this.needs)
         share = _share() if this.shared else None
         checkpoint = checkpoint_path(identity, share)
         if self.mode == "force":
@@ -210,6 +209,8 @@ class Session:
             from mlsae_core.activations import ActivationError
 
             try:
+                if foreign:
+                    check_recipe(sae, run, source.layers, next(iter(source.batches(size))))
                 subject = Subject(run, settings, source, size, sae, share, checkpoint)
                 return this.measure(folder, subject)
             except ActivationError as error:

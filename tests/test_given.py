@@ -1,5 +1,6 @@
 """Dictionaries that are there: a folder or a hub id stands where a training would."""
 
+import hashlib
 import json
 import shutil
 
@@ -66,6 +67,12 @@ def test_the_key_is_of_the_content_wherever_it_lies(inputs, folder, tmp_path, mo
     hub = given_of(inputs, folder, dictionary={"path": "owner/mlsae", "revision": "v1"})
     assert key_of(hub) == first
     assert asked == [("owner/mlsae", "v1")]
+
+
+def test_the_key_of_a_single_dictionary_is_as_it_was_before_there_were_sets(folder):
+    digests = sorted([path.suffix, store.file_hash(path)] for path in folder.iterdir())
+    expected = hashlib.sha256(json.dumps(digests, separators=(",", ":")).encode()).hexdigest()
+    assert store.dictionary_key(folder) == expected[:16]
 
 
 def other_weights(folder):
