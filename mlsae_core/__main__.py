@@ -61,6 +61,14 @@ def _evaluate(options: argparse.Namespace):
         print(artefact.path)
 
 
+def _push(options: argparse.Namespace):
+    run = load_run(options.spec)
+    from mlsae_core import pipeline, publish
+
+    session = pipeline.Session(mode(options))
+    print(publish.push(session, run, options.repo, options.licence, options.private))
+
+
 def _status(options: argparse.Namespace):
     if options.experiment is not None:
         experiment = load_experiment(options.experiment)
@@ -116,6 +124,12 @@ def _commands() -> Commands:
     evaluate.add_argument(
         "--split", default=defaults.split, help="train, validation or test (default)"
     )
+    push = commands.add(
+        _push, "push", "put a trained dictionary on the hub, with its card", "SPEC", "YAML file"
+    )
+    push.add_argument("repo", metavar="OWNER/NAME", help="repository, made if it is not there")
+    push.add_argument("--licence", required=True, help="under which it may be used, such as mit")
+    push.add_argument("--private", action="store_true", help="make the repository a private one")
     commands.add(
         _status,
         "status",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from mlsae_core import models
@@ -15,9 +16,14 @@ from mlsae_core.spec import GivenSpec, ModelSpec, RunSpec, SpecError, SubjectSpe
 if TYPE_CHECKING:
     import torch
 
+    from mlsae_core.activations import Batch
     from mlsae_core.lens import Lens
     from mlsae_core.lm import LanguageModel
     from mlsae_core.sae import MLSAE
+    from mlsae_core.singles import SingleLayers
+
+LARGEST_FVU = 0.7
+"""Of a dictionary in its place: published ones have 0.05 to 0.5."""
 
 
 def model_config(model: ModelSpec):
@@ -80,7 +86,7 @@ def _check_memory(run: RunSpec, n_latents: int):
         )
 
 
-def check_width(sae: MLSAE, run: GivenSpec):
+def check_width(sae: MLSAE | SingleLayers, run: GivenSpec):
     """Refuse a dictionary of vectors of another width than those it is to read."""
     config = model_config(run.model)
     layers = run.site.indices(config.num_hidden_layers) if run.site.stacked else [0]
@@ -89,6 +95,36 @@ def check_width(sae: MLSAE, run: GivenSpec):
         raise SpecError(
             f"dictionary.path: expected a dictionary of vectors of width {width}, as "
             f"{run.model.path} has them{' stacked' if run.site.stacked else ''}, got {sae.n_inputs}"
+        )
+
+
+def check_recipe(sae: MLSAE | SingleLayers, run: GivenSpec, layers: list[int], batch: Batch):
+    """Warn of a given dictionary that reconstructs a layer as none would in its own place.
+
+    What a batch shows: an FVU above `LARGEST_FVU`, or so few or so many active latents as other
+    norms of the vectors, another bias or another layer lead to.
+    """
+    import torch
+
+    from mlsae_core import metrics
+
+    with torch.no_grad():
+        same = batch.target is batch.source
+        recon, (values, _) = sae(batch.source) if same else sae(batch.source, batch.target)
+    fvu, l0 = metrics.fvu(batch.target, recon), (values > 0).sum(-1).double().mean(-1)
+    most = max(sae.n_inputs / 4, sae.k)
+    odd = [
+        f"layer {'s ' + str(layers) if run.site.stacked else layer} (FVU {f:.2f}, L0 {n:.0f})"
+        for layer, f, n in zip(layers, fvu.tolist(), l0.tolist(), strict=False)
+        if not (f <= LARGEST_FVU and 1 <= n <= most)
+    ]
+    if odd:
+        print(
+            f"warning: {run.dictionary.path} hardly fits {', '.join(odd[:4])}"
+            f"{', …' if len(odd) > 4 else ''}: expected an FVU up to {LARGEST_FVU} and an L0 of 1 "
+            f"to {most:.0f}; look at how it normalises vectors, at the hook point, at its biases "
+            "and at which layer it is of",
+            file=sys.stderr,
         )
 
 

@@ -74,8 +74,8 @@ def run_settings(run: SubjectSpec) -> dict[str, Any]:
         settings |= keyed(getattr(run, section))
     if isinstance(run, GivenSpec):
         settings |= later(run.dictionary)
-    for name in ("path", "revision", "basis"):
-        del settings[name]
+    for name in ("path", "revision", "folders", "basis"):
+        settings.pop(name, None)
     return settings | {"context_length": run.data.context_length}
 
 

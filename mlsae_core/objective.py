@@ -79,7 +79,8 @@ def loss(
     ------
     ValueError
         Where a tensor is not (layer, token, d_model), is empty, or is not finite (see
-        `MLSAE.standardise`); or where the target's shape differs from the source's.
+        `MLSAE.standardise`); where the target's shape differs from the source's; or where the
+        dictionary has an encoder bias.
     """
     if source.ndim != 3 or source.numel() == 0:
         raise ValueError(
@@ -93,6 +94,8 @@ def loss(
             f"expected a target of the source's shape {tuple(source.shape)}, "
             f"got {tuple(target.shape)}: pass the same layers and tokens in both"
         )
+    if sae.encoder_bias is not None:
+        raise ValueError("expected a dictionary without an encoder bias: others are not trained")
     scaled, stats = sae.standardise(source)
     if target is source:
         target, expected = source.to(scaled.dtype), scaled

@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mlsae_core import models, store, text
-from mlsae_core.fits import check, check_width, load_lens, memory_of, reading
+from mlsae_core.fits import (
+    check,
+    check_recipe,
+    check_width,
+    load_lens,
+    memory_of,
+    model_config,
+    reading,
+)
 from mlsae_core.keys import keyed, run_settings, stored, stored_run
 from mlsae_core.spec import (
     DataSpec,
@@ -41,6 +49,7 @@ if TYPE_CHECKING:
     from mlsae_core.kernels import Kernel
     from mlsae_core.lm import LanguageModel
     from mlsae_core.sae import MLSAE
+    from mlsae_core.singles import SingleLayers
 
 Mode = Literal["cached", "force", "read-only"]
 EVALUATION_BATCH_TOKENS = 2048
@@ -93,7 +102,8 @@ def measured(run: SubjectSpec) -> tuple[dict, dict[str, str]]:
     """
     if isinstance(run, RunSpec):
         return {}, {"train": run_key(run)[0]}
-    content = store.dictionary_key(run.dictionary.path, run.dictionary.revision)
+    given = run.dictionary
+    content = store.dictionary_key(given.path, given.revision, given.folders)
     return {"run": run_settings(run)}, {"dictionary": content} | input_parents(run)
 
 
@@ -130,7 +140,7 @@ class Session:
     def __post_init__(self):
         store.provenance()  # of the code that computes, not of what is there when it ends
         self._models: dict[tuple[ModelSpec, str], LanguageModel] = {}  # with their content
-        self._given: dict[str, MLSAE] = {}  # by content
+        self._given: dict[tuple, MLSAE | SingleLayers] = {}  # by content and layers
         self._made: dict[tuple[str, str], Artefact] = {}
         if self.trackers:
             from mlsae_core import train
@@ -188,6 +198,8 @@ class Session:
             tokens = batch_tokens(source.lm) if this.any_batch else EVALUATION_BATCH_TOKENS
             size = max(tokens // read.data.context_length, 1)
         sae = self.sae(run) if "dictionary" in this.needs else None
+        if isinstance(run, GivenSpec) and sae and source and read is run and is_main_process():
+            check_recipe(sae, run, source.layers, next(iter(source.batches(size))))
 
         def fill(folder: Path) -> dict:
             from mlsae_core.activations import ActivationError
@@ -253,19 +265,22 @@ class Session:
         """Distributions over layers: `distributions.safetensors` and `variances.json`."""
         return self.make("distributions", run, settings)
 
-    def sae(self, run: SubjectSpec) -> MLSAE:
+    def sae(self, run: SubjectSpec) -> MLSAE | SingleLayers:
         """The dictionary of a run as a module; `force` does not reach back to its training."""
+        from mlsae_core import singles
         from mlsae_core.sae import MLSAE
 
         if isinstance(run, GivenSpec):
-            given = run.dictionary.path, run.dictionary.revision
-            content = store.dictionary_key(*given)
-            if content not in self._given:
+            given = run.dictionary.path, run.dictionary.revision, run.dictionary.folders
+            layers = run.site.indices(model_config(run.model).num_hidden_layers)
+            wanted = store.dictionary_key(*given), tuple(layers)
+            if wanted not in self._given:
                 with reading(f"dictionary.path: {run.dictionary.path} could not be loaded"):
-                    loaded = MLSAE.from_pretrained(store.dictionary_folder(*given))
+                    folder = store.dictionary_folder(*given)
+                    loaded = singles.load(folder, layers, run.dictionary.folders)
                     loaded = loaded.to(self.device).eval()
-                self._given = {content: loaded}  # one at a time, as of models
-            return self._given[content]
+                self._given = {wanted: loaded}  # one at a time, as of models
+            return self._given[wanted]
         identity = run_key(run)[0]
         trained = self._made.get(("train", identity))
         if trained is None:

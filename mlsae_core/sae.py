@@ -11,8 +11,9 @@ Makhzani & Frey (2014) and Gao et al. (2024):
 The activation of the second line is one of several: `mlsae_core.activation`.
 
 The paper prints W_enc x - b_pre; b_pre has the model's dimension, so the bracket is meant. There
-is no encoder bias. Both matrices are stored as (n_latents, d_model): row j of each is what latent
-j listens to and what it writes.
+is no encoder bias, but in weights that come from elsewhere, which are used and not trained. Both
+matrices are stored as (n_latents, d_model): row j of each is what latent j listens to and what it
+writes.
 """
 
 import json
@@ -20,13 +21,15 @@ import math
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mlsae_core import formats, kernels
+from mlsae_core import files, formats, kernels
 from mlsae_core.activation import ACTIVATIONS
 from mlsae_core.optimizer import ProjectedAdam
 from mlsae_core.store import dictionary_folder
@@ -89,6 +92,8 @@ class MLSAE(nn.Module):
     dead_tokens, dead_threshold : a latent is dead when it had no activation above the threshold,
         at any layer, within this many training tokens.
     activation : "topk", "batchtopk" or "jumprelu", see `mlsae_core.activation`.
+    encoder_bias : whether latents have a bias, as in the weights of others. There is no training
+        with one.
     kernel : "sparse", "candidates" or "dense", see `mlsae_core.kernels`; an attribute, so it can be
         changed.
     generator : source of the random initial weights; None takes PyTorch's global one.
@@ -98,6 +103,7 @@ class MLSAE(nn.Module):
     encoder, decoder : parameters (n_latents, n_inputs). Equal at first, with rows of unit norm;
         the optimiser of `make_optimizer` keeps the decoder's rows so.
     pre_bias : parameter (n_inputs,), in the standardised space.
+    encoder_bias : parameter (n_latents,), or None.
     activation : the module with what the activation learns; nothing for ``topk``.
     tokens_since_active : buffer (n_latents,), int64. Only `count_tokens` changes it.
     """
@@ -113,6 +119,7 @@ class MLSAE(nn.Module):
         dead_tokens: int = DEAD_TOKENS,
         dead_threshold: float = DEAD_THRESHOLD,
         activation: str = "topk",
+        encoder_bias: bool = False,
         kernel: kernels.Kernel = "sparse",
         generator: torch.Generator | None = None,
     ):
@@ -142,6 +149,7 @@ class MLSAE(nn.Module):
         self.encoder = nn.Parameter(rows)
         self.decoder = nn.Parameter(rows.clone())
         self.pre_bias = nn.Parameter(torch.zeros(n_inputs))
+        self.encoder_bias = nn.Parameter(torch.zeros(n_latents)) if encoder_bias else None
         unit = math.sqrt(n_inputs) if standardize else 1.0
         self.activation = ACTIVATIONS[activation](n_latents, unit)
         self.tokens_since_active: Tensor
@@ -192,9 +200,25 @@ class MLSAE(nn.Module):
         x (…, n_inputs) gives values and indices (…, k); values are ≥ 0. Changes no state.
         """
         scaled, _ = self.standardise(x)
-        code = self.activation.encode(self, scaled.reshape(-1, self.n_inputs))
+        vectors, sae = scaled.reshape(-1, self.n_inputs), self
+        if self.encoder_bias is not None:
+            vectors, sae = self._with_constant(vectors)
+        code = self.activation.encode(sae, vectors)
         shape = (*x.shape[:-1], code.values.shape[1])
         return TopK(code.values.view(shape), code.indices.view(shape))
+
+    def _with_constant(self, x: Tensor) -> tuple[Tensor, SimpleNamespace]:
+        """Vectors (n, n_inputs) with a 1 more, and what gives them the same scores without a bias.
+
+        So no kernel and no activation has to know of it. Whole groups of 8 columns, some of zeros,
+        are what a GPU's products are fast with.
+        """
+        spare = -(self.n_inputs + 1) % 8
+        encoder = torch.cat([self.encoder, F.pad(self.encoder_bias[:, None], (0, spare))], 1)
+        pre_bias = F.pad(self.pre_bias, (0, 1 + spare))
+        same = {"n_latents": self.n_latents, "k": self.k, "kernel": self.kernel}
+        x = F.pad(F.pad(x, (0, 1), value=1.0), (0, spare))
+        return x, SimpleNamespace(encoder=encoder, pre_bias=pre_bias, **same)
 
     def decode(self, topk: TopK, stats: Stats | None = None) -> Tensor:
         """Values and indices (…, k) to (…, n_inputs).
@@ -254,8 +278,9 @@ class MLSAE(nn.Module):
         """Write config.json and model.safetensors, each atomically, as published MLSAEs have them.
 
         encoder.weight (n_latents, n_inputs), decoder.weight (n_inputs, n_latents) and
-        pre_encoder_bias (n_inputs,). The counters of dead latents are not part of the format. Only
-        for another activation than ``topk`` there are its name and its tensors, activation.*.
+        pre_encoder_bias (n_inputs,); encoder.bias (n_latents,) where there is one. The counters of
+        dead latents are not part of the format. Only for another activation than ``topk`` there are
+        its name and its tensors, activation.*.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -276,6 +301,8 @@ class MLSAE(nn.Module):
             "decoder.weight": self.decoder.detach().T.contiguous(),
             "pre_encoder_bias": self.pre_bias.detach(),
         }
+        if self.encoder_bias is not None:
+            tensors["encoder.bias"] = self.encoder_bias.detach()
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
             weights, settings = Path(temporary, "weights"), Path(temporary, "config")
             save_file(tensors, weights, metadata={"format": "pt"})
@@ -292,9 +319,8 @@ class MLSAE(nn.Module):
     ) -> Self:
         """Load a folder or a repository of the Hugging Face hub, in any of `formats.FORMATS`.
 
-        name : a folder with config.json and *.safetensors, or an id such as
-            "tim-lawson/mlsae-pythia-70m-deduped-x64-k32". Repositories that hold the transformer
-            beside the autoencoder load as well. Pickled weights are never read.
+        name : a folder, or an id such as "tim-lawson/mlsae-pythia-70m-deduped-x64-k32".
+            Repositories that hold the transformer beside the autoencoder load as well.
         revision : branch, tag or commit of a hub repository.
         settings : keyword arguments of the class that the file does not fix, such as `kernel`.
             Published files count the dead window in optimiser steps of unknown size, so it is
@@ -314,11 +340,8 @@ class MLSAE(nn.Module):
                     f"expected {field} of shape {tuple(tensor.shape)} in {name}, got "
                     f"{tuple(weights.tensors[field].shape)}: do its files belong together?"
                 )
-            if tensor.is_floating_point() and not weights.tensors[field].is_floating_point():
-                raise ValueError(
-                    f"expected floating-point numbers as {field} in {name}, got "
-                    f"{weights.tensors[field].dtype}: quantised weights are not read"
-                )
+            if tensor.is_floating_point():
+                files.check_numbers(weights.tensors[field], field, name)
             tensor.detach().copy_(weights.tensors[field])
             if not tensor.isfinite().all():
                 raise ValueError(f"expected finite numbers as {field} in {name}, got others")

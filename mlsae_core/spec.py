@@ -234,13 +234,17 @@ class TrainSpec(Spec):
 class DictionarySpec(Spec):
     """The weights of a dictionary that was trained elsewhere.
 
-    path: a folder with config.json and *.safetensors, or the id of such a repository of the hub. A
-        relative folder is looked up from the working directory.
+    path: a folder in one of `formats.FORMATS`, or with such folders below it, one for each layer;
+        or the id of such a repository of the hub. A relative folder is looked up from the working
+        directory.
     revision: hub revision; ignored for folders.
+    folders: patterns of the folders below it that count, such as ``layer_3/width_16k/average_*``;
+        of a repository only these are read, and without any only what is not in a folder.
     """
 
     path: str
     revision: str | None = None
+    folders: tuple[str, ...] = added(())
 
     _prefix = "dictionary."
 

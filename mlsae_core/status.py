@@ -67,8 +67,10 @@ def _operations(stage: str, run: SubjectSpec, settings: EvaluateSpec | None) -> 
     if isinstance(run, RunSpec):
         numbers = width * width * run.sae.expansion_factor
     else:  # two matrices in float32, at most
-        folder = store.dictionary_folder(run.dictionary.path, run.dictionary.revision)
-        numbers = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 8
+        given = run.dictionary
+        found = store.dictionary_files(given.path, given.revision, given.folders)
+        sizes = [file.stat().st_size for files in found.values() for file in files]
+        numbers = sum(sizes) / len(found) / 8
     encode = 2 * layers * numbers
     if stage == "train":  # decoding and the gradients touch k latents: a tenth of it
         return run.train.tokens * (model + 1.1 * encode) * 2

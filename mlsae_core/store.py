@@ -22,11 +22,11 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlsae_core import __version__
+from mlsae_core import __version__, formats
 from mlsae_core.spec import SpecError, canonical
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -333,8 +333,15 @@ def lens_folder(basis: str) -> Path:
     return Path(basis).expanduser()
 
 
-def dictionary_folder(path: str | os.PathLike[str], revision: str | None = None) -> Path:
+# --- dictionaries -----------------------------------------------------------------------------
+
+
+def dictionary_folder(
+    path: str | os.PathLike[str], revision: str | None = None, folders: Sequence[str] = ()
+) -> Path:
     """The folder of a dictionary; of a hub id the local copy, which is made where there is none.
+
+    folders: patterns of the folders of a repository that are copied; by default none is.
 
     Raises:
         SpecError: neither a folder nor a hub id, or a repository that cannot be had.
@@ -349,9 +356,12 @@ def dictionary_folder(path: str | os.PathLike[str], revision: str | None = None)
         )
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "*.safetensors"]
+    names = sorted({name for known in formats.FORMATS.values() for name in known.files})
+    chosen = {"allow_patterns": [f"{folder}/{name}" for folder in folders for name in names]}
+    if not folders:
+        chosen = {"allow_patterns": names, "ignore_patterns": ["*/*"]}
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(path, revision=revision, **chosen))
     except Exception as error:  # of many kinds; the reader needs one line
         raise SpecError(
             f"dictionary.path: {path} is no folder (from {Path.cwd()}), and as a hub id it cannot "
@@ -359,14 +369,38 @@ def dictionary_folder(path: str | os.PathLike[str], revision: str | None = None)
         ) from error
 
 
-def dictionary_key(path: str, revision: str | None = None) -> str:
-    """Identity of a dictionary: the hash of its configuration and weights, wherever they lie."""
-    folder = dictionary_folder(path, revision)
-    files = [*folder.glob("config.json"), *folder.glob("*.safetensors")]
-    if len(files) < 2:
+def dictionary_files(
+    path: str | os.PathLike[str], revision: str | None = None, folders: Sequence[str] = ()
+) -> dict[int | None, list[Path]]:
+    """The files of a dictionary, under None; of one for each layer, those of each under its layer.
+
+    Raises:
+        SpecError: a folder that holds no dictionary, or of a layer more than one.
+    """
+    folder = dictionary_folder(path, revision, folders)
+    if not folders and (files := formats.files_of(folder)):
+        return {None: files}
+    try:
+        found = formats.layers(folder, folders)
+    except ValueError as error:
+        raise SpecError(f"dictionary.path: {error}") from None
+    if not found:
+        known = "; ".join(" and ".join(known.files) for known in formats.FORMATS.values())
+        there = sorted(file.name for file in folder.iterdir())[:8]
         raise SpecError(
-            f"dictionary.path: expected config.json and *.safetensors in {folder}, got "
-            f"{', '.join(file.name for file in files) or 'neither'}"
+            f"dictionary.path: expected {known}, in {folder} or in folders for each layer"
+            f"{' as ' + ', '.join(folders) if folders else ''}, got {', '.join(there) or 'nothing'}"
         )
-    digests = sorted([file.suffix, source_hash(file)] for file in files)
+    return {layer: formats.files_of(below) for layer, below in found.items()}
+
+
+def dictionary_key(
+    path: str | os.PathLike[str], revision: str | None = None, folders: Sequence[str] = ()
+) -> str:
+    """Identity of a dictionary: the hash of its configuration and weights, wherever they lie."""
+    found = {
+        layer: sorted([file.suffix, source_hash(file)] for file in files)
+        for layer, files in dictionary_files(path, revision, folders).items()
+    }
+    digests = found.get(None) or sorted(found.items())
     return hashlib.sha256(canonical(digests).encode()).hexdigest()[:16]

@@ -170,7 +170,9 @@ def goods(folder: Path):
     tokenizer.save_pretrained(folder / "model")
     n, d = config.num_hidden_layers, config.hidden_size
     (folder / "dictionary").mkdir()
-    MLSAE(d, 2 * d, 4).save_pretrained(folder / "dictionary")
+    sae = MLSAE(d, 2 * d, 4)
+    sae.save_pretrained(folder / "dictionary")
+    others(sae, folder / "others")
     (folder / "lens").mkdir()
     lens = {"base_model_name_or_path": "model", "d_model": d, "num_hidden_layers": n, "bias": True}
     (folder / "lens/config.json").write_text(json.dumps(lens))
@@ -178,6 +180,24 @@ def goods(folder: Path):
     parts |= {f"{i}.bias": torch.zeros(d) for i in range(n)}
     torch.save(parts, folder / "lens/params.pt")
     save_file({}, folder / "unused.safetensors")
+
+
+def others(sae, folder: Path):
+    """A dictionary for each layer, in three formats."""
+    import numpy as np
+
+    from mlsae_core import publish
+
+    rows = {"W_enc": sae.encoder.T, "W_dec": sae.decoder, "b_dec": sae.pre_bias}
+    rows = {name: tensor.detach().clone() for name, tensor in rows.items()}
+    rows |= dict.fromkeys(("b_enc", "threshold"), torch.zeros(sae.n_latents))
+    publish.write_saelens({0: sae}, folder, "model")
+    for name in ("layer_1", "layers.2"):
+        (folder / name).mkdir()
+    np.savez(folder / "layer_1/params.npz", **{name: t.numpy() for name, t in rows.items()})
+    torch.save(rows, folder / "layers.2/ae.pt")
+    config = {"trainer": {"dict_class": "JumpReluAutoEncoder", "k": 4}}
+    (folder / "layers.2/config.json").write_text(json.dumps(config))
 
 
 def run_fields(good: Path, **fields) -> dict:
@@ -259,12 +279,16 @@ def lens(good: Path, folder: Path) -> list[str]:
     return ["core", "train", write_spec(folder, run_fields(good, basis=str(folder / "lens")))]
 
 
-def dictionary(good: Path, folder: Path) -> list[str]:
-    shutil.copytree(good / "dictionary", folder / "dictionary")
+def dictionary(good: Path, folder: Path, name: str = "dictionary") -> list[str]:
+    shutil.copytree(good / name, folder / "dictionary")
     fields = run_fields(good, dictionary=str(folder / "dictionary"))
     for name in ("expansion_factor", "k", "tokens", "batch_tokens"):
         del fields[name]
     return ["core", "evaluate", write_spec(folder, fields), "--tokens", "64"]
+
+
+def layers(good: Path, folder: Path) -> list[str]:
+    return dictionary(good, folder, "others")
 
 
 KINDS = {
@@ -278,6 +302,7 @@ KINDS = {
     "model": Kind(model, break_any("model/*"), 12),
     "lens": Kind(lens, break_any("lens/*"), 6),
     "dictionary": Kind(dictionary, break_any("dictionary/*"), 10),
+    "dictionaries of others": Kind(layers, break_any("dictionary/*/*"), 10),
 }
 
 

@@ -8,10 +8,11 @@ import jupytext
 import pandas as pd
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from test_pipeline import run_of
 
-from mlsae_core import activation, formats, objective, pipeline, store, text
+from mlsae_core import activation, formats, objective, pipeline, spec, store, text
 from mlsae_core.sae import MLSAE
 from mlsae_core.spec import EvaluateSpec
 
@@ -85,6 +86,13 @@ def test_a_loader(tmp_path):
     loaded = MLSAE.from_pretrained(tmp_path)
     assert torch.equal(loaded.encoder, sae.encoder)
     assert torch.equal(loaded.decoder, sae.decoder + 1)
+
+
+def test_the_folders_of_a_repository_are_fields_of_a_spec():
+    [example] = re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)
+    run = spec.run_from_dict(yaml.safe_load(example))
+    found = [int(formats.LAYER.search(folder)[1]) for folder in run.dictionary.folders]
+    assert found == list(run.site.layers)
 
 
 def test_a_chapter():

@@ -1,5 +1,6 @@
 """Dictionaries that are there: a folder or a hub id stands where a training would."""
 
+import hashlib
 import json
 import shutil
 
@@ -58,7 +59,7 @@ def test_the_key_is_of_the_content_wherever_it_lies(inputs, folder, tmp_path, mo
     assert key_of(given_of(inputs, "moved")) == first
     asked = []
 
-    def snapshot_download(name, revision, allow_patterns):
+    def snapshot_download(name, revision, **patterns):
         asked.append((name, revision))
         return str(tmp_path / "moved")
 
@@ -66,6 +67,12 @@ def test_the_key_is_of_the_content_wherever_it_lies(inputs, folder, tmp_path, mo
     hub = given_of(inputs, folder, dictionary={"path": "owner/mlsae", "revision": "v1"})
     assert key_of(hub) == first
     assert asked == [("owner/mlsae", "v1")]
+
+
+def test_the_key_of_a_single_dictionary_is_as_it_was_before_there_were_sets(folder):
+    digests = sorted([path.suffix, store.file_hash(path)] for path in folder.iterdir())
+    expected = hashlib.sha256(json.dumps(digests, separators=(",", ":")).encode()).hexdigest()
+    assert store.dictionary_key(folder) == expected[:16]
 
 
 def other_weights(folder):
@@ -174,8 +181,8 @@ def test_what_does_not_fit_is_refused_before_text_is_read(
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("config.json", "expected config.json and .* in .*given, got model.safetensors"),
-        ("model.safetensors", "expected config.json and .* in .*given, got config.json"),
+        ("config.json", "expected .*; config.json and .* in .*given or .*, got model.safetensors"),
+        ("model.safetensors", "expected .*; config.json and .* in .*given or .*, got config.json"),
     ],
 )
 def test_folders_that_hold_no_dictionary_are_named(inputs, folder, file, message):
@@ -191,7 +198,7 @@ def test_damaged_weights_are_one_line(inputs, folder):
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(inputs, folder, monkeypatch):
-    def snapshot_download(name, revision, allow_patterns):
+    def snapshot_download(name, revision, **patterns):
         raise OSError("no route\nto host")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from mlsae_core.sae import MLSAE, Stats, TopK
@@ -246,7 +247,7 @@ def test_weights_may_be_split_over_files(saved):
     assert_same(sae, MLSAE.from_pretrained(folder))
 
 
-def test_hub_id_downloads_configuration_and_safetensors_only(saved, monkeypatch):
+def test_hub_id_downloads_the_files_of_dictionaries_only(saved, monkeypatch):
     sae, folder = saved
     calls = []
 
@@ -256,8 +257,13 @@ def test_hub_id_downloads_configuration_and_safetensors_only(saved, monkeypatch)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert_same(sae, MLSAE.from_pretrained("someone/mlsae", revision="v1"))
-    patterns = ["config.json", "*.safetensors"]
-    assert calls == [("someone/mlsae", {"revision": "v1", "allow_patterns": patterns})]
+    [(name, arguments)] = calls
+    assert (name, arguments["revision"]) == ("someone/mlsae", "v1")
+    files = ["config.json", "cfg.json", "ae.pt", "params.npz", "a.safetensors"]
+    others = ["README.md", "tokenizer.json", "pytorch_model.bin", "optimizer.pt", "run.py"]
+    everything = [*files, *others, "layer_0/params.npz", "x/config.json"]
+    del arguments["revision"]
+    assert sorted(filter_repo_objects(everything, **arguments)) == sorted(files)
 
 
 def test_a_failed_save_leaves_the_previous_files(saved, monkeypatch):
@@ -293,7 +299,8 @@ def break_tensors(**changes):
     [
         (lambda folder: (folder / "config.json").unlink(), "does not exist"),
         (lambda folder: (folder / "config.json").write_text("{"), "expected JSON"),
-        (lambda folder: (folder / "config.json").write_text("[1]"), "MLSAE's configuration"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), "expected a mapping in"),
+        (break_config(n_inputs=8.0), "MLSAE's configuration"),
         (break_config(k="4"), "expected integers"),
         (break_config(k=N + 1), "k between 1 and"),
         (break_config(k=True), "expected integers"),
@@ -324,7 +331,7 @@ def break_tensors(**changes):
             r"an activation in .*config.json, as there is activation.threshold",
         ),
         (break_config(n_latents=N + 1), r"encoder.weight of shape \(65, 8\)"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "pickles are not read"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "safetensors in .*, found none"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "cannot read"),
         (
             lambda folder: save_file({"W_enc": torch.zeros(2)}, folder / "model.safetensors"),
