@@ -198,13 +198,15 @@ class Session:
             tokens = batch_tokens(source.lm) if this.any_batch else EVALUATION_BATCH_TOKENS
             size = max(tokens // read.data.context_length, 1)
         sae = self.sae(run) if "dictionary" in this.needs else None
-        if isinstance(run, GivenSpec) and sae and source and read is run and is_main_process():
-            check_recipe(sae, run, source.layers, next(iter(source.batches(size))))
+        foreign = isinstance(run, GivenSpec) and read is run
+        foreign = foreign and {"dictionary", "text"} <= set(this.needs)
 
         def fill(folder: Path) -> dict:
             from mlsae_core.activations import ActivationError
 
             try:
+                if foreign:
+                    check_recipe(sae, run, source.layers, next(iter(source.batches(size))))
                 return this.measure(folder, Subject(run, settings, source, size, sae))
             except ActivationError as error:
                 raise Stopped(f"{stage}: {error}") from error
