@@ -1,0 +1,47 @@
+"""The page of promises: its tests exist, and its tables are what whole runs found."""
+
+import ast
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from mlsae_book.tables import promises
+
+TESTS = Path(__file__).parent
+NAMED = pd.read_csv(TESTS.parent / "book/promises.csv")
+
+
+@pytest.mark.parametrize("name", NAMED["test"])
+def test_every_promise_names_a_test_that_exists(name):
+    module, function = name.split("::")
+    tree = ast.parse((TESTS / f"{module}.py").read_text())
+    assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_tables_are_what_the_runs_found(tmp_path):
+    about = {"faults": 3, "commit": "abc", "date": "2026-01-02"}
+    (tmp_path / "k").write_text(
+        json.dumps(about | {"kills": 9, "runs": 2, "commands": {"train": 4, "lens": 5}})
+    )
+    table = promises.kills(tmp_path / "k")
+    assert table["kills"].to_dict() == {"train": 4, "lens": 5, "together": 9}
+    assert table["runs"].tolist() == [2, 2, 4]
+    assert table.loc["together", ["faults", "commit", "date"]].tolist() == [
+        "3",
+        *list(about.values())[1:],
+    ]
+    kinds = {"spec": {"refused": 5, "works": 1}, "lens": {"refused": 2, "crashed": 3}}
+    (tmp_path / "f").write_text(json.dumps(about | {"kinds": kinds}))
+    table = promises.inputs(tmp_path / "f")
+    assert list(table)[:3] == ["works", "refused", "crashed"]
+    assert table.loc["lens"].tolist()[:3] == [0, 2, 3]
+    assert table.loc["together"].tolist()[:3] == [1, 7, 3]
+
+
+def test_the_page_shows_whole_runs_without_a_fault():
+    kills, fuzz = (json.loads((TESTS / f"{name}.json").read_text()) for name in ("kills", "fuzz"))
+    assert kills["kills"] == sum(kills["commands"].values()) >= 100
+    assert fuzz["inputs"] == sum(sum(k.values()) for k in fuzz["kinds"].values()) >= 2000
+    assert (kills["faults"], fuzz["faults"]) == (0, 0)
