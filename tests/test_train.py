@@ -190,6 +190,19 @@ def test_an_interrupt_in_the_middle_of_a_step_loses_no_exactness(
     assert digest(done) == digest(uninterrupted)
 
 
+def test_a_run_that_was_stopped_behind_its_last_step_is_there(
+    lm, blocks, uninterrupted, tmp_path, monkeypatch
+):
+    """As when a process ends while the result is stored: a checkpoint holds all of it."""
+    checkpoint = tmp_path / "checkpoint"
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 0)
+    train.train(run_of(), lm, blocks, checkpoint=checkpoint, checkpoint_seconds=0)
+    assert store.load_checkpoint(checkpoint)["state"]["step"] == 12
+    monkeypatch.setattr(train._Loop, "step", None)  # must not be asked
+    done = train.train(run_of(), lm, blocks, checkpoint=checkpoint)
+    assert digest(done) == digest(uninterrupted)
+
+
 def test_checkpoints_are_written_as_often_as_asked_but_take_a_twentieth_of_the_time(
     lm, blocks, tmp_path, monkeypatch
 ):
