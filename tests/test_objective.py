@@ -76,6 +76,20 @@ def test_total_is_mean_fvu_plus_alpha_auxk():
         torch.testing.assert_close(out.total.detach(), out.fvu.mean() + alpha * out.auxk)
 
 
+def test_coefficients_are_the_papers_unless_others_are_given():
+    x = activations()
+    out = objective.loss(make(dead=30), x)
+    torch.testing.assert_close(out.total.detach(), out.fvu.mean() + out.auxk / 32)
+    assert out.auxk > 0.01
+    sae = make(activation="jumprelu")
+    with torch.no_grad():
+        sae.activation.threshold.fill_(2.0)
+    out = objective.loss(sae, x)
+    l0 = (sae.encode(x).values > 0).double().sum() / (L * T)
+    torch.testing.assert_close(out.total.detach(), out.fvu.mean() + l0 / 1000)
+    assert l0 > 1
+
+
 def test_fvu_is_that_of_the_reconstruction():
     sae, x = make(), activations()
     out, recon = objective.loss(sae, x), sae(x).recon
