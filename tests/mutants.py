@@ -36,7 +36,7 @@ TESTS = {
     "objective": ("objective",),
     "activation": ("activation",),
     "train": ("train",),
-    "analysis": ("analysis", "analysis_layers"),
+    "analysis": ("analysis", "analysis_layers", "analysis_drift"),
     **{
         f"metrics.{name}": (f"metrics_{name}",)
         for name in ("distribution", "downstream", "examples", "geometry", "reconstruction")
