@@ -231,3 +231,21 @@ def test_no_batches_are_refused():
             measure(reading(tiny_lm(), []), tiny_sae(), progress=False)
     with pytest.raises(ValueError, match="source: expected at least one sequence, got none"):
         analysis.drift(reading(tiny_lm(), []), progress=False)
+
+
+def test_progress_is_shown_unless_it_is_not_wanted(capsys):
+    sae, batches = tiny_sae(), BATCHES[:1]
+    measurements = {
+        "evaluate": lambda **progress: analysis.evaluate(
+            reading(tiny_lm(), batches), sae, **progress
+        ),
+        "distributions": lambda **progress: analysis.distributions(
+            reading(tiny_lm(), batches), sae, replicates=2, **progress
+        ),
+        "drift": lambda **progress: analysis.drift(reading(tiny_lm(), batches), **progress),
+    }
+    for name, measure in measurements.items():
+        measure(progress=False)
+        assert not capsys.readouterr().err
+        measure()
+        assert name in capsys.readouterr().err

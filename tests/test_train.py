@@ -196,10 +196,10 @@ def test_a_run_that_was_stopped_behind_its_last_step_is_there(
     """As when a process ends while the result is stored: a checkpoint holds all of it."""
     checkpoint = tmp_path / "checkpoint"
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", 0)
-    train.train(run_of(), lm, blocks, checkpoint=checkpoint, checkpoint_seconds=0)
+    train_on_text(run_of(), lm, blocks, checkpoint=checkpoint, checkpoint_seconds=0)
     assert store.load_checkpoint(checkpoint)["state"]["step"] == 12
     monkeypatch.setattr(train._Loop, "step", None)  # must not be asked
-    done = train.train(run_of(), lm, blocks, checkpoint=checkpoint)
+    done = train_on_text(run_of(), lm, blocks, checkpoint=checkpoint)
     assert digest(done) == digest(uninterrupted)
 
 
