@@ -178,6 +178,19 @@ def test_drift_of_a_copy_is_one_and_centring_matters():
         Drift(torch.zeros(2, 3)).update(moved)
 
 
+def test_sequences_may_be_missing_from_a_batch():
+    """As where all tokens of one are special."""
+    x, rows = random_rows(0, 2 * 9, 4).view(2, 9, 4), torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2])
+    results = []
+    for numbers in ([0, 1, 2], [1, 4, 5]):
+        drift = Drift(x.mean(1))
+        drift.update(x, torch.tensor(numbers)[rows])
+        results.append(drift.compute())
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+    assert (results[0].norm_se > 0).all()
+
+
 def test_mmcs_by_hand(blocks):
     rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0], [-1.0, 0.0]])
     found = mmcs(rows)
