@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import pandas as pd
@@ -249,3 +250,14 @@ def test_progress_is_shown_unless_it_is_not_wanted(capsys):
         assert not capsys.readouterr().err
         measure()
         assert name in capsys.readouterr().err
+
+
+def test_what_numbers_depend_on_is_by_default_as_the_shipped_ones_were_made():
+    defaults = {
+        (analysis.evaluate, "mean_tokens"): 8192,
+        (analysis.evaluate, "start"): 0,
+        (analysis.distributions, "replicates"): 1000,
+        (analysis.distributions, "size"): 8,  # the null models are drawn batch by batch
+    }
+    for (function, name), value in defaults.items():
+        assert inspect.signature(function).parameters[name].default == value

@@ -325,6 +325,25 @@ def test_only_vectors_that_the_bound_leaves_open_are_done_over(monkeypatch):
     assert again == [200]
 
 
+def test_the_encoder_is_rounded_in_pieces_of_2_mib(monkeypatch):
+    """Of which the difference from what it was is never held whole."""
+    sizes, norms = [], kernels._norms
+    monkeypatch.setattr(kernels, "_norms", lambda t: sizes.append(t.numel()) or norms(t))
+    encoder = torch.randn(2**13 + 1, 128, generator=torch.Generator().manual_seed(0))
+    kernels._select_candidates(encoder[:3], encoder, 1)
+    assert sizes[:9] == [2**19] * 6 + [128] * 3
+    assert max(sizes[9:]) == 3 * 128
+
+
+def test_malloc_keeps_memory_after_the_largest_block_from_which_it_learns(monkeypatch):
+    """At most 32 MiB on 64 bits (mallopt(3)), with what PyTorch and malloc add to a block."""
+    sizes = []
+    monkeypatch.setattr(torch, "empty", lambda size, dtype: sizes.append(size * dtype.itemsize))
+    kernels._let_malloc_keep_memory.__wrapped__()
+    [size] = sizes
+    assert 31 * 2**20 < size < 2**25 - 2**12
+
+
 def test_scores_in_bfloat16_alone_would_select_others():
     """Else the tests of the candidates could not fail."""
     generator = torch.Generator().manual_seed(0)

@@ -234,6 +234,18 @@ def test_many_chunks_and_layers(monkeypatch):
     torch.testing.assert_close(result.probs, p.nanmean(1))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "k", "expected"),
+    [(2**17, 1, [2**17]), (2**17 + 1, 1, [2**17, 1]), (2, 100_000, [1, 1]), (2, 2**16, [2])],
+)
+def test_a_chunk_holds_so_many_entries_or_one_token(monkeypatch, tokens, k, expected):
+    total, chunks = LayerDistribution(1, k), []
+    monkeypatch.setattr(total, "_add", lambda indices, *_: chunks.append(indices.shape[1]))
+    indices = torch.arange(k).expand(1, tokens, k)
+    total.update(indices, torch.ones(indices.shape))
+    assert chunks == expected
+
+
 def test_blocks_are_sequences_dealt_in_turn_and_bootstrap_resamples_them():
     indices, values = codes(7)
     sequences = torch.arange(23) // 2

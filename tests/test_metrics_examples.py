@@ -89,6 +89,17 @@ def test_more_entries_than_one_chunk(monkeypatch):
             assert top.positions[layer, latent].tolist() == best.indices.tolist()
 
 
+@pytest.mark.parametrize(
+    ("tokens", "k", "expected"), [(2**17, 1, 1), (2**17 + 1, 1, 2), (2, 100_000, 2), (2, 2**16, 1)]
+)
+def test_a_chunk_holds_so_many_entries_or_one_token(monkeypatch, tokens, k, expected):
+    chunks, best = [], examples._best
+    monkeypatch.setattr(examples, "_best", lambda *a: chunks.append(0) or best(*a))
+    indices = torch.arange(k).expand(1, tokens, k)
+    TopExamples(1, k, 1).update(indices, torch.ones(indices.shape), torch.arange(tokens))
+    assert len(chunks) == expected
+
+
 @pytest.mark.parametrize("empty", [(slice(0, 0), slice(None)), (slice(None), slice(0, 0))])
 def test_tokens_without_active_latents_change_nothing(empty):
     indices, values, positions = codes(0)

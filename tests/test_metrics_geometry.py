@@ -64,6 +64,14 @@ def test_median_at_a_data_point_steps_as_vardi_and_zhang_do():
     assert cost[1] < cost[0]
 
 
+@pytest.mark.parametrize(("points", "most"), [(torch.ones(5, 3), 1), (random_rows(0, 50, 3), 60)])
+def test_median_ends_when_it_is_there(monkeypatch, points, most):
+    passes, split = [], torch.Tensor.split
+    monkeypatch.setattr(torch.Tensor, "split", lambda *a: passes.append(0) or split(*a))
+    geometric_median(points)
+    assert 0 < len(passes) <= most
+
+
 def check_stationary(points, found):
     """No nearby point has a smaller sum of distances."""
     generator = torch.Generator().manual_seed(0)
@@ -333,9 +341,7 @@ def test_products_of_all_pairs_take_64_mib_at_a_time_in_single_precision():
     assert held == [(start, 2**26) for start in range(0, 2**14, 2**12)]
 
 
-def test_blocks_stay_within_their_size():
-    sizes = [
-        block.numel()
-        for _, block in geometry._products(torch.ones(7, 2), torch.ones(5, 2), elements=10)
-    ]
-    assert sizes == [10, 10, 10, 5]
+@pytest.mark.parametrize(("elements", "rows"), [(10, [2, 2, 2, 1]), (4, [1] * 7), (35, [7])])
+def test_blocks_stay_within_their_size_or_are_a_row(elements, rows):
+    products = geometry._products(torch.ones(7, 2), torch.ones(5, 2), elements=elements)
+    assert [block.shape for _, block in products] == [(n, 5) for n in rows]

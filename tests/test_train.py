@@ -132,6 +132,13 @@ def test_a_model_on_the_cpu_is_trained_on_there_whatever_the_machine_has(
         train_on_text(run_of(), lm, blocks, accelerator=accelerator)
 
 
+def test_a_state_that_fits_is_kept(monkeypatch):
+    """What was prepared with it goes on."""
+    device = train.process_state(cpu=True).device
+    monkeypatch.setattr(AcceleratorState, "_reset_state", None)  # must not be asked
+    assert train.process_state(cpu=True).device == device
+
+
 def test_training_learns_and_says_so_in_documented_columns(uninterrupted):
     log = uninterrupted.log
     assert log.fvu.iloc[-1] < 0.8 * log.fvu.iloc[0]
