@@ -12,6 +12,7 @@ from mlsae_core.metrics import (
     ce_recovered,
     centred_logit,
     cross_entropy,
+    downstream,
     kl_divergence,
     latent_importance,
     logit_mse,
@@ -204,6 +205,20 @@ def test_the_fused_sums_are_the_plain_ones(seed, size, shift):
     torch.testing.assert_close(
         total.sums / 9, torch.stack(plain, 1) / 9, rtol=1e-5, atol=2e-5 if shift else 1e-5
     )
+
+
+def test_plain_functions_are_asked_for_impossible_tokens_only(monkeypatch):
+    """What the fused sums cannot do they would do in their place, unnoticed."""
+    asked = []
+    monkeypatch.setattr(
+        downstream, "_plain_effects", lambda *a: asked.append(0) or _plain_effects(*a)
+    )
+    original, replaced, targets = draw(0)
+    Downstream(3).update(original, replaced, targets)
+    assert not asked
+    replaced[1, 4, 3] = -math.inf
+    Downstream(3).update(original, replaced, targets)
+    assert len(asked) == 1
 
 
 def test_fused_sums_with_impossible_tokens_are_the_plain_ones():
