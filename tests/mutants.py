@@ -35,7 +35,7 @@ TESTS = {
     "optimizer": ("kernels", "sae"),
     "objective": ("objective",),
     "activation": ("activation",),
-    "train": ("train",),
+    "train": ("train", "sources"),
     "analysis": ("analysis", "analysis_layers", "analysis_drift"),
     **{
         f"metrics.{name}": (f"metrics_{name}",)
