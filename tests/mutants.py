@@ -35,7 +35,7 @@ TESTS = {
     "optimizer": ("kernels", "sae"),
     "objective": ("objective",),
     "activation": ("activation",),
-    "train": ("train", "sources"),
+    "train": ("train",),
     "analysis": ("analysis", "analysis_layers", "analysis_drift"),
     **{
         f"metrics.{name}": (f"metrics_{name}",)

@@ -136,14 +136,14 @@ def test_the_stage_reads_no_text_and_is_one_result_whatever_is_evaluated(inputs,
     pipeline.Session().train(run)
     monkeypatch.setattr(text, "packed", None)
     monkeypatch.setattr(pipeline.Session, "lm", None)
-    made = stages.geometry(pipeline.Session(), run, SETTINGS)
+    made = pipeline.Session().make("geometry", run, SETTINGS)
     decoder = pipeline.Session().sae(run).decoder.detach()
     expected, cosines = geometry(decoder, n_layers=3)
     stored = pd.read_csv(made.file("mmcs.csv"))
     pd.testing.assert_frame_equal(stored, expected, rtol=1e-6)
     stored = pd.read_csv(made.file("cosines.csv"))
     pd.testing.assert_frame_equal(stored, cosines, rtol=1e-6, atol=1e-9)
-    assert stages.geometry(pipeline.Session("read-only"), run).key == made.key
+    assert pipeline.Session("read-only").make("geometry", run).key == made.key
     assert made.meta["parents"] == {"train": pipeline.run_key(run)[0]}
     with pytest.raises(pipeline.StoreError, match="materialise EXPERIMENT"):
-        stages.geometry(pipeline.Session("read-only"), run_of(inputs, seed=1))
+        pipeline.Session("read-only").make("geometry", run_of(inputs, seed=1))

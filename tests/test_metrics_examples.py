@@ -90,7 +90,8 @@ def test_more_entries_than_one_chunk(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "k", "expected"), [(2**17, 1, 1), (2**17 + 1, 1, 2), (2, 100_000, 2), (2, 2**16, 1)]
+    ("tokens", "k", "expected"),
+    [(2**17, 1, 1), (2**17 + 1, 1, 2), (2, 2**17 + 1, 2), (2, 2**16, 1)],
 )
 def test_a_chunk_holds_so_many_entries_or_one_token(monkeypatch, tokens, k, expected):
     chunks, best = [], examples._best

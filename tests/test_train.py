@@ -675,6 +675,15 @@ def test_the_scale_of_a_loss_in_half_precision_is_part_of_a_checkpoint(
     assert second.scale == (5 if written and read else 7)
 
 
+def test_a_checkpoint_of_another_text_is_refused(lm, blocks, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    with pytest.raises(store.Stopped):
+        train_on_text(run_of(), lm, blocks, checkpoint=checkpoint, should_stop={3}.__contains__)
+    other = TokenBlocks(blocks.blocks[::-1].copy())
+    with pytest.raises(store.StoreError, match="trained on other activations; delete it"):
+        train_on_text(run_of(), lm, other, checkpoint=checkpoint)
+
+
 def test_a_checkpoint_does_not_depend_on_where_model_and_text_lie(lm, blocks, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     with pytest.raises(store.Stopped):

@@ -85,9 +85,12 @@ class Rollouts:
     def __len__(self) -> int:
         return len(self.given)
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """One pass, (batch, position) int64."""
-        for index, tokens in enumerate(self.given.batches(size)):
+    def batches(
+        self, size: int, seed: int | None = None, start: int = 0, every: int = 1
+    ) -> Iterator[Tensor]:
+        """One pass, (batch, position) int64: every `every`-th batch from `start` on."""
+        given = self.given.batches(size, seed, start, every)
+        for index, tokens in zip(itertools.count(start, every), given, strict=False):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
             prompts = tokens[:, : self.prompt_tokens]
             yield sample(self.lm, prompts, tokens.shape[1] - self.prompt_tokens, generator)
