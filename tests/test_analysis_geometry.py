@@ -7,7 +7,6 @@ import pytest
 import torch
 from test_pipeline import SETTINGS, run_of
 
-from mlsae_book import stages
 from mlsae_book.tables.geometry import QUANTILES, above, densities, dictionaries, geometry
 from mlsae_core import pipeline, text
 
