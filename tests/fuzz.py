@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import sys
@@ -363,7 +364,11 @@ def judge(arguments: list[str], folder: Path) -> Found:
         return Found("works, for long", "")  # with a bar that says for how long
     if running:
         return Found("over time", f"not done after {SECONDS:.0f} s: {said[-300:]}")
-    lines = [line for line in said.split("\n") if line.strip() and "it/s" not in line]
+    lines = [
+        line
+        for line in said.split("\n")
+        if line.strip() and not re.search(r"[0-9?](it|.*tokens)/s", line)
+    ]
     own = [line for line in lines if line.startswith(("error: ", "interrupted"))]
     code = child.exitcode
     if code not in CODES:

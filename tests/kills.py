@@ -9,6 +9,7 @@ nobody killed. A user's files stand beside its inputs and outputs, and must be t
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ from fuzz import goods, prepare, recipe, record, run_fields, write_spec
 from workers import use_data
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+LIMIT = 60  # seconds for a run that is not killed
 RECORDED = 100  # kills of which the outcome is kept
 TIMES = {"seconds", "written", "tokens_per_second"}
 
@@ -63,6 +65,7 @@ def run(arguments: list[str], folder: Path):
     for name, stream in (("out", 1), ("err", 2)):
         os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    faulthandler.dump_traceback_later(LIMIT, exit=True)  # where it waits, if it does
     os.chdir(folder)
     use_data(folder / "data")
     from mlsae_book.__main__ import main as book
@@ -136,7 +139,7 @@ def trial(name: str, number: int, good: Path, seconds: float, expected: dict) ->
             if sent != signal.SIGKILL and "Traceback" in (folder / "err").read_text():
                 return kills, f"{sent.name}: {(folder / 'err').read_text()[-500:]}"
         child = start(arguments, folder)
-        child.join(60)
+        child.join()
         if child.exitcode != 0:
             child.kill()
             return kills, f"exit code {child.exitcode}: {(folder / 'err').read_text()[-500:]}"
