@@ -346,6 +346,8 @@ class Session:
         found = self._made.get((stage, identity))
         if found is None and self.mode != "force":
             found = store.find(stage, identity)
+            if found is not None and is_main_process():
+                store.forget_checkpoint(checkpoint_path(identity), found.path / "meta.json")
         _wait()
         if found is None and self.mode == "read-only":
             raise StoreError(_missing(stage, identity, spec))

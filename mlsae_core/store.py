@@ -369,6 +369,16 @@ def save_checkpoint(path: Path, state):
         temporary.unlink(missing_ok=True)
 
 
+def forget_checkpoint(path: Path, result: Path):
+    """Remove the checkpoint of a result that is there; a kill between the two leaves it behind.
+
+    One that is younger than the file `result` belongs to a computation of it anew.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_mtime_ns <= result.stat().st_mtime_ns:
+            path.unlink()
+
+
 def load_checkpoint(path: Path):
     """What `save_checkpoint` wrote, tensors on the CPU; where a bit differs, the file is named."""
     import torch

@@ -192,3 +192,15 @@ def test_looking_results_up_needs_neither_torch_nor_transformers():
     code = f"import sys, mlsae_core.pipeline; print([m for m in {heavy} if m in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(ran.stdout.replace("'", '"')) == []
+
+
+def test_a_checkpoint_behind_its_end_is_forgotten_and_one_of_a_new_computation_kept(tmp_path):
+    checkpoint, result = tmp_path / "checkpoint", tmp_path / "meta.json"
+    store.forget_checkpoint(checkpoint, result)  # nothing is there
+    for written, forgotten in ((5, True), (10, True), (20, False)):
+        for path, seconds in ((checkpoint, written), (result, 10)):
+            path.touch()
+            os.utime(path, (seconds, seconds))
+        store.forget_checkpoint(checkpoint, result)
+        assert checkpoint.exists() != forgotten
+        assert result.exists()

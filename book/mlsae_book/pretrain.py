@@ -382,14 +382,15 @@ def pretrain(path: str | Path, stop_after: float | None = None) -> Path:
     tokenizer = _tokenizer(recipe, folder)
     text.check_tokenizer(tokenizer)
     identity = _identity(recipe, tokenizer)
+    checkpoint = store.STORE / "pretrain" / f"{identity}.pt"
     if (_facts(folder) or {}).get("identity") == identity and (folder / CONFIG).is_file():
+        checkpoint.unlink(missing_ok=True)  # of a training that was killed behind its end
         return folder
     model = _model(recipe, tokenizer).to(accelerator.device)
     train = text.blocks(recipe.data, tokenizer, "train")
     validation = text.blocks(recipe.data, tokenizer, "validation")
     training = _Training(
-        recipe, accelerator, model, _optimizers(model, recipe), train, validation,
-        store.STORE / "pretrain" / f"{identity}.pt",
+        recipe, accelerator, model, _optimizers(model, recipe), train, validation, checkpoint,
     )  # fmt: skip
     state = training.restore()
     if recipe.base is not None and not state.log:  # what fine-tuning has to improve on

@@ -301,6 +301,8 @@ def make(model: str, spec: TuneSpec | None = None, force: bool = False) -> Path:
         "text": pipeline.text_key(spec.data),
         "spec": to_dict(spec),
     }
+    digest = hashlib.sha256(canonical(identity).encode()).hexdigest()[:16]
+    checkpoint = store.STORE / "lens" / f"{digest}.pt"
     store.settle(folder)
     store.check_own(folder, MARK)
     made = _made_of(folder)
@@ -308,6 +310,7 @@ def make(model: str, spec: TuneSpec | None = None, force: bool = False) -> Path:
         made = {"text": identity["text"]} | made  # earlier lenses do not say of which
         other = [name for name in identity if made.get(name) != identity[name]]
         if not other:
+            store.forget_checkpoint(checkpoint, folder / MARK)
             return folder
         raise SpecError(
             f"lens: {folder} was made of another {other[0]}; rename it to keep it, or replace it "
@@ -320,8 +323,6 @@ def make(model: str, spec: TuneSpec | None = None, force: bool = False) -> Path:
     validation = [*itertools.islice(held_out.batches(1), sequences)]
     store.provenance()  # of the code that trains, not of what is there when it ends
     start = time.perf_counter()
-    digest = hashlib.sha256(canonical(identity).encode()).hexdigest()[:16]
-    checkpoint = store.STORE / "lens" / f"{digest}.pt"
     if force:
         checkpoint.unlink(missing_ok=True)
     tuned = tune(lm, train, spec, validation, checkpoint)
