@@ -18,6 +18,7 @@ import resource
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from typing import NamedTuple
 os.environ["HF_HUB_OFFLINE"] = "1"  # which is read when it is imported
 
 import torch
+import tqdm.auto
+import tqdm.std
 import yaml
 from tiny_lm import CONFIGS
 from workers import sentences, use_data, write_jsonl
@@ -406,6 +409,9 @@ def prepare():
     from mlsae_core import analysis, pipeline, train  # noqa: F401
 
     datasets.disable_progress_bars()
+    # One lock for each fork: a bar's own is shared by all, and would stay shut after a kill.
+    tqdm.std.tqdm.set_lock(threading.RLock())
+    tqdm.auto.tqdm.set_lock(threading.RLock())
     torch.set_num_threads(1)
 
 
