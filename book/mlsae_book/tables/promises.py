@@ -24,12 +24,10 @@ def inputs(path: str | Path) -> pd.DataFrame:
     known = [name for name in ("works", "works, for long", "refused", "stopped") if name in table]
     table = table[[*known, *(name for name in table if name not in known)]]
     table.loc["together"] = table.sum()
-    return _with_faults(table.rename_axis("input"), found)
+    return _with_faults(table, found)
 
 
 def _with_faults(table: pd.DataFrame, found: dict) -> pd.DataFrame:
-    """The table, with the number of faults beside the last row, and when it was made."""
+    """The table, with the number of faults beside the last row; its head says of which commit."""
     table["faults"] = [""] * (len(table) - 1) + [str(found["faults"])]
-    table["commit"] = [""] * (len(table) - 1) + [found["commit"]]
-    table["date"] = [""] * (len(table) - 1) + [found["date"]]
-    return table
+    return table.rename_axis(f"commit {found['commit']}, {found['date']}")
