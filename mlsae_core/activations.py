@@ -284,7 +284,8 @@ class TextSource:
             ActivationError: NaN or infinite activations, or nothing but special tokens.
         """
         check = seed is None or self.device.type == "cpu"
-        for index, tokens in enumerate(self.blocks.batches(size, seed, start, every)):
+        own = self.blocks.batches(size, seed, start, every)
+        for index, tokens in zip(itertools.count(start, every), own, strict=False):
             keep = self.lm.keep_mask(tokens)
             tokens = to_device(tokens, self.device)
             captured = self.lm.capture(tokens, self.layers, self.points)
@@ -472,7 +473,8 @@ class SavedSource:
             ActivationError: NaN or infinite activations, or nothing but special tokens.
         """
         numbers = TokenBlocks(np.arange(self.n_sequences)[:, None])
-        for index, chosen in enumerate(numbers.batches(size, seed, start, every)):
+        own = numbers.batches(size, seed, start, every)
+        for index, chosen in zip(itertools.count(start, every), own, strict=False):
             yield self._read([self._places[number] for number in chosen.flatten().tolist()], index)
 
     def _read(self, places: list[tuple[Path, int, int, int]], index: int) -> Batch:
