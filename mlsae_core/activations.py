@@ -185,7 +185,8 @@ def massive(x: Tensor) -> Tensor:
         x: (layer, batch, position, d_model).
 
     Returns:
-        (batch, position) bool; nothing is massive among fewer than three positions.
+        (batch, position) bool. The median of an even number is the lower one of the middle two; a
+        vector that is alone in its sequence is never massive.
     """
     norms = torch.linalg.vector_norm(x.float(), dim=-1)
     return (norms > MASSIVE * norms.median(-1, keepdim=True).values).any(0)
