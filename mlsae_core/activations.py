@@ -185,7 +185,8 @@ def massive(x: Tensor) -> Tensor:
         x: (layer, batch, position, d_model).
 
     Returns:
-        (batch, position) bool; nothing is massive among fewer than three positions.
+        (batch, position) bool. The median of an even number is the lower one of the middle two; a
+        vector that is alone in its sequence is never massive.
     """
     norms = torch.linalg.vector_norm(x.float(), dim=-1)
     return (norms > MASSIVE * norms.median(-1, keepdim=True).values).any(0)
@@ -284,7 +285,8 @@ class TextSource:
             ActivationError: NaN or infinite activations, or nothing but special tokens.
         """
         check = seed is None or self.device.type == "cpu"
-        for index, tokens in enumerate(self.blocks.batches(size, seed, start, every)):
+        own = self.blocks.batches(size, seed, start, every)
+        for index, tokens in zip(itertools.count(start, every), own, strict=False):
             keep = self.lm.keep_mask(tokens)
             tokens = to_device(tokens, self.device)
             captured = self.lm.capture(tokens, self.layers, self.points)
@@ -472,7 +474,8 @@ class SavedSource:
             ActivationError: NaN or infinite activations, or nothing but special tokens.
         """
         numbers = TokenBlocks(np.arange(self.n_sequences)[:, None])
-        for index, chosen in enumerate(numbers.batches(size, seed, start, every)):
+        own = numbers.batches(size, seed, start, every)
+        for index, chosen in zip(itertools.count(start, every), own, strict=False):
             yield self._read([self._places[number] for number in chosen.flatten().tolist()], index)
 
     def _read(self, places: list[tuple[Path, int, int, int]], index: int) -> Batch:

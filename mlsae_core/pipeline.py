@@ -217,7 +217,8 @@ class Session:
                 raise Stopped(f"{stage}: {error}") from error
 
         made = self.write(stage, identity, spec, parents, fill, this.shared)
-        checkpoint.unlink(missing_ok=True)
+        for left in checkpoints(identity):  # of other numbers of processes among them
+            left.unlink(missing_ok=True)
         return made
 
     def train(self, run: RunSpec) -> Artefact:
@@ -526,6 +527,11 @@ def checkpoint_path(identity: str, share: Share | None = None) -> Path:
     """Where a stage is kept before it is done; of each process that has a share, by itself."""
     part = f"-{share.index}-of-{share.count}" if share and share.count > 1 else ""
     return store.STORE / "checkpoints" / f"{identity}{part}.pt"
+
+
+def checkpoints(identity: str) -> list[Path]:
+    """Files from which a stage that was begun continues, with as many processes as then."""
+    return sorted((store.STORE / "checkpoints").glob(f"{identity}*.pt"))
 
 
 def _compiled(source: TextSource, run: RunSpec) -> TextSource:

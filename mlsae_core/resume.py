@@ -23,6 +23,9 @@ class Pass:
             those of a file that is there are put in their place, and `first` batches are behind
             them.
         path: the file, or nothing. It belongs to one pass of one size on one kind of device.
+
+    Raises:
+        StoreError: a file that is damaged, or holds other parts.
     """
 
     def __init__(self, path: Path | None, size: int, **parts):
@@ -30,11 +33,19 @@ class Pass:
         self.of = [size, *sorted({t.device.type for t in _tensors(parts)})]
         self.written, self.seconds = time.perf_counter(), 0.0  # when last, and how long it took
         if path is not None and path.is_file():
-            content = store.load_checkpoint(path)
+            self._restore(store.load_checkpoint(path))
+
+    def _restore(self, content):
+        try:
             if content["of"] == self.of:
-                self.first = content["batches"]
-                for name, part in parts.items():
+                for name, part in self.parts.items():
                     _restored(part, content["parts"][name])
+                self.first = content["batches"]
+        except (KeyError, TypeError, RuntimeError) as error:  # as of another version of the code
+            raise store.StoreError(
+                f"{self.path}: expected the sums of this measurement; {error}; delete it to start "
+                "anew"
+            ) from error
 
     def batch_done(self):
         """Count a batch that is in all sums; write them if the last time is a minute ago."""

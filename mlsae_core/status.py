@@ -72,7 +72,7 @@ def _state(stage: str, identity: str) -> str:
     for name, root in (("shipped", store.SHIPPED), ("stored", store.STORE)):
         if (root / stage / identity / "meta.json").is_file():
             return name
-    return "begun" if pipeline.checkpoint_path(identity).exists() else "missing"
+    return "begun" if pipeline.checkpoints(identity) else "missing"
 
 
 def _operations(stage: str, run: SubjectSpec, settings: EvaluateSpec | None) -> float:

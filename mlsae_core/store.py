@@ -394,7 +394,7 @@ def load_checkpoint(path: Path):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-# --- lenses and dictionaries ------------------------------------------------------------------
+# --- lenses -----------------------------------------------------------------------------------
 
 
 def lens_folder(basis: str) -> Path:

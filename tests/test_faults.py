@@ -866,6 +866,9 @@ def test_sums_of_other_batches_are_not_taken(tmp_path, monkeypatch):
         again = resume.Pass(tmp_path / "sums.pt", size, total=torch.zeros(2))
         assert again.first == first
         assert again.parts["total"].tolist() == [3 * first] * 2
+    for parts in ({"total": torch.zeros(3)}, {"count": torch.zeros(2)}):
+        with pytest.raises(store.StoreError, match=r"sums.pt: expected the sums .*delete it to"):
+            resume.Pass(tmp_path / "sums.pt", 8, **parts)
 
 
 # --- a disk that is full --------------------------------------------------------------------------

@@ -201,6 +201,9 @@ def test_a_model_is_known_before_it_is_fetched_and_fetched_once(wheel, monkeypat
     assert fetch.fetch("tiny") == folder
     assert models.key("tiny", None) == identity
     assert LanguageModel.load(ModelSpec("tiny")).n_layers == config.num_hidden_layers
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(store.StoreError, match=r"config.json: damaged .*; delete"):
+        fetch.fetch("tiny")  # before it is fetched again, in vain
 
 
 def test_what_stops_a_fetch_is_said_in_one_line(wheel, monkeypatch):
@@ -208,6 +211,13 @@ def test_what_stops_a_fetch_is_said_in_one_line(wheel, monkeypatch):
         fetch.fetch("nothing-like-it")
     monkeypatch.setattr(subprocess, "run", pip(failure="No matching distribution"))
     with pytest.raises(store.Stopped, match=r"could not get tiny-package==1.0 .*No matching"):
+        fetch.fetch("tiny")
+    monkeypatch.setattr(
+        subprocess,
+        "run",
+        lambda command, **_: subprocess.CompletedProcess(command, 1, "", "No module named pip\n"),
+    )
+    with pytest.raises(store.Stopped, match=r"could not get .*No module named pip"):
         fetch.fetch("tiny")
     origin = wheel[1] / "origin.yml"
     origin.write_text(origin.read_text().replace("\nsha256: '", "\nsha256: '0"))

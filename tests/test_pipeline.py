@@ -16,6 +16,7 @@ from workers import sentences, write_jsonl
 from mlsae_book import experiments
 from mlsae_core import keys, pipeline, spec, status, store, text, train
 from mlsae_core.lens import Lens
+from mlsae_core.processes import Share
 from mlsae_core.spec import EvaluateSpec, Experiment, SpecError
 
 CONTEXT = 8
@@ -333,9 +334,14 @@ def test_an_experiment_becomes_tables_with_its_labels(inputs, data):
     before = status.status(experiment)
     assert set(before.state) == {"missing"}
     assert len(before) == 6
+    begun = pipeline.checkpoint_path(before.key[1], Share(0, 2))  # an evaluation by two processes
+    begun.parent.mkdir(parents=True)
+    begun.touch()
+    assert list(status.status(experiment).state[:3]) == ["missing", "begun", "missing"]
     made = experiments.materialise(experiment, ship=True)
     assert list(made.log.k.unique()) == list(made.evaluation.k.unique()) == [2, 4]
     assert list(made.provenance.stage) == ["train", "evaluate", "distributions"] * 2
+    assert not list(begun.parent.iterdir())
     after = status.status(experiment)
     assert set(after.state) == {"shipped"}
     assert set(after.seconds) == {0}

@@ -62,6 +62,8 @@ def test_a_sequence_of_special_tokens_keeps_its_place(lm, blocks, tmp_path):  # 
     for source in (text, folder):
         with pytest.raises(ActivationError, match="batch 2: all 16 tokens are special"):
             list(source.batches(2))
+        with pytest.raises(ActivationError, match="batch 2: all 16 tokens are special"):
+            next(source.batches(2, start=2, every=3))  # of the text, not of this reader
 
 
 @pytest.fixture(params=["text", "saved", "planted"])

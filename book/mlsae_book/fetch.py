@@ -40,7 +40,9 @@ def fetch(name: str) -> Path:
 def _model(name: str) -> Path | None:
     try:
         return models.weights(name)
-    except SpecError:  # they are missing, or damaged
+    except store.StoreError:  # damaged ones are not fetched over
+        raise
+    except SpecError:
         return None
 
 
@@ -65,9 +67,8 @@ def _download(origin: dict, wanted: str, folder: Path) -> Path:
         [*command, "--require-hashes", "-r", str(requirement)], capture_output=True, text=True
     )
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or [
-            "no reason given"
-        ]
+        said = done.stderr.splitlines() or ["no reason given"]
+        lines = [line for line in said if "ERROR" in line] or said
         raise store.Stopped(
             f"fetch: pip could not get {wanted} ({lines[-1].strip()[:300]}); what was computed with "
             "it is shipped, and read without it"

@@ -122,7 +122,7 @@ def heatmaps(read: Sequence[tuple[dict, dict, dict]]) -> ipywidgets.VBox:
 def cosines(table: pd.DataFrame) -> ipywidgets.VBox:
     """Choose a run, pairs or maxima, and the width of the bins; see the histogram.
 
-    table: what `analysis.sweeps.stack` makes of several `cosines.csv`.
+    table: what `tables.sweeps.stack` makes of several `cosines.csv`.
     """
     from mlsae_book.charts import sweeps
     from mlsae_book.tables import geometry

@@ -79,7 +79,7 @@ def cosines(
     """Cosine similarity of adjacent layers by relative layer, one line a model (Fig. 1).
 
     The reader picks a model out and switches centring off. ``table`` is what
-    `analysis.drift.adjacent` returns, with ``model``. The line of the model `dashed` is.
+    `tables.drift.adjacent` returns, with ``model``. The line of the model `dashed` is.
     """
     names = ("model", "layer", "other", "relative_pair", "measure", "value", "low", "high")
     table = _table(table, "drift.cosines", *names)
@@ -118,7 +118,7 @@ def cosines(
 def matrix(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.Chart:
     """Mean cosine similarity of every two layers; the reader chooses model and measure.
 
-    ``table`` is what `analysis.drift.matrix` returns, with ``model``.
+    ``table`` is what `tables.drift.matrix` returns, with ``model``.
     """
     names = ("model", "layer", "other", "centred", "raw")
     table = _table(table, "drift.matrix", *names)

@@ -17,7 +17,7 @@ from mlsae_book.charts import (
     _titled,
 )
 
-_MEAN = "mean"  # `analysis.fidelity.MEAN`
+_MEAN = "mean"  # `tables.fidelity.MEAN`
 
 
 def _layers(table: pd.DataFrame) -> list[str]:
@@ -33,7 +33,7 @@ def _metric(table: pd.DataFrame) -> tuple[alt.Parameter, list[str]]:
 def over_sweep(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.LayerChart:
     """A metric over what was swept; the reader chooses the metric, the sweep and the layers.
 
-    ``table`` is what `analysis.fidelity.over` gives: one row per ``sweep``, ``run``, ``position``,
+    ``table`` is what `tables.fidelity.over` gives: one row per ``sweep``, ``run``, ``position``,
     ``layer`` (text; "mean" is the mean over layers), ``metric``, ``value``.
     """
     table = _table(table, "over_sweep", "sweep", "run", "position", "layer", "metric", "value")
@@ -71,7 +71,7 @@ def over_sweep(table: pd.DataFrame, title: str, subtitle: str | None = None) -> 
 def repeated(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.LayerChart:
     """A metric by layer, its mean over runs and its range; the reader chooses the metric.
 
-    ``table`` is what `analysis.fidelity.repeated` gives: ``layer`` (text), ``metric``, ``mean``,
+    ``table`` is what `tables.fidelity.repeated` gives: ``layer`` (text), ``metric``, ``mean``,
     ``low``, ``high``.
     """
     table = _table(table, "repeated", "layer", "metric", "mean", "low", "high")
@@ -126,7 +126,7 @@ def against_sparsity(
 def last_layer(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.VConcatChart:
     """FVU of the last layer and of the others, and beneath it the dead latents (Figure 11).
 
-    ``table`` is what `analysis.fidelity.last_layer` gives: ``run``, ``last``, ``others``, ``dead``.
+    ``table`` is what `tables.fidelity.last_layer` gives: ``run``, ``last``, ``others``, ``dead``.
     """
     table = _table(table, "last_layer", "run", "last", "others", "dead")
     table = table.assign(run=table["run"].astype(str))

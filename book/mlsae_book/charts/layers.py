@@ -19,7 +19,7 @@ def aggregate(
 ) -> alt.Chart:
     """P(layer | latent) over all tokens (Fig. 2); the reader chooses weighting or null model.
 
-    ``table`` is what `analysis.layers.aggregate_table` returns, ``sources`` its columns that can
+    ``table`` is what `tables.layers.aggregate_table` returns, ``sources`` its columns that can
     be chosen and how the reader is told of them.
     """
     latents = [f"latent_{name}" for name in sources]
@@ -47,7 +47,7 @@ def aggregate(
 def totals(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.Chart:
     """Activation totals, not normalised (Fig. 25); the reader chooses the power of the colour.
 
-    ``table`` is what `analysis.layers.totals_table` returns.
+    ``table`` is what `tables.layers.totals_table` returns.
     """
     table = _table(table, "layers.totals", "latent", "layer", "order", "total", "share")
     power = alt.param(
@@ -80,7 +80,7 @@ def totals(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.
 def prompts(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.LayerChart:
     """Latents over layers for single prompts (Fig. 3 and 26); the reader chooses the prompt.
 
-    ``table`` is what `analysis.layers.prompt_distributions` returns.
+    ``table`` is what `tables.layers.prompt_distributions` returns.
     """
     names = ("prompt", "latent", "layer", "order", "tokens", "activation")
     table = _table(table, "layers.prompts", *names, *WEIGHTINGS)
@@ -132,7 +132,7 @@ def variance_ratios(
     """The ratios of Eq. 11 and Eq. 12 of many runs with intervals and null models (Fig. 5, 27).
 
     ``table`` has one row per run and ratio: ``sweep``, ``run``, ``position`` (what
-    `analysis.sweeps.stack` gives), ``ratio``, ``value``, ``low``, ``high``, ``permuted``,
+    `tables.sweeps.stack` gives), ``ratio``, ``value``, ``low``, ``high``, ``permuted``,
     ``gaussian``. The reader chooses the sweep.
     """
     names = ("sweep", "run", "position", "ratio", "value", "low", "high", "permuted", "gaussian")

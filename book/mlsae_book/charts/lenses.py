@@ -11,7 +11,7 @@ from mlsae_book.charts import METRICS, _level_axis_title, _select, _select_metri
 def divergences(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.Chart:
     """KL of what each lens reads at each layer; a value of 0 is left out of the log scale.
 
-    ``table`` is what `analysis.lenses.divergences` returns.
+    ``table`` is what `tables.lenses.divergences` returns.
     """
     table = _table(table[table["kl"] > 1e-6], "lenses.divergences", "lens", "layer", "kl")
     lenses = list(table["lens"].unique())
@@ -31,7 +31,7 @@ def divergences(table: pd.DataFrame, title: str, subtitle: str | None = None) ->
 def conditions(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.Chart:
     """Condition number of I + W by layer at both alignments; the reader chooses the model.
 
-    ``table`` is what `analysis.lenses.conditions` returns.
+    ``table`` is what `tables.lenses.conditions` returns.
     """
     table = _table(table, "lenses.conditions", "model", "alignment", "layer", "condition")
     models = list(table["model"].unique())

@@ -24,7 +24,7 @@ def points(
     """One number per run; the reader chooses the sweep.
 
     ``table`` has one row per run (and value of ``series``): ``sweep``, ``run``, ``position`` (what
-    `analysis.sweeps.stack` gives), ``value``, and the ends of ``interval``, drawn as a line.
+    `tables.sweeps.stack` gives), ``value``, and the ends of ``interval``, drawn as a line.
     ``axis`` is the y axis's title, with its unit.
     """
     named = [*([series] if series else []), *(interval or ())]

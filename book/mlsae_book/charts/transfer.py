@@ -17,7 +17,7 @@ _OPACITY, _DARKEST = 0.45, 0.75
 def matrix(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.VConcatChart:
     """Layer × layer, and set apart beneath it the row of the MLSAE; the reader chooses the metric.
 
-    ``table`` is what `analysis.transfer.matrix` gives: ``trained`` (text: a layer, or the name of
+    ``table`` is what `tables.transfer.matrix` gives: ``trained`` (text: a layer, or the name of
     the MLSAE's row), ``layer`` (where it was measured), ``metric``, ``value`` and ``last``, whether
     the cell belongs to the last layer, which is shown on demand.  Shades follow the logarithm of a
     metric where all of its values are positive.
