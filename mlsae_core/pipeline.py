@@ -348,7 +348,8 @@ class Session:
         if found is None and self.mode != "force":
             found = store.find(stage, identity)
             if found is not None and is_main_process():
-                store.forget_checkpoint(checkpoint_path(identity), found.path / "meta.json")
+                for left in checkpoints(identity):
+                    store.forget_checkpoint(left, found.path / "meta.json")
         _wait()
         if found is None and self.mode == "read-only":
             raise StoreError(_missing(stage, identity, spec))

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -341,6 +342,10 @@ def test_an_experiment_becomes_tables_with_its_labels(inputs, data):
     made = experiments.materialise(experiment, ship=True)
     assert list(made.log.k.unique()) == list(made.evaluation.k.unique()) == [2, 4]
     assert list(made.provenance.stage) == ["train", "evaluate", "distributions"] * 2
+    assert not list(begun.parent.iterdir())
+    begun.touch()
+    os.utime(begun, (0, 0))  # killed behind its end
+    experiments.materialise(experiment, "read-only")
     assert not list(begun.parent.iterdir())
     after = status.status(experiment)
     assert set(after.state) == {"shipped"}
