@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,7 @@ def write_saelens(
             config |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
         else:
             tensors["threshold"] = sae.activation.threshold.expand(sae.n_latents)
-        with store.atomic_folder(Path(folder) / hook) as work:
+        with _new_folder(Path(folder) / hook) as work:
             plain = {n: t.detach().float().cpu().contiguous() for n, t in tensors.items()}
             save_file(plain, work / "sae_weights.safetensors")
             (work / "cfg.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -106,11 +107,20 @@ def write_gemma_scope(saes: Mapping[int, MLSAE], folder: str | Path) -> list[Pat
             "b_dec": sae.pre_bias,
             "threshold": sae.activation.threshold.expand(sae.n_latents),
         }
-        with store.atomic_folder(Path(folder) / f"layer_{layer}") as work:
+        with _new_folder(Path(folder) / f"layer_{layer}") as work:
             plain = {name: array.detach().float().cpu().numpy() for name, array in arrays.items()}
             np.savez(work / "params.npz", **plain)
         written.append(Path(folder) / f"layer_{layer}")
     return written
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A folder that is written whole; one that is there has no mark of this project and stays."""
+    if path.exists():
+        raise SpecError(f"expected a folder that does not exist yet, got {path}; name another")
+    with store.atomic_folder(path) as work:
+        yield work
 
 
 def push(session: Session, run: RunSpec, repo: str, licence: str, private: bool = False) -> str:
@@ -129,15 +139,21 @@ def push(session: Session, run: RunSpec, repo: str, licence: str, private: bool 
     import pandas as pd
     from huggingface_hub import HfApi
 
+    from mlsae_core.pipeline import is_main_process
+
+    api, refused = HfApi(), f"{repo}: the hub did not take it"
+    if is_main_process():
+        with reading(refused):  # before anything is computed
+            api.create_repo(repo, private=private, exist_ok=True)
     trained = session.train(run)
     table = pd.read_csv(session.evaluate(run, EvaluateSpec()).file("evaluation.csv"))
-    with tempfile.TemporaryDirectory() as folder, reading(f"{repo}: the hub did not take it"):
+    if not is_main_process():
+        return repo
+    with tempfile.TemporaryDirectory() as folder, reading(refused):
         session.sae(run).save_pretrained(folder)
         (Path(folder) / "README.md").write_text(
             card(run, repo, licence, table, trained.meta), encoding="utf-8"
         )
-        api = HfApi()
-        api.create_repo(repo, private=private, exist_ok=True)
         done = api.upload_folder(
             repo_id=repo, folder_path=folder, commit_message=f"Dictionary {trained.key}"
         )

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_given import given_of, written
 from test_pipeline import run_of
 
-from mlsae_core import pipeline, publish
+from mlsae_core import pipeline, publish, store
 from mlsae_core.__main__ import main
 from mlsae_core.sae import MLSAE
 from mlsae_core.spec import SpecError
@@ -120,3 +120,13 @@ def test_what_cannot_be_pushed_is_one_line(inputs, data, hub, monkeypatch, capsy
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert error == ["error: a/b: the hub did not take it: 401: who are you?"]
     assert hub == []
+    assert not (store.STORE / "train").exists()  # the hub is asked before anything is computed
+
+
+def test_an_export_never_replaces_a_folder(tmp_path):
+    saes = {0: MLSAE(8, 16, 4)}
+    (folder,) = publish.write_saelens(saes, tmp_path, "model")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(SpecError, match=f"does not exist yet, got {folder}; name another"):
+        publish.write_saelens(saes, tmp_path, "model")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
