@@ -63,7 +63,7 @@ class Activation(nn.Module):
 
     The dictionary is an argument, since the activation is a part of it.
 
-    n_latents : of the dictionary. unit : root mean square norm of its inputs.
+    n_latents: of the dictionary. unit: root mean square norm of its inputs.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Activation(nn.Module):
     def autoencode(self, sae: MLSAE, x: Tensor, dead: Tensor | None, aux_k: int) -> Coded:
         """Encode and decode a batch x (n, d) in training, and reconstruct with dead latents.
 
-        dead, aux_k : as in `kernels.autoencode`. Changes no state, and waits for no device.
+        dead, aux_k: as in `kernels.autoencode`. Changes no state, and waits for no device.
         """
         raise NotImplementedError
 

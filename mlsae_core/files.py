@@ -59,7 +59,7 @@ def tensors(
 ) -> dict[str, Tensor]:
     """Tensors of safetensors files, of which each name is there once.
 
-    wanted : how the names of those that are read begin. prefix : what may stand before them.
+    wanted: how the names of those that are read begin. prefix: what may stand before them.
     """
     found: dict[str, Tensor] = {}
     for path in paths:

@@ -195,7 +195,7 @@ def _weights(
 ) -> Weights:
     """Parameters of an MLSAE from tensors of which `NAMES` says what they are.
 
-    path : of their file, for messages. activation : "topk", "relu" or "jumprelu", of which the last
+    path: of their file, for messages. activation: "topk", "relu" or "jumprelu", of which the last
     needs thresholds, and the first k. subtracted : whether b_dec is, before the encoder. unit :
     whether scores are multiplied by the norms of the decoder's rows, which are divided by them.
     """

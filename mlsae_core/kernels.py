@@ -164,7 +164,7 @@ def differentiable(
 ) -> Code:
     """The selected values, positive or 0, with the gradient of their scores <x - b, encoder>.
 
-    centred : x - pre_bias.
+    centred: x - pre_bias.
     """
     chosen = pairs.Pairs([code.indices], encoder)
     (values,) = pairs.Encode.apply(x, pre_bias, encoder, centred.detach(), chosen, code.values)

@@ -99,7 +99,7 @@ class SingleLayers(nn.Module):
 def load(folder: Path, layers: Sequence[int], within: Sequence[str] = ()) -> MLSAE | SingleLayers:
     """The dictionary in a folder; where there is one for each layer below it, those of `layers`.
 
-    within : see `formats.layers`.
+    within: see `formats.layers`.
 
     Raises ValueError where there is none of a layer, and as `MLSAE.from_pretrained`.
     """

@@ -24,7 +24,8 @@ from mlsae_core import store, text
 from mlsae_core.spec import SpecError, read_yaml
 
 DOCSTRINGS, QUESTIONS = "docstrings", "docstring-questions"  # their paths in a spec
-store.STAGES["documents"] = 1
+DOCUMENTS = "documents"  # the stage of texts that are extracted once
+store.STAGES[DOCUMENTS] = 1
 
 
 def pins() -> dict[str, str]:
@@ -93,8 +94,8 @@ def docstrings() -> list[str]:
     """The embedded corpus in the order of its documents' hashes; extracted once per machine."""
     installed = {name: _installed(name) for name in pins()}
     spec = {"corpus": definition(), "installed": installed}
-    identity = store.key("documents", spec, {})
-    artefact = store.find("documents", identity)
+    identity = store.key(DOCUMENTS, spec, {})
+    artefact = store.find(DOCUMENTS, identity)
     if artefact is None:
 
         def fill(folder: Path) -> dict:
@@ -103,7 +104,7 @@ def docstrings() -> list[str]:
             frame.to_parquet(folder / "documents.parquet", compression="zstd", index=False)
             return {"documents": len(texts), "characters_per_package": characters}
 
-        artefact = store.write("documents", identity, spec, {}, fill)
+        artefact = store.write(DOCUMENTS, identity, spec, {}, fill)
     _warn_of_drift(artefact.meta["characters_per_package"])
     return pd.read_parquet(artefact.file("documents.parquet"))["text"].tolist()
 

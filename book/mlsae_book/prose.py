@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from mlsae_book.corpus import DOCUMENTS
 from mlsae_core import store, text
 from mlsae_core.spec import SpecError, canonical, read_yaml
 
@@ -22,7 +23,6 @@ WIKIPEDIA = "wikipedia"  # its path in a spec
 PARAGRAPH = 120  # characters that a paragraph has at least: captions and lists have fewer
 _LISTS = re.compile("references|notes|reading|links|see also|bibliography|sources|citations", re.I)
 _TAGS = ("ref", "table", "gallery", "math", "timeline")
-store.STAGES["documents"] = 1
 
 
 def origin() -> dict:
@@ -32,7 +32,7 @@ def origin() -> dict:
 
 def find() -> store.Artefact | None:
     """The documents, where they were fetched to this machine."""
-    return store.find("documents", store.key("documents", _identity(), {}))
+    return store.find(DOCUMENTS, store.key(DOCUMENTS, _identity(), {}))
 
 
 def make(dump: Path) -> store.Artefact:
@@ -54,8 +54,8 @@ def make(dump: Path) -> store.Artefact:
         frame.to_parquet(folder / "documents.parquet", compression="zstd", index=False)
         return {"documents": len(found)}
 
-    identity = store.key("documents", _identity(), {})
-    return store.write("documents", identity, _identity(), {}, fill)
+    identity = store.key(DOCUMENTS, _identity(), {})
+    return store.write(DOCUMENTS, identity, _identity(), {}, fill)
 
 
 def documents(dump: Path) -> Iterator[str]:
