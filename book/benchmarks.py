@@ -13,7 +13,7 @@
 #
 # {cite:t}`lawson2025` trained most of their MLSAEs, on 1 billion tokens each, in **12 to 24 hours on one
 # NVIDIA RTX 3090**. At its rate on one NVIDIA H200 the loop of this project takes **16 minutes** for as many tokens
-# at their default shape, or 23 where an eighth of the latents is dead ([below](gpu)). All other numbers of this page are of a *processor*: they come from
+# at their default shape, or 23 where an eighth of the latents is dead ([below](on-a-gpu)). All other numbers of this page are of a *processor*: they come from
 # `python -m benchmarks` on the machine below, in which all implementations of a suite took turns.
 
 # %% tags=["remove-cell"]
@@ -155,7 +155,7 @@ results.loc[["memory"], ["case", "peak_megabytes"]].set_index("case").round(0)
 #
 # **What would contradict it.** A peak far above those of the weights and the optimiser.
 #
-# (gpu)=
+# (on-a-gpu)=
 # ## On a GPU
 #
 # `python -m benchmarks.gpu` first asks whether the card computes the right numbers: largest relative errors of results
