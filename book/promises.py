@@ -17,12 +17,11 @@
 # %% tags=["remove-cell"]
 import pandas as pd
 
+from mlsae_book.charts import links
 from mlsae_book.tables import promises
 
-pd.set_option("display.max_colwidth", None)
-
 # %% tags=["hide-input"]
-pd.read_csv("promises.csv").set_index("promise")
+links.coded(pd.read_csv("promises.csv"), "test")
 
 # %% [markdown]
 # ## Kills

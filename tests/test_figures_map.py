@@ -44,6 +44,15 @@ def test_the_page_shows_every_row():
         assert f"({row.page}.ipynb)" in shown, row.page
 
 
+def test_names_of_code_are_set_as_such_and_text_stays_text():
+    table = pd.DataFrame({"what": ["a_b|c"], "test": ["test_x::test_y"]})
+    assert links.coded(table, "test").data.splitlines() == [
+        "| what | test |",
+        "| --- | --- |",
+        r"| a\_b\|c | `test_x::test_y` |",
+    ]
+
+
 def test_links_lead_to_notebooks_and_text_stays_text():
     table = pd.DataFrame({"what": ["a | b", "<b>[x](y)*"], "page": ["drift", "mmcs"]})
     text = links.linked(table, "page", {"mmcs": "MMCS_1"}).data

@@ -1,4 +1,4 @@
-"""Tables whose cells lead to other pages of the book."""
+"""Tables of words, which wrap: cells that lead to other pages of the book, and names of code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,17 @@ def linked(table: pd.DataFrame, column: str, titles: dict[str, str] | None = Non
         raise ValueError(f"linked: expected a column {column!r}, got {', '.join(table.columns)}")
     names = titles or {}
     links = table[column].map(lambda name: f"[{_plain(names.get(name, name))}]({name}.ipynb)")
-    cells = table.astype(str).map(_plain).assign(**{column: links})
+    return _markdown(table, column, links)
+
+
+def coded(table: pd.DataFrame, column: str) -> Markdown:
+    """A table as Markdown, in which one column holds names of code, without blanks or backticks."""
+    return _markdown(table, column, "`" + table[column] + "`")
+
+
+def _markdown(table: pd.DataFrame, column: str, marked: pd.Series) -> Markdown:
+    """A table of plain text, but for a column that is marked up already."""
+    cells = table.astype(str).map(_plain).assign(**{column: marked})
     lines = [table.columns, ["---"] * len(table.columns), *cells.itertuples(index=False)]
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
