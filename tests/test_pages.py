@@ -188,3 +188,72 @@ def test_nothing_is_cut_off(open_page, name, size, tmp_path):
         assert overhangs == []
         assert page.evaluate("document.scrollingElement.scrollWidth - innerWidth") <= 0
         assert page.complaints == []
+
+
+# --- what strangers wrote ---------------------------------------------------------------------
+
+HOSTILE = [
+    "<img src=x onerror=window.harmed=1>",
+    "</script><script>window.harmed=1</script>",
+    "<svg onload=window.harmed=1>",
+    '"><b onmouseover=window.harmed=1>',
+    "[a](javascript:window.harmed=1)",
+    "{{constructor.constructor('window.harmed=1')()}}",
+    "datum.x'+window.alert(1)+'",
+    "\u202e\x1b[31m",
+]
+HARM = "img, svg[onload], b[onmouseover], a[href^=javascript], script:not([src])"
+
+
+@pytest.fixture
+def hostile_page():
+    """A built page with a chart and a table of examples whose tokens are hostile."""
+    import altair as alt
+    import pandas as pd
+
+    from mlsae_book import charts, sphinx_ext
+    from mlsae_book.tables import examples
+
+    if lack := missing():
+        pytest.skip(lack)
+    charts.use_book_theme()
+    rows = pd.DataFrame({"token": HOSTILE, "value": range(1, len(HOSTILE) + 1)})
+    encoded = {
+        "x": alt.X("token:N", title=HOSTILE[2]),
+        "y": "value:Q",
+        "color": "token:N",
+        "tooltip": [alt.Tooltip("token:N", title=HOSTILE[3]), "value:Q"],
+    }
+    titled = alt.Chart(rows, title=alt.Title(HOSTILE[0], subtitle=HOSTILE[1]))
+    chart = sphinx_ext.figure(titled.mark_bar().encode(**encoded).to_dict())
+    shown = rows.assign(
+        latent=0, rank=1, layer=0, activation=1.0, peak=rows.index == 0,
+        token=rows.token.map(examples.shown),
+    )  # fmt: skip
+    page = (HTML / "intro.html").read_text()
+    first = page.index('<figure class="vega-lite-chart">')
+    path = HTML / "hostile.html"
+    path.write_text(page[:first] + examples.html(shown) + chart + page[first:])
+    yield path.stem
+    path.unlink()
+
+
+def test_hostile_tokens_are_text_in_charts_tooltips_and_tables(open_page, hostile_page):
+    """They stand in titles, axes, legends, marks, tooltips and examples, and harm nothing."""
+    plain = open_page("intro").locator(HARM).count()
+    page = open_page(hostile_page)
+    assert page.locator(HARM).count() == plain + 1  # the chart's own JSON
+    text = page.locator("article").inner_text()
+    for token in HOSTILE[:3]:
+        assert token in text
+    bars = page.locator(".vega-lite-chart").first.locator('path[aria-roledescription="bar"]').all()
+    assert len(bars) == len(HOSTILE)
+    seen = []
+    for bar in bars:
+        bar.hover()
+        page.wait_for_timeout(50)
+        seen.append(page.locator("#vg-tooltip-element").inner_text())
+        assert page.locator(HARM).count() == plain + 1
+    assert sorted(t for t in HOSTILE[:7] if any(t in tip for tip in seen)) == sorted(HOSTILE[:7])
+    assert page.evaluate("window.harmed") is None
+    assert page.complaints == []
