@@ -54,6 +54,6 @@ promises.inputs("../tests/fuzz.json")
 #
 # ## What it does not promise
 #
-# What a model or a text *says* is not looked at. A hub id without a revision is whatever stands there today. Only what
-# is measured batch by batch continues in the middle; the other analyses, of minutes each, start anew. On a GPU less
+# What a model or a text *says* is not looked at. A hub id without a revision is whatever stands there today. Geometry,
+# drift, examples and importance, of minutes each, start anew after a stop. On a GPU less
 # has been tried than on processors: {doc}`benchmarks` says what. `SECURITY.md` says how to report a fault.

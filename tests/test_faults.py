@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from workers import sentences, slow_command, write_jsonl
 
-from mlsae_book import pretrain, tune
+from mlsae_book import pretrain, stages, tune  # noqa: F401 (stages registers its own)
 from mlsae_book.__main__ import main as book
 from mlsae_core import cli, documents, fits, pipeline, resume, stops, store, text, train
 from mlsae_core.__main__ import main as core
@@ -826,8 +826,9 @@ def test_models_and_lenses_continue_where_a_signal_stopped_them(
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
-@pytest.mark.parametrize("stage", ["evaluate", "distributions"])
+@pytest.mark.parametrize("stage", ["evaluate", "distributions", "transfer", "duplicates"])
 def test_a_measurement_continues_at_the_batch_where_it_was_stopped(data, base, stage, monkeypatch):
+
     monkeypatch.setattr(pipeline, "EVALUATION_BATCH_TOKENS", 64)
     monkeypatch.setattr(resume, "SECONDS", -1.0)
     run, settings = run_from_dict(base), EvaluateSpec(tokens=640)

@@ -83,7 +83,12 @@ def _transfer(folder: Path, subject: Subject, target: Target | None = None) -> d
     if target:
         source, start = target.source(source), target.start
     table = transfer.across_layers(
-        source, subject.sae, subject.size, ablations=subject.settings.ablations, start=start
+        source,
+        subject.sae,
+        subject.size,
+        ablations=subject.settings.ablations,
+        start=start,
+        checkpoint=subject.checkpoint,
     )
     table.to_csv(folder / "transfer.csv", index=False, float_format="%.8g")
     return {"tokens": int(table.tokens.iloc[0])}
@@ -153,7 +158,9 @@ def _duplicates(folder: Path, subject: Subject) -> dict:
     """Every latent's most similar other latent, and whether it takes over: `duplicates.csv`."""
     from mlsae_book.tables import latents
 
-    table = latents.duplicates(subject.source, subject.sae, subject.size)
+    table = latents.duplicates(
+        subject.source, subject.sae, subject.size, checkpoint=subject.checkpoint
+    )
     table.to_csv(folder / "duplicates.csv", index=False, float_format="%.6g")
     return {"tokens": int(table.tokens.iloc[0])}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from mlsae_book.tables.order import DECIMALS, ascending
 from mlsae_core.activations import ActivationSource, one_pass
 from mlsae_core.lm import LanguageModel
 from mlsae_core.metrics import LayerDistribution, mmcs, most_similar
+from mlsae_core.resume import Pass
 from mlsae_core.sae import MLSAE
 
 #: Activity flags held at a time, over layers, tokens and latents or pairs.
@@ -54,6 +56,7 @@ def duplicates(
     *,
     null_draws: int = 8,
     progress: bool = True,
+    checkpoint: Path | None = None,
 ) -> pd.DataFrame:
     """Whether the most similar latent takes over where a latent stops: duplicates or drift.
 
@@ -66,6 +69,7 @@ def duplicates(
     Args:
         size: sequences that are read at a time.
         null_draws: how many times partners are dealt anew.
+        checkpoint: file to continue from if it exists, and to write every minute.
 
     Returns:
         One row per latent that is active in this text: ``partner``, the latent with the largest
@@ -94,7 +98,9 @@ def duplicates(
     # of each draw: pairs at which the partner is active at the next, the previous, the same layer
     both = torch.zeros(1 + null_draws, 3, latents, dtype=torch.int64, device=device)
     own = torch.zeros(latents, dtype=torch.int64, device=device)
-    for batch in one_pass(source.batches(size), source, size, "duplicates", progress):
+    done = Pass(checkpoint, size, found=found, both=both, own=own)
+    batches = source.batches(size, None, done.first)
+    for batch in one_pass(batches, source, size, "duplicates", progress, done):
         values, indices = sae.encode(batch.source)
         found.update(indices, values)
         step = max(1, FLAGS_AT_ONCE // (n * latents))

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pandas as pd
@@ -128,6 +129,7 @@ def across_layers(
     ablations: bool = False,
     start: int = 0,
     progress: bool = True,
+    checkpoint: Path | None = None,
 ) -> pd.DataFrame:
     """A dictionary measured at every layer of a model (MLSAE paper, Appendix B.4).
 
@@ -138,7 +140,7 @@ def across_layers(
     Args:
         source: at the site where the dictionary was trained, of whose layers all are read; of the
             model that it was trained in, or of another of the same width.
-        size, ablations, start: as in `analysis.evaluate`.
+        size, ablations, start, checkpoint: as in `analysis.evaluate`.
 
     Returns:
         The table of `analysis.evaluate`, one row per layer of the model, and ``trained_here``:
@@ -158,7 +160,13 @@ def across_layers(
         )
     everywhere = dataclasses.replace(source, site=dataclasses.replace(source.site, layers="all"))
     table = analysis.evaluate(
-        everywhere, sae, size, ablations=ablations, start=start, progress=progress
+        everywhere,
+        sae,
+        size,
+        ablations=ablations,
+        start=start,
+        progress=progress,
+        checkpoint=checkpoint,
     )
     return table.assign(trained_here=table.layer.isin(source.layers))
 
