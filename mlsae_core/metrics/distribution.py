@@ -121,15 +121,9 @@ class LayerDistribution:
         n_layers, n_latents, n_blocks = self.shape
         _check_codes(indices, values, n_layers, n_latents)
         tokens, k = indices.shape[1:]
-        if sequences is None:
-            if n_blocks > 1:
-                raise ValueError(f"n_blocks is {n_blocks}: update() needs the sequence ids")
-            sequences = torch.zeros(tokens)
-        if sequences.shape != (tokens,):
-            raise ValueError(f"sequences must be ({tokens},), got {tuple(sequences.shape)}")
-        self.tokens += tokens
         device = self.sums.device
-        blocks = sequences.to(device, torch.int64) % n_blocks
+        blocks = _blocks(sequences, tokens, n_blocks).to(device)
+        self.tokens += tokens
         step = max(1, (2**17 if device.type == "cpu" else 2**22) // max(1, n_layers * k))
         for part in range(0, tokens, step):
             rows = slice(part, part + step)
@@ -207,16 +201,31 @@ class LayerDistribution:
         Each replicate draws n_blocks blocks of sequences with replacement (Efron 1979) and
         computes everything again from their sums, the set of live latents too.
         """
-        n_blocks = len(self.sums)
-        if n_blocks < 2:
-            raise ValueError("to resample, make the accumulator with n_blocks ≥ 2, such as 64")
-        device = self.sums.device
-        shape, drawn_on = (n_replicates, n_blocks), _drawn_on(generator)
-        chosen = torch.randint(n_blocks, shape, generator=generator, device=drawn_on)
-        weights = self.sums.new_zeros(shape)
-        weights.scatter_add_(1, chosen.to(device), torch.ones_like(weights))
+        weights = _resampled(len(self.sums), n_replicates, generator).to(self.sums.device)
         parts = [_variances(torch.einsum("rb,bsj->rsj", w, self.sums)) for w in weights.split(32)]
         return Variances(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+
+def _blocks(sequences: Tensor | None, tokens: int, n_blocks: int) -> Tensor:
+    """The block of each token, (token,)."""
+    if sequences is None:
+        if n_blocks > 1:
+            raise ValueError(f"n_blocks is {n_blocks}: update() needs the sequence ids")
+        sequences = torch.zeros(tokens)
+    if sequences.shape != (tokens,):
+        raise ValueError(f"sequences must be ({tokens},), got {tuple(sequences.shape)}")
+    return sequences.long() % n_blocks
+
+
+def _resampled(n_blocks: int, n_replicates: int, generator: torch.Generator | None) -> Tensor:
+    """How often each block is drawn, (n_replicates, n_blocks) float64: n_blocks of them with
+    replacement (Efron 1979)."""
+    if n_blocks < 2:
+        raise ValueError("to resample, make the accumulator with n_blocks ≥ 2, such as 64")
+    shape = (n_replicates, n_blocks)
+    chosen = torch.randint(n_blocks, shape, generator=generator, device=_drawn_on(generator))
+    weights = torch.zeros(shape, dtype=torch.float64, device=chosen.device)
+    return weights.scatter_add_(1, chosen, torch.ones_like(weights))
 
 
 def _variances(sums: Tensor) -> Variances:

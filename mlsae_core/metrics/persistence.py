@@ -13,7 +13,12 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from mlsae_core.metrics.distribution import _check_codes, _drawn_on
+from mlsae_core.metrics.distribution import (
+    _blocks,
+    _check_codes,
+    _drawn_on,
+    _resampled,
+)
 from mlsae_core.metrics.reconstruction import _check_same
 
 
@@ -60,7 +65,7 @@ class Persistence:
         n_layers, n_latents, n_blocks = self.shape
         _check_codes(indices, values, n_layers, n_latents)
         tokens = indices.shape[1]
-        blocks = _blocks(sequences, tokens, n_blocks)
+        blocks = _blocks(sequences, tokens, n_blocks).cpu()
         for block in blocks.unique().tolist():
             rows = (blocks == block).to(indices.device)
             active, _ = layers_of_pairs(indices[:, rows], values[:, rows] > 0, self.device)
@@ -99,7 +104,7 @@ class Persistence:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`layers` (n_replicates, n_layers), `mean_layers` and `contiguous` (n_replicates,) of
         resampled data, for `basic_interval`."""
-        weights = _resampled(self.shape[2], n_replicates, generator)
+        weights = _resampled(self.shape[2], n_replicates, generator).cpu()
         return _shares(weights @ self.layers, weights @ self.runs)
 
 
@@ -278,31 +283,9 @@ def layers_of_pairs(
     return found, place
 
 
-def _blocks(sequences: Tensor | None, tokens: int, n_blocks: int) -> Tensor:
-    """The block of each token, (token,)."""
-    if sequences is None:
-        if n_blocks > 1:
-            raise ValueError(f"n_blocks is {n_blocks}: update() needs the sequence ids")
-        sequences = torch.zeros(tokens)
-    if sequences.shape != (tokens,):
-        raise ValueError(f"sequences must be ({tokens},), got {tuple(sequences.shape)}")
-    return sequences.to("cpu", torch.int64) % n_blocks
-
-
 def _shares(layers: Tensor, runs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shares, mean and contiguity from counts (…, n_layers) of pairs by their layers."""
     pairs = layers.sum(-1, keepdim=True)
     number = torch.arange(1, layers.shape[-1] + 1, dtype=layers.dtype)
     contiguous = runs[..., 1:].sum(-1) / layers[..., 1:].sum(-1)
     return layers / pairs, (layers * number).sum(-1) / pairs[..., 0], contiguous
-
-
-def _resampled(n_blocks: int, n_replicates: int, generator: torch.Generator | None) -> Tensor:
-    """How often each block is drawn, (n_replicates, n_blocks) float64: n_blocks of them with
-    replacement (Efron 1979)."""
-    if n_blocks < 2:
-        raise ValueError("to resample, make the accumulator with n_blocks ≥ 2, such as 64")
-    shape = (n_replicates, n_blocks)
-    chosen = torch.randint(n_blocks, shape, generator=generator, device=_drawn_on(generator)).cpu()
-    weights = torch.zeros(shape, dtype=torch.float64)
-    return weights.scatter_add_(1, chosen, torch.ones_like(weights))
