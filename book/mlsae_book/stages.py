@@ -145,6 +145,15 @@ def _examples(folder: Path, subject: Subject) -> dict:
     return {"tokens": subject.source.n_sequences * subject.run.data.context_length}
 
 
+def _cards(folder: Path, subject: Subject) -> dict:
+    """What is known of each latent, for the explorer: `cards.safetensors`."""
+    from mlsae_book.tables import cards
+
+    arrays = cards.cards(subject.source, subject.sae, subject.size)
+    cards.save(arrays, folder / "cards.safetensors")
+    return {"tokens": subject.source.n_sequences * subject.run.data.context_length}
+
+
 def _importance(folder: Path, subject: Subject) -> dict:
     """Uniformity of active latent importance, of a part of the text: `importance.csv`."""
     from mlsae_book.tables import importance
@@ -171,6 +180,7 @@ pipeline.register(
     Stage("geometry", 1, _geometry, ("dictionary",)),
     Stage("transfer", 1, _transfer, parts=_transfer_parts, **_BY_LAYER),
     Stage("examples", 1, _examples, **_BY_LAYER),
+    Stage("cards", 1, _cards, by_layer=True),
     Stage("importance", 1, _importance),
     Stage("duplicates", 1, _duplicates, **_BY_LAYER),
     Stage(
