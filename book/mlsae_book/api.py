@@ -63,6 +63,7 @@ PACKAGES = {
             "tune",
             "tables",
             "stages",
+            "offline",
             "experiments",
             "charts",
             "widgets",

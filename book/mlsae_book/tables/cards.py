@@ -25,6 +25,8 @@ STEPS = 255
 STEP = 0.5
 #: Dimensions along which one batch of copies is moved.
 DIMENSIONS_AT_ONCE = 4
+#: Examples of a card: the strongest, and further ones of each quarter.
+STRONGEST, OF_QUARTER = 6, 4
 
 
 class Activations(NamedTuple):
@@ -47,8 +49,8 @@ def cards(
     sae: MLSAE,
     size: int = 8,
     *,
-    strongest: int = 6,
-    of_quarter: int = 4,
+    strongest: int = STRONGEST,
+    of_quarter: int = OF_QUARTER,
     window: int = 24,
     bins: int = 16,
     most: int = 6,
