@@ -44,31 +44,33 @@ session, lens = pipeline.Session(), Lens.identity()
 lm, sae = session.lm(run.model), session.sae(run)
 arrays, _ = experiments.read_distributions(default.artefacts["distributions"][0][1])
 found = examples.load(results.artefacts["examples"][0][1].file("examples.safetensors"))
-chosen = latents.spread_of_latents(arrays, most=40)
 
 # %% [markdown]
-# ## Choose a latent
+# ## Type a prompt
 #
-# Forty latents, chosen to span the mean layer $\operatorname{E}[L \mid j]$ evenly, so latents at the first and
-# last layers are shown more often than they occur.
-
-# %% tags=["hide-input", "nbval-ignore-output"]
-latent_charts.explorer(
-    latents.profile(arrays, chosen),
-    examples.example_table(found, lm.tokenizer, chosen),
-    latents.nearest_tokens(lm, sae, chosen),
-    title="Some latents are a token, others a kind of context",
-    subtitle="Its layers; its strongest activations, token in bold; tokens whose embeddings are like its row.",
-)
-
-# %% [markdown]
-# **What to see.** Move down the list, from the first layers to the last. Each latent's examples should
-# share something that can be said in a few words; where the bold token is always the same, look whether
-# it is also among the nearest tokens, or whether what follows it is: this model has one matrix
-# for reading and for predicting tokens, so a latent can be near to either.
+# The language model and the dictionary of this book are small enough to run in the page itself, in your
+# browser, without a server or a network. Type a line of code or of documentation, which is all that this model has ever
+# read, or take a latent from the list: below it stands what is known of it.
 #
-# The same, counted: at each layer, the latents with three examples there, and the fraction of them of which all three are
-# the same token.
+# <div class="latent-explorer"></div>
+#
+# **What to see.** Run the first example, "Return the number of elements along the given axis.", and look at the latents
+# that are active at its last token. None of the sixteen of the first layer is among the sixteen of the last, although
+# one dictionary serves both: click some, and watch one group of layers light up after the other. Then steer one of them
+# after an early block, at every token, and look where it is still active.
+#
+# **How to read a card.** Layers: $P(\ell \mid j)$ and the fraction of tokens are over 993,887
+# tokens of the test split, as in {doc}`distributions`; histograms, examples and the most frequent tokens are over the
+# first 262,144 of them. Examples are the strongest, and some that were drawn from each quarter of the
+# range of activations, because the strongest alone flatter: a latent that looks pure at its top is often mixed below.
+# *Promotes* and *suppresses* are first-order effects, means over a text; what steering does to *your* prompt is computed
+# when you ask for it, and is exact.
+#
+# **What would contradict it.** Examples of one latent that share nothing, in its highest quarter too.
+#
+# ### Token or context?
+#
+# At each layer, the latents with three examples there, and the fraction of them of which all three are the same token:
 
 # %% tags=["hide-input"]
 examples.one_token(found).set_index("layer").round(3)
@@ -79,16 +81,8 @@ examples.one_token(found).set_index("layer").round(3)
 # last, from 0.77 to 0.61, as it should if blocks do that. It does not fall to zero: even after the last block, most
 # latents' three strongest examples are one token.
 #
-# **What would contradict it.** Examples of one latent that share nothing. The
-# three strongest activations per layer say nothing about the many weak ones, so a theme here is a
-# guess about the latent, not a description of it.
+# Every latent's card says the same of all its activations: on how many tokens it is active, as if equally often.
 #
-# In JupyterLab, every latent by its number:
-
-# %% tags=["nbval-ignore-output", "remove-output"]
-widgets.explorer(lm, sae, arrays, found, chosen[0])
-
-# %% [markdown]
 # ## One latent in its text
 #
 # From here on we study the latent that is concentrated most sharply at the middle layer, among those
@@ -98,6 +92,12 @@ widgets.explorer(lm, sae, arrays, found, chosen[0])
 middle = lm.n_layers // 2
 latent = latents.sharpest(arrays, middle, least=1000)
 middle, latent
+
+# %% [markdown]
+# In JupyterLab, every latent by its number:
+
+# %% tags=["nbval-ignore-output", "remove-output"]
+widgets.explorer(lm, sae, arrays, found, latent)
 
 # %% [markdown]
 # Its strongest examples. The colour says how active the latent is at each token, at the layer where the

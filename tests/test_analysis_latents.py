@@ -122,8 +122,6 @@ def test_latents_are_chosen_by_their_distributions():
     }
     assert latents.sharpest(arrays, 0, least=100) == 0
     assert latents.sharpest(arrays, 0, least=1000) == 2
-    assert latents.spread_of_latents(arrays, 3, least=100) == [0, 2, 1]
-    assert latents.spread_of_latents(arrays, 2, least=10_000) == [3, 1]
     table = latents.profile(arrays, [1, 3])
     assert table.probability.tolist() == pytest.approx([0.2, 0.8, 1, 0])
     assert table.tokens.tolist() == [500, 500, 1, 1]

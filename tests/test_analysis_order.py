@@ -59,8 +59,7 @@ def test_heatmaps_show_the_same_latents_in_the_same_order(most):
     )
 
 
-def test_the_chosen_latents_are_the_first_of_those_alike():
-    assert [latents.spread_of_latents(tied_arrays(seed), 3) for seed in (0, 1)] == [[1, 4, 0]] * 2
+def test_the_chosen_latent_is_the_first_of_those_alike():
     assert latents.sharpest(tied_arrays(), 0) == 1
 
 

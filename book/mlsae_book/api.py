@@ -76,7 +76,7 @@ PACKAGES = {
     ),
 }
 #: Modules that only build the book.
-BUILD = ("mlsae_book.api", "mlsae_book.execution", "mlsae_book.sphinx_ext")
+BUILD = ("mlsae_book.api", "mlsae_book.execution", "mlsae_book.offline", "mlsae_book.sphinx_ext")
 
 
 def modules() -> list[str]:

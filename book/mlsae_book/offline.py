@@ -1,8 +1,8 @@
 """The default run as scripts for the explorer's page: model, dictionary, and all that is known of
 its latents, so that a browser can run them without a server, from a file too.
 
-`write` makes them when the book is built, from what is shipped: nothing is stored twice. A script
-calls `explorerAsset(name, payload)`; the payload is base64 of bytes that zlib has deflated.
+They are made when the book is built, from what is shipped, so nothing is stored twice, and this
+module is the Sphinx extension that does so and puts the page together. A script calls `explorerAsset(name, payload)`; the payload is base64 of bytes that zlib has deflated.
 
 - ``model``: 24 bits of every weight, which takes the exponents apart from the rest since only they
   can be compressed. Half precision is not enough: it moves probabilities by up to 1.3e-3 and
@@ -14,6 +14,7 @@ calls `explorerAsset(name, payload)`; the payload is base64 of bytes that zlib h
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator
@@ -29,6 +30,10 @@ from mlsae_core import pipeline, store
 from mlsae_core.sae import STD_EPS
 from mlsae_core.spec import load_experiment
 
+#: The chapter in which a prompt can be typed, and the place that it has for that.
+CHAPTER, PLACE = "explorer", '<div class="latent-explorer"></div>'
+#: The page's own scripts, in `_theme/explorer`, in the order in which they are read.
+SCRIPTS = ("assets", "tokenizer", "model", "engine", "page", "card", "find", "prompt", "app")
 #: Latents in a file.
 SHARD = 64
 #: Similar latents and tokens on a card, and latents in a list.
@@ -50,6 +55,8 @@ BLOCK = {
 class Run(NamedTuple):
     """All that is shipped of a run."""
 
+    key: str
+    """Of its results."""
     config: dict
     """Of the language model."""
     tokenizer: dict
@@ -83,6 +90,7 @@ def read(experiments: Path) -> Run:
     model = store.MODELS / run.model.path
     train, cards, distributions = (found[n] for n in ("train", "cards", "distributions"))
     return Run(
+        " ".join(artefact.key for artefact in found.values()),
         json.loads((model / "config.json").read_text()),
         json.loads((model / "tokenizer.json").read_text(encoding="utf-8")),
         load_file(model / "model.safetensors"),
@@ -381,3 +389,38 @@ def _cosines(run: Run) -> np.ndarray:
 
 def _rounded(values: np.ndarray, digits: int) -> list[float]:
     return [round(x, digits) for x in np.asarray(values, np.float64).tolist()]
+
+
+# --- the build ------------------------------------------------------------------------------------
+
+
+def _prepare(app, config) -> None:
+    """Lay the scripts beside the static files, unless those of the same results are there."""
+    if not (Path(app.srcdir) / f"{CHAPTER}.ipynb").is_file():
+        return
+    assets = Path(app.outdir).parent / ".explorer"
+    run = read(Path(app.srcdir) / "experiments")
+    made, sources = assets / "made", (Path(__file__).read_bytes(), run.key.encode())
+    version = hashlib.sha256(b"".join(sources)).hexdigest()
+    if not made.is_file() or made.read_text() != version:
+        write(run, assets / "static/explorer/data")
+        made.write_text(version)
+    config.html_static_path.append(str(assets / "static"))
+
+
+def _put_together(app, pagename, templatename, context, doctree) -> None:
+    """Put the explorer in the place that its chapter has for it."""
+    if pagename != CHAPTER:
+        return
+    markup = Path(app.confdir) / "book/_theme/explorer/app.html"
+    context["body"] = context["body"].replace(PLACE, markup.read_text(encoding="utf-8"))
+    app.add_css_file("explorer/explorer.css")
+    for name in SCRIPTS:
+        app.add_js_file(f"explorer/{name}.js", loading_method="defer")
+
+
+def setup(app) -> dict:
+    """Called by Sphinx, which finds this module in ``sphinx.extra_extensions`` of _config.yml."""
+    app.connect("config-inited", _prepare, priority=20)
+    app.connect("html-page-context", _put_together)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mlsae_book.tables.order import DECIMALS, ascending
 from mlsae_core.activations import ActivationSource, one_pass
 from mlsae_core.lm import LanguageModel
 from mlsae_core.metrics import LayerDistribution, mmcs, most_similar
@@ -146,25 +145,6 @@ def _pair_table(result, similar, both: Tensor, own: Tensor) -> pd.DataFrame:
 
 
 # --- finished tables for charts ---------------------------------------------------------------
-
-
-def spread_of_latents(arrays: dict[str, Tensor], most: int = 40, least: int = 100) -> list[int]:
-    """Latents that span the mean layer evenly, in its order.
-
-    Args:
-        arrays: what `analysis.distributions` returned.
-        most: how many.
-        least: only latents active at so many tokens, or at any if none is.
-    """
-    enough = (arrays["active_tokens"] >= least).nonzero()[:, 0]
-    if not len(enough):
-        enough = arrays["active_tokens"].nonzero()[:, 0]
-    mean = arrays["mean_layer"][enough]
-    order = ascending(mean)
-    rising = mean[order].double().round(decimals=DECIMALS)
-    targets = torch.linspace(float(rising[0]), float(rising[-1]), most, dtype=torch.float64)
-    nearest = torch.searchsorted(rising, targets).clamp(max=len(order) - 1)
-    return enough[order[nearest.unique()]].tolist()
 
 
 def sharpest(arrays: dict[str, Tensor], layer: int, least: int = 1000) -> int:
