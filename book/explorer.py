@@ -286,9 +286,38 @@ latent_charts.uniformity(
 # larger models, and give no numbers to set beside ours; they find that the effect spreads further as more latents are
 # active, which this page, with one $k$, cannot say.
 #
+# ## Beside other explorers
+#
+# What a reader can do here, in the application of {cite:t}`lawson2025`, in Neuronpedia, and with SAEDashboard. The first
+# needs a server with the models, the second is one, and the third writes pages for a chosen set of latents.
+#
+# | | this page | in JupyterLab | paper's application | Neuronpedia | SAEDashboard |
+# | --- | --- | --- | --- | --- | --- |
+# | type a prompt | yes | yes | yes | yes | no |
+# | active latents by layer and token | yes | no | yes | by layer | in part |
+# | tokens coloured by a latent | every layer at once | yes | yes | yes | yes |
+# | any latent | all 2,048 | any run | yes | yes | those chosen |
+# | histogram of activations by layer | yes | no | of the prompt | one layer | one layer |
+# | distribution over layers | yes | yes | of the prompt | no | no |
+# | examples from every part of the range | yes | no | no | yes | yes |
+# | promoted and suppressed tokens | by layer | of one latent | by steering | yes | yes |
+# | nearest latents | yes | as a table | no | yes | yes |
+# | reconstruct a layer | yes | no | yes | no | no |
+# | steer, ablate: predictions before and after | yes | of one latent | steer | steer | no |
+# | search, sort | yes | by number | no | yes | no |
+# | a link to what is shown | everything | no | the prompt | yes | no |
+# | explanations in words | no | no | no | yes | no |
+# | larger models | no | yes | yes | yes | yes |
+# | without server and network | yes | a kernel | no | no | yes |
+#
 # ## How this page was made
 #
-# The dictionary and the distributions are those of {doc}`training` and `experiments/default.yml`. Examples, pairs and
+# The model in the page is plain JavaScript with 24 bits of every weight. Half precision would not do: it changes
+# probabilities by up to 0.0013, and an activation by up to half a per cent. A WebAssembly runtime would have to fetch its
+# binary, which a page that is opened from a file may not. Tests hold tokens, activations, latents and predictions to
+# those of the module, in a browser.
+#
+# The dictionary and the distributions are those of {doc}`training` and `experiments/default.yml`. Cards, examples, pairs and
 # importance come from one pass each over part of the test split (`experiments/explorer.yml`): three examples
 # per latent and layer with sixteen tokens of context. Special tokens are context, never
 # examples. Nearest tokens and the effects of steering are computed while the page is built.

@@ -23,6 +23,11 @@ def missing():
     """What these tests lack, or None."""
     if not (HTML / f"{PAGES[0]}.html").exists():
         return "no built book: run `make book`"
+    return missing_browser()
+
+
+def missing_browser():
+    """What is lacking to open a page at all, or None."""
     try:
         import playwright.sync_api  # noqa: F401
     except ImportError:
@@ -37,13 +42,16 @@ def chromium():
     return next(filter(None, map(shutil.which, names)), None)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    lack = missing()
+def demand(lack):
     if lack and os.environ.get("CI"):
         pytest.fail(lack)
     if lack:
         pytest.skip(lack)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    demand(missing_browser())
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -56,6 +64,7 @@ def browser():
 @pytest.fixture
 def open_page(browser):
     """Opens a page of the book; whatever goes wrong in it is collected in ``page.complaints``."""
+    demand(missing())
     contexts = []
 
     def open_page(name, size="wide", scheme="light"):

@@ -4,8 +4,16 @@
   const place = document.querySelector(".latent-explorer");
   if (!place) return;
   const START = {
-    prompt: "", token: null, layer: 3, latent: null, change: "", amount: 10, at: "all",
-    find: "", list: "0", sort: "number",
+    prompt: "",
+    token: null,
+    layer: 3,
+    latent: null,
+    change: "",
+    amount: 10,
+    at: "all",
+    find: "",
+    list: "0",
+    sort: "number",
   };
   const NUMBERS = ["token", "layer", "latent", "amount"];
   const CHOICES = { change: ["", "steer", "ablate", "reconstruct"], at: ["all", "one"] };
@@ -13,12 +21,17 @@
   // What cannot be meant is left as it was at the start.
   const read = (index) => {
     const state = { ...START };
-    const limits = { token: index.context, layer: index.layers, latent: index.latents.token.length };
+    const limits = {
+      token: index.context,
+      layer: index.layers,
+      latent: index.latents.token.length,
+    };
     for (const [name, value] of new URLSearchParams(location.hash.slice(1))) {
       if (!(name in START)) continue;
       if (NUMBERS.includes(name)) {
         const number = Number(value);
-        const fits = name === "amount" ? Math.abs(number) <= 40 : number >= 0 && number < limits[name];
+        const fits =
+          name === "amount" ? Math.abs(number) <= 40 : number >= 0 && number < limits[name];
         if (value !== "" && Number.isInteger(number) && fits) state[name] = number;
       } else if (!CHOICES[name] || CHOICES[name].includes(value)) state[name] = value;
     }
@@ -53,6 +66,7 @@
     // One after the other; what was overtaken by a later choice is left out.
     const show = () => {
       const mine = ++turn;
+      place.setAttribute("aria-busy", "true");
       find.show(state);
       card.show(state.latent);
       queue = queue.then(async () => {
@@ -60,10 +74,10 @@
         const settled = await prompt.show({ ...state });
         if (mine !== turn) return;
         state = { ...state, token: settled.token, latent: settled.latent, asked: false };
-        find.show(state);
-        card.show(state.latent);
         if (write(state) !== location.hash) history.replaceState(null, "", write(state));
-        place.dataset.shown = String(mine);
+        find.show(state);
+        await card.show(state.latent);
+        if (mine === turn) place.setAttribute("aria-busy", "false");
       });
     };
     const choose = (chosen, isAsked = false) => {
@@ -80,7 +94,6 @@
       state = read(index);
       show();
     });
-    place.dataset.ready = "true";
     show();
   };
   start();

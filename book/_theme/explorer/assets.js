@@ -11,7 +11,10 @@ const assets = (() => {
       const element = document.createElement("script");
       element.src = `${folder}data/${name}.js`;
       element.onload = resolve;
-      element.onerror = () => reject(new Error(`The file explorer/data/${name}.js of this book is missing or cannot be read.`));
+      element.onerror = () =>
+        reject(
+          new Error(`The file explorer/data/${name}.js of this book is missing or cannot be read.`),
+        );
       document.head.append(element);
     });
 

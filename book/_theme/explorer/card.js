@@ -7,13 +7,19 @@ class Card {
   }
 
   async show(latent) {
-    if (latent === this.shown) return;
+    if (latent === this.shown) return this.drawn;
     this.shown = latent;
-    if (latent === null) return;
+    this.drawn = latent === null ? null : this.draw(latent);
+    return this.drawn;
+  }
+
+  async draw(latent) {
     const shard = Math.floor(latent / this.index.shard);
     let card;
     try {
-      card = (await assets.json(`latents-${String(shard).padStart(2, "0")}`))[latent % this.index.shard];
+      card = (await assets.json(`latents-${String(shard).padStart(2, "0")}`))[
+        latent % this.index.shard
+      ];
     } catch (error) {
       if (latent !== this.shown) return;
       this.shown = null;
@@ -45,7 +51,8 @@ class Card {
       `Active at ${percent(latents.density[latent])} of tokens, largest activation `,
       `${number(card.largest)}, mean layer ${number(latents.mean_layer[latent])}. `,
     ];
-    if (token === null) return element("p", {}, ...parts, "Not active in the text of the examples.");
+    if (token === null)
+      return element("p", {}, ...parts, "Not active in the text of the examples.");
     const kind =
       card.spread < 1.5
         ? "A token: almost always "
@@ -53,27 +60,41 @@ class Card {
           ? "A few tokens, most often "
           : "A context: many tokens, most often ";
     const list = card.top.flatMap(([id, part]) => [this.vocabulary.chip(id), ` ${percent(part)} `]);
-    const as = card.spread < 1.5 ? "" : `(as if equally often at ${number(card.spread, 1)} of them)`;
+    const as =
+      card.spread < 1.5 ? "" : `(as if equally often at ${number(card.spread, 1)} of them)`;
     return element("p", {}, ...parts, kind, ...(share > 0.98 ? list.slice(0, 2) : list), as);
   }
 
   layers(card) {
     const rows = card.probs.map((share, layer) => {
       const counts = card.histogram[layer];
-      const label = `Histogram of ${counts.reduce((a, b) => a + b)} activations from 0 to ${card.largest}: ${counts.join(", ")}`;
+      const all = counts.reduce((a, b) => a + b);
+      const label = `${all} activations from 0 to ${card.largest}: ${counts.join(", ")}`;
       const bar = element("i", { style: { width: `${100 * share}%` } });
       return element(
         "tr",
         {},
         element("th", { scope: "row" }, String(layer)),
-        element("td", {}, element("span", { className: "bar", "aria-hidden": "true" }, bar), ` ${number(share)}`),
+        element(
+          "td",
+          {},
+          element("span", { className: "bar", "aria-hidden": "true" }, bar),
+          ` ${number(share)}`,
+        ),
         element("td", {}, percent(card.density[layer])),
-        element("td", {}, bars(counts.map((c) => Math.log1p(c)), label)),
+        element(
+          "td",
+          {},
+          bars(
+            counts.map((c) => Math.log1p(c)),
+            label,
+          ),
+        ),
       );
     });
     return table(
       "Where it is active",
-      `Histograms: activations from 0 to ${number(card.largest)}, their counts on a logarithmic scale.`,
+      `Histograms: activations from 0 to ${number(card.largest)}, counted logarithmically.`,
       ["Layer", "P(layer | latent)", "Tokens", "Activations"],
       rows,
     );
@@ -97,7 +118,7 @@ class Card {
     );
     return table(
       "What it does to the predictions",
-      "Tokens whose logits change most for one activation more after that block, on average over a text.",
+      "Tokens whose logits change most for one activation more after that block; mean over a text.",
       ["Layer", "Promotes", "Suppresses"],
       rows,
     );
@@ -109,7 +130,10 @@ class Card {
       this.link(latent),
       ` ${number(cosine)} (layer ${number(latents.mean_layer[latent], 1)}) `,
     ]);
-    const words = card.words.flatMap(([id, cosine]) => [this.vocabulary.chip(id), ` ${number(cosine)} `]);
+    const words = card.words.flatMap(([id, cosine]) => [
+      this.vocabulary.chip(id),
+      ` ${number(cosine)} `,
+    ]);
     return element(
       "div",
       {},
@@ -132,7 +156,8 @@ class Card {
       element(
         "p",
         { className: "hint" },
-        "Blue: how active it is, at the layer of the example; the cells behind: at every layer, at the token that is underlined. A click makes a prompt of the text.",
+        "Blue: how active it is, at the layer of the example. Cells: at every layer, at the token ",
+        "that is underlined. A click makes a prompt of the text.",
       ),
     );
     for (let group = 0; group < 5; group++) {
@@ -140,7 +165,10 @@ class Card {
       if (!own.length) continue;
       const count = group && card.quarters[4 - group].toLocaleString("en");
       const title = group ? `${quarter(group)}: ${count} tokens` : "Strongest";
-      parts.push(element("h5", {}, title), element("ul", { className: "examples" }, ...own.map((e) => this.example(e))));
+      parts.push(
+        element("h5", {}, title),
+        element("ul", { className: "examples" }, ...own.map((e) => this.example(e))),
+      );
     }
     return parts;
   }
@@ -151,17 +179,30 @@ class Card {
       const tag = place === peak ? "b" : "span";
       return element(tag, { style: shade(around[place] / largest) }, this.vocabulary.running(id));
     });
-    const use = element("button", { type: "button", className: "text", title: "Run this text as a prompt" }, ...text);
+    const use = element(
+      "button",
+      { type: "button", className: "text", title: "Run this text as a prompt" },
+      ...text,
+    );
     use.addEventListener("click", () => {
       this.choose({ prompt: this.vocabulary.text(ids), token: peak, layer, change: "" }, true);
     });
     const strongest = Math.max(...byLayer, 1);
-    const label = `Activation at layers: ${byLayer.map((v) => number((v / strongest) * activation, 1)).join(", ")}`;
+    const values = byLayer.map((v) => number((v / strongest) * activation, 1));
+    const label = `Activation by layer: ${values.join(", ")}`;
     return element(
       "li",
       {},
       use,
-      element("span", { className: "facts" }, cells(byLayer.map((v) => v / strongest), label), ` ${number(activation, 1)} at layer ${layer}`),
+      element(
+        "span",
+        { className: "facts" },
+        cells(
+          byLayer.map((v) => v / strongest),
+          label,
+        ),
+        ` ${number(activation, 1)} at layer ${layer}`,
+      ),
     );
   }
 }

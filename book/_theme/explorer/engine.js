@@ -1,5 +1,5 @@
-// Runs prompts: all that the model can be asked.  Long answers are generators that pause between the
-// blocks, so that they can run in slices where there is no worker.
+// Runs prompts: all that the model can be asked.  Answers are generators that pause between blocks,
+// so that they can run in slices where there is no worker.
 class Engine {
   // buffer: the length of a header, the header, and of all weights the exponents and the rest.
   constructor(buffer) {

@@ -2,7 +2,7 @@
 class Find {
   static PAGE = 25;
   static SORTS = {
-    number: ["Number", (l, j) => j],
+    number: ["Own order", (l, j) => j],
     mean: ["Mean layer", (l, j) => l.mean_layer[j]],
     entropy: ["Spread over layers", (l, j) => -l.entropy[j]],
     sharpness: ["Sharpness", (l, j) => -l.sharpness[j]],
@@ -24,7 +24,8 @@ class Find {
     const names = ["Latent", "Layers", "Mean", "Density", "Most often at"];
     const head = names.map((name) => element("th", { scope: "col" }, name));
     pick(".latents thead").append(element("tr", {}, ...head));
-    const told = () => choose({ find: this.query.value, list: this.list.value, sort: this.sort.value });
+    const told = () =>
+      choose({ find: this.query.value, list: this.list.value, sort: this.sort.value });
     this.query.addEventListener("input", () => {
       this.list.value = "";
       told();

@@ -1,8 +1,8 @@
-// The language model (GPT-NeoX: rotary positions, attention and MLP in parallel) and its dictionary.
+// The language model (GPT-NeoX: rotary positions, attention beside the MLP) and its dictionary.
 // A matrix of activations is one Float32Array, a row for each token.
 
-// rows (n, width) times weight (outputs, width), transposed, plus bias: (n, outputs).  Four rows at a
-// time, so that a weight is read once for them.
+// rows (n, width) times weight (outputs, width), transposed, plus bias: (n, outputs).  Four rows at
+// a time, so that a weight is read once for them.
 function product(rows, weight, bias, width) {
   const n = rows.length / width;
   const outputs = weight.length / width;

@@ -1,11 +1,12 @@
 // What the parts of the explorer share: elements, legible tokens, colours, keys.
 
-// An element with properties (`data-…` and `aria-…` as attributes) and children; text stays text.
+// An element with properties (`data-…`, `aria-…` as attributes) and children; text stays text.
 function element(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
     if (name.includes("-") || name === "role") made.setAttribute(name, value);
-    else if (name === "style") for (const [k, v] of Object.entries(value)) made.style.setProperty(k, v);
+    else if (name === "style")
+      for (const [k, v] of Object.entries(value)) made.style.setProperty(k, v);
     else made[name] = value;
   }
   made.append(...children);
@@ -13,11 +14,17 @@ function element(tag, properties = {}, ...children) {
 }
 
 // The style of what shows how active a latent is, from 0 to 1; explorer.css makes a colour of it.
-const shade = (share) => ({ "--share": share > 0 ? (0.15 + 0.85 * Math.min(1, share)).toFixed(3) : "0" });
+const shade = (share) => ({
+  "--share": share > 0 ? (0.15 + 0.85 * Math.min(1, share)).toFixed(3) : "0",
+});
 
 const number = (value, digits = 2) => value.toFixed(digits).replace("-", "−");
 const percent = (share) =>
-  share === 0 ? "0 %" : share >= 0.0995 ? `${(100 * share).toFixed(0)} %` : `${(100 * share).toPrecision(2)} %`;
+  share === 0
+    ? "0 %"
+    : share >= 0.0995
+      ? `${(100 * share).toFixed(0)} %`
+      : `${(100 * share).toPrecision(2)} %`;
 
 class Vocabulary {
   // tokens: strings with one character for each byte.
@@ -80,7 +87,8 @@ function arrows(container) {
 }
 
 function focusable(container, chosen) {
-  for (const one of container.querySelectorAll("[data-row]")) one.tabIndex = one === chosen ? 0 : -1;
+  for (const one of container.querySelectorAll("[data-row]"))
+    one.tabIndex = one === chosen ? 0 : -1;
 }
 
 // A bar for each number, as high as its share of the largest.

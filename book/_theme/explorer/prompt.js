@@ -129,7 +129,8 @@ class Prompt {
       this.done = { prompt, ids, codes, changed: "" };
       const time = `${(performance.now() - start).toFixed(0)} ms`;
       const words = ids.length === 1 ? "1 token" : `${ids.length} tokens`;
-      const cut = `The model reads ${this.index.context} tokens; the last ${left} of the prompt are left out. `;
+      const { context } = this.index;
+      const cut = `The model reads ${context} tokens; the last ${left} of the prompt are left out. `;
       const broken = prompt.isWellFormed?.() === false ? "Half a character was read as �. " : "";
       this.say(`${left ? cut : ""}${broken}${words}, ${time} in this browser.`, Boolean(left));
       return true;
@@ -141,7 +142,13 @@ class Prompt {
   }
 
   async alter({ change, layer, latent, amount, at, token }) {
-    const wanted = change && { kind: change, layer, latent, amount, token: at === "one" ? token : null };
+    const wanted = change && {
+      kind: change,
+      layer,
+      latent,
+      amount,
+      token: at === "one" ? token : null,
+    };
     const key = JSON.stringify(wanted);
     if (key === this.done.changed) return;
     this.done.later = null;
@@ -175,12 +182,21 @@ class Prompt {
           title: `layer ${layer}: ${number(found[t][layer])}`,
         }),
       );
-      const said = `${this.vocabulary.legible(id)}, token ${t + 1}; latent ${state.latent} by layer: ${found[t].map((v) => number(v, 1)).join(", ")}`;
+      const values = found[t].map((v) => number(v, 1)).join(", ");
+      const word = this.vocabulary.legible(id);
+      const said = `${word}, token ${t + 1}; latent ${state.latent} by layer: ${values}`;
       return element(
         "button",
-        { type: "button", role: "option", "data-token": t, "aria-selected": String(here), "aria-label": said, tabIndex: here ? 0 : -1 },
+        {
+          type: "button",
+          role: "option",
+          "data-token": t,
+          "aria-selected": String(here),
+          "aria-label": said,
+          tabIndex: here ? 0 : -1,
+        },
         element("span", { className: "stack" }, ...stack.reverse()),
-        element("span", { className: "word" }, this.vocabulary.legible(id)),
+        element("span", { className: "word" }, word),
       );
     });
     const focused = this.strips.contains(document.activeElement);
@@ -197,27 +213,45 @@ class Prompt {
   drawActive(state, layers) {
     const { codes, ids } = this.done;
     this.activeHint.replaceChildren(
-      "After each block, 0 to ", String(layers.length - 1), ", the latents that are active at token ",
+      "After each block, 0 to ",
+      String(layers.length - 1),
+      ", the latents that are active at token ",
       this.vocabulary.chip(ids[state.token]),
       ", the strongest first, without any change. A click shows the card.",
     );
     const head = layers.map((layer) =>
-      element("th", { scope: "col", className: layer === state.layer ? "chosen" : "", "aria-label": `Layer ${layer}` }, String(layer)),
+      element(
+        "th",
+        {
+          scope: "col",
+          className: layer === state.layer ? "chosen" : "",
+          "aria-label": `Layer ${layer}`,
+        },
+        String(layer),
+      ),
     );
     this.active.tHead.replaceChildren(element("tr", {}, ...head));
     const start = state.token * this.k;
     const largest = layers.map((layer) => codes[layer].values[start]);
     const rows = [...Array(this.k).keys()].map((rank) => {
       const row = layers.map((layer) => {
-        const [latent, value] = [codes[layer].indices[start + rank], codes[layer].values[start + rank]];
+        const [latent, value] = [
+          codes[layer].indices[start + rank],
+          codes[layer].values[start + rank],
+        ];
         if (!value) return element("td");
         const said = `latent ${latent}, ${number(value)} at layer ${layer}`;
         const button = element(
           "button",
           {
-            type: "button", className: `latent${latent === state.latent ? " chosen" : ""}`,
-            "data-latent": latent, "data-row": rank, "data-column": layer,
-            "aria-label": said, "aria-pressed": String(latent === state.latent), title: said,
+            type: "button",
+            className: `latent${latent === state.latent ? " chosen" : ""}`,
+            "data-latent": latent,
+            "data-row": rank,
+            "data-column": layer,
+            "aria-label": said,
+            "aria-pressed": String(latent === state.latent),
+            title: said,
             style: shade(value / largest[layer]),
           },
           String(latent),
@@ -228,8 +262,12 @@ class Prompt {
     });
     const focus = document.activeElement?.closest?.("table.active [data-row]")?.dataset;
     this.active.tBodies[0].replaceChildren(...rows);
-    const at = (row, column) => this.active.querySelector(`[data-row="${row}"][data-column="${column}"]`);
-    const here = (focus && at(focus.row, focus.column)) ?? this.active.querySelector(".latent.chosen") ?? at(0, 0);
+    const at = (row, column) =>
+      this.active.querySelector(`[data-row="${row}"][data-column="${column}"]`);
+    const here =
+      (focus && at(focus.row, focus.column)) ??
+      this.active.querySelector(".latent.chosen") ??
+      at(0, 0);
     focusable(this.active, here);
     if (focus) here?.focus();
   }
@@ -239,8 +277,9 @@ class Prompt {
     this.effect.textContent = "";
     if (!this.done.later) return;
     const kl = number(this.done.divergence, 4);
-    this.effect.textContent = `The predictions move by ${kl} nats (KL divergence, mean over the tokens).`;
-    this.later.querySelector("p").textContent = `Latent ${state.latent} after each block, mean over the tokens:`;
+    this.effect.textContent = `The predictions move by ${kl} nats (KL divergence, mean over tokens).`;
+    this.later.querySelector("p").textContent =
+      `Latent ${state.latent} after each block, mean over the tokens:`;
     const head = layers.map((layer) => element("th", { scope: "col" }, String(layer)));
     const shown = this.later.querySelector("table");
     shown.tHead.replaceChildren(element("tr", {}, element("th", { scope: "col" }, ""), ...head));
@@ -265,18 +304,31 @@ class Prompt {
     const head = names.map((name) => element("th", { scope: "col" }, name));
     const rows = ids.map((id) => {
       const numbers = after
-        ? [percent(before[id]), percent(after[id]), `${after[id] >= before[id] ? "+" : ""}${number(100 * (after[id] - before[id]), 1)}`]
+        ? [
+            percent(before[id]),
+            percent(after[id]),
+            `${after[id] >= before[id] ? "+" : ""}${number(100 * (after[id] - before[id]), 1)}`,
+          ]
         : [percent(before[id])];
       const width = { width: `${100 * last[id]}%` };
-      const bar = element("span", { className: "bar", "aria-hidden": "true" }, element("i", { style: width }));
+      const bar = element(
+        "span",
+        { className: "bar", "aria-hidden": "true" },
+        element("i", { style: width }),
+      );
       return element(
         "tr",
         {},
         element("td", {}, this.vocabulary.chip(id)),
-        ...numbers.map((n, i) => element("td", {}, ...(i === names.indexOf("After") - 1 || !after ? [bar, n] : [n]))),
+        ...numbers.map((n, i) =>
+          element("td", {}, ...(i === names.indexOf("After") - 1 || !after ? [bar, n] : [n])),
+        ),
       );
     });
-    this.nextHint.replaceChildren("What may follow token ", this.vocabulary.chip(this.done.ids[state.token]));
+    this.nextHint.replaceChildren(
+      "What may follow token ",
+      this.vocabulary.chip(this.done.ids[state.token]),
+    );
     this.next.tHead.replaceChildren(element("tr", {}, ...head));
     this.next.tBodies[0].replaceChildren(...rows);
   }
