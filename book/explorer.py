@@ -29,7 +29,7 @@ from IPython.display import HTML
 
 from mlsae_book import charts, experiments, widgets
 from mlsae_book.charts import latents as latent_charts
-from mlsae_book.tables import examples, interventions, latents
+from mlsae_book.tables import cards, examples, interventions, latents
 from mlsae_core import pipeline
 from mlsae_core.lens import Lens
 from mlsae_core.spec import load_experiment
@@ -81,7 +81,17 @@ examples.one_token(found).set_index("layer").round(3)
 # last, from 0.77 to 0.61, as it should if blocks do that. It does not fall to zero: even after the last block, most
 # latents' three strongest examples are one token.
 #
-# Every latent's card says the same of all its activations: on how many tokens it is active, as if equally often.
+# But the strongest examples flatter. Of every latent, three examples from each part of the range of its activations, drawn
+# at random:
+
+# %% tags=["hide-input"]
+all_cards = cards.load(results.artefacts["cards"][0][1].file("cards.safetensors"))
+cards.one_token(all_cards).set_index("examples").round(3)
+
+# %% [markdown]
+# By the strongest, seven in ten latents are one token. In the lowest quarter of the range, which has nearly half of all
+# activations, hardly any is. The median latent is active as if equally often on 82 different tokens; its card says on which. Whether
+# the weak activations mean something, or only fill the $k$ places that every vector has, cannot be seen from examples.
 #
 # ## One latent in its text
 #

@@ -95,6 +95,25 @@ def test_promoted_tokens_are_those_of_a_small_step_of_steering(arrays):
     assert change[best] > change.topk(3).values[-1] - 1e-3
 
 
+def test_how_pure_latents_look_by_hand(tmp_path):
+    slots = cards.STRONGEST + 4 * cards.OF_QUARTER
+    made = {
+        "place": np.zeros((3, slots), np.int32),
+        "peak": np.ones((3, slots), np.uint8),
+        "window": np.full((3, slots, 2), 7, np.uint16),
+    }
+    made["window"][:, :, 0] = np.arange(slots)  # not the peak
+    made["window"][0, 2, 1] = 8
+    made["place"][1, 1] = -1
+    last = slots - cards.OF_QUARTER
+    made["window"][:2, last, 1] = 9
+    cards.save(made, tmp_path / "cards.safetensors")
+    table = cards.one_token(cards.load(tmp_path / "cards.safetensors"))
+    assert table.latents.tolist() == [2, 3, 3, 3, 3]
+    assert table.one_token.tolist() == pytest.approx([1 / 2, 1, 1, 1, 1 / 3])
+    assert table.examples.tolist()[::4] == ["strongest", "0 to 25 %"]
+
+
 def test_a_stacked_site_has_no_cards():
     with pytest.raises(SpecError, match="cards of latents"):
         cards.cards(reading(tiny_lm(), BATCHES, SiteSpec(stacked=True)), tiny_sae())

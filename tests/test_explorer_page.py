@@ -1,9 +1,10 @@
 """The explorer in a real browser without a network: what it computes agrees with the module, and
 all that a reader can do is done, by mouse and by keyboard.
 
-Needs no built book: the page is put together from its parts as the build does it.
+Needs no built book but at the end: the page is put together from its parts as the build does it.
 """
 
+import os
 import random
 import re
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_pages import SIZES, browser  # noqa: F401 (a fixture)
+from test_pages import SIZES, browser, open_page  # noqa: F401 (fixtures)
 
 from mlsae_book import offline
 from mlsae_book.tables import interventions
@@ -544,3 +545,55 @@ def test_hostile_text_is_text(visit):
     assert page.locator(".latent-explorer :is(img, script)").count() == 0
     assert "⟨202E⟩" in page.inner_text(".strips") or "⟨E2⟩" in page.inner_text(".strips")
     assert page.complaints == []
+
+
+# --- in the built book ----------------------------------------------------------------------------
+
+#: The smallest ratio of contrast of text on what is shaded behind it (WCAG 2, level AA: 4.5).
+CONTRAST = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const behind = (element) => {
+    const all = [];
+    for (let e = element; e; e = e.parentElement) all.unshift(getComputedStyle(e).backgroundColor);
+    canvas.fillStyle = "white";
+    for (const colour of all) { canvas.fillRect(0, 0, 1, 1); canvas.fillStyle = colour; }
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const luminance = (rgb) => rgb.slice(0, 3)
+    .map((c) => c / 255).map((c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const ratio = (element) => {
+    const text = getComputedStyle(element).color.match(/[\\d.]+/g).map(Number);
+    const [a, b] = [luminance(text), luminance(behind(element))].sort((x, y) => y - x);
+    return (a + 0.05) / (b + 0.05);
+  };
+  const shaded = document.querySelectorAll(".latent-explorer :is(.latent, .text *, .token, .hint)");
+  return Math.min(...[...shaded].filter((e) => e.offsetParent).map(ratio));
+}"""
+SHIFTS = """window.shifted = 0; new PerformanceObserver((list) => {
+  for (const e of list.getEntries()) if (!e.hadRecentInput) window.shifted += e.value;
+}).observe({ type: "layout-shift", buffered: true })"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_built_page_fits_is_legible_and_does_not_move(open_page, size, scheme, tmp_path):  # noqa: F811
+    page = open_page("explorer", size, scheme)
+    page.evaluate(SHIFTS)
+    run_prompt(page, RETURN)
+    page.locator(".active .latent").nth(20).click()
+    shown(page)
+    page.select_option("#le-change", "steer")
+    shown(page)
+    assert page.locator(".latent-card .examples li").count() > 10
+    assert page.evaluate(CONTRAST) >= 4.5
+    assert page.evaluate("document.scrollingElement.scrollWidth - innerWidth") <= 0
+    cut = page.locator(".latent-explorer .scroll").evaluate_all(
+        "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText)"
+    )
+    assert cut == []
+    assert page.evaluate("window.shifted") < 0.1
+    assert page.complaints == []
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    page.locator(".latent-explorer").screenshot(path=folder / f"prompt-{size}-{scheme}.png")

@@ -26,6 +26,7 @@ from safetensors.numpy import load_file
 
 from mlsae_book import stages  # noqa: F401 (so that its stages are known)
 from mlsae_book.tables.cards import OF_QUARTER, STRONGEST
+from mlsae_book.tables.cards import load as read_cards
 from mlsae_core import pipeline, store
 from mlsae_core.sae import STD_EPS
 from mlsae_core.spec import load_experiment
@@ -96,7 +97,7 @@ def read(experiments: Path) -> Run:
         load_file(model / "model.safetensors"),
         load_file(train.file("model.safetensors")),
         json.loads(train.file("config.json").read_text()),
-        load_file(cards.file("cards.safetensors")),
+        read_cards(cards.file("cards.safetensors")),
         cards.meta["tokens"],
         load_file(distributions.file("distributions.safetensors")),
         distributions.meta["tokens"],
@@ -303,7 +304,7 @@ def lists(run: Run) -> list[dict]:
     return [
         {"title": "Sharpest at each layer", "latents": [j for row in each for j in row]},
         {"title": "Spread over all layers", "latents": first(entropy, common)},
-        {"title": "One token and nothing else", "latents": first(-spread, common)},
+        {"title": "Closest to one token", "latents": first(-spread, common)},
         {"title": "Contexts: many different tokens", "latents": first(spread, common)},
         {"title": "Rare", "latents": first(-active, c["tokens"] >= 20)},
         {"title": "Pairs most alike", "latents": alike},

@@ -46,23 +46,22 @@ class Card {
 
   summary(latent, card) {
     const { latents } = this.index;
-    const [token, share] = card.top[0] ?? [null, 0];
+    const known = card.top.length > 0;
     const parts = [
       `Active at ${percent(latents.density[latent])} of tokens, largest activation `,
       `${number(card.largest)}, mean layer ${number(latents.mean_layer[latent])}. `,
     ];
-    if (token === null)
+    if (!known)
       return element("p", {}, ...parts, "Not active in the text of the examples.");
     const kind =
-      card.spread < 1.5
-        ? "A token: almost always "
-        : card.spread < 10
-          ? "A few tokens, most often "
-          : "A context: many tokens, most often ";
+      card.spread < 5
+        ? "Close to one token: "
+        : card.spread < 40
+          ? "Some tokens, most often "
+          : "Many tokens, most often ";
     const list = card.top.flatMap(([id, part]) => [this.vocabulary.chip(id), ` ${percent(part)} `]);
-    const as =
-      card.spread < 1.5 ? "" : `(as if equally often at ${number(card.spread, 1)} of them)`;
-    return element("p", {}, ...parts, kind, ...(share > 0.98 ? list.slice(0, 2) : list), as);
+    const as = `(as if equally often on ${number(card.spread, 0)} tokens).`;
+    return element("p", {}, ...parts, kind, ...list, as);
   }
 
   layers(card) {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -263,8 +264,43 @@ def _effects(lm: LanguageModel, sae: MLSAE, layers: list[int], tokens: Tensor, m
     return {name: np.stack(part) for name, part in parts.items()}
 
 
+# --- files and tables -----------------------------------------------------------------------------
+
+
 def save(arrays: dict[str, np.ndarray], path: Path) -> None:
     """Write the arrays as safetensors."""
     from safetensors.numpy import save_file
 
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """What `save` wrote."""
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+def one_token(arrays: dict[str, np.ndarray], examples: int = 3) -> pd.DataFrame:
+    """How pure latents look by their strongest examples, and by others.
+
+    Args:
+        arrays: what `cards` returns, with `STRONGEST` and `OF_QUARTER` examples.
+        examples: how many are looked at, of each group.
+
+    Returns:
+        One row per group: ``examples``, the strongest, then "75 to 100 %" of the largest activation
+        and so on; ``latents``, those with so many examples there; ``one_token``, the fraction of
+        them of which all these have the same token at their peak.
+    """
+    window, peak = arrays["window"], arrays["peak"].astype(np.int64)
+    tokens = np.take_along_axis(window, peak[..., None], -1)[..., 0]
+    starts = [0, *(STRONGEST + OF_QUARTER * q for q in range(4))]
+    names = ["strongest", *(f"{75 - 25 * q} to {100 - 25 * q} %" for q in range(4))]
+    rows = []
+    for name, start in zip(names, starts, strict=True):
+        group = slice(start, start + examples)
+        full = (arrays["place"][:, group] >= 0).all(1)
+        same = (tokens[:, group] == tokens[:, start, None]).all(1)
+        rows.append((name, int(full.sum()), float(same[full].mean())))
+    return pd.DataFrame(rows, columns=["examples", "latents", "one_token"])
