@@ -593,6 +593,14 @@ def test_the_built_page_fits_is_legible_and_does_not_move(open_page, size, schem
         "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText)"
     )
     assert cut == []
+    outside = page.locator(".latent-explorer table").evaluate_all(
+        "all => all.filter(e => e.scrollWidth > e.parentElement.clientWidth).map(e => e.innerText)"
+    )
+    assert outside == []
+    shaded = page.locator(".active .latent").evaluate_all(
+        "all => new Set(all.map(e => getComputedStyle(e).backgroundColor)).size"
+    )
+    assert shaded > 10
     assert page.evaluate("window.shifted") < 0.1
     assert page.complaints == []
     folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
