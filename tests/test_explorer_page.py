@@ -465,7 +465,7 @@ def test_an_example_of_a_card_becomes_a_prompt_and_is_active_there(visit):
     page.wait_for_selector(".strips button")
     shown(page)
     assert chosen(page)["latent"] == "962"
-    assert "darkest at" in page.inner_text(".legend")
+    assert "full blue is" in page.inner_text(".legend")
     page.click(".latent-card p button.latent")
     shown(page)
     assert chosen(page)["latent"] != "962"

@@ -204,7 +204,7 @@ class Prompt {
     if (focused) made[state.token].focus();
     const what = state.change ? " with the change" : "";
     this.legend.textContent = largest
-      ? `Latent ${state.latent}${what}: darkest at ${number(largest)}.`
+      ? `Latent ${state.latent}${what}: full blue is ${number(largest)}.`
       : `Latent ${state.latent} is not active in this prompt${what}. Choose another below.`;
     this.drawActive(state, layers);
     this.drawLater(state, layers);
