@@ -46,15 +46,16 @@ arrays, numbers = experiments.read_distributions(measured[0][1])
 # %% [markdown]
 # ## Over many tokens
 #
-# Choose the weighting, or a null model.
+# Choose the weighting, or a null model. A click on a column leads to the latent's card in {doc}`explorer`.
 
 # %% tags=["hide-input"]
-layer_charts.aggregate(
+aggregate = layer_charts.aggregate(
     layers.aggregate_table(arrays),
     layers.SOURCES,
     title="Over many tokens, most latents are spread over several layers",
     subtitle="A column is a latent; 400 of them, evenly spaced in the order of their mean layer E[L | j].",
 )
+charts.with_cards(aggregate)
 
 # %% [markdown]
 # Latents that are never active in the sample, *dead* here, have no distribution and are left out of the picture:
@@ -85,11 +86,12 @@ layers.spread_table(arrays).set_index("of").round(3)
 # at all.
 
 # %% tags=["hide-input"]
-layer_charts.totals(
+totals = layer_charts.totals(
     layers.totals_table(arrays),
     title="A tenth of the latents carries 43 % of all activation",
     subtitle="The same 400 latents in the same order; colour: total activation over all tokens, of the largest.",
 )
+charts.with_cards(totals)
 
 # %% [markdown]
 # **What to see.** The busiest hundredth of the latents carries 15 % of all activation, the busiest tenth 43 %;
@@ -102,11 +104,12 @@ layer_charts.totals(
 # totals that are not normalised, is Figure 26.
 
 # %% tags=["hide-input"]
-layer_charts.prompts(
+prompts = layer_charts.prompts(
     experiments.tables(single, "prompts.csv"),
     title="In one prompt, far more latents are active at one layer only",
     subtitle="A column is a latent, sorted by its mean layer in this prompt. Choose the prompt and what is shown.",
 )
+charts.with_cards(prompts)
 
 # %% [markdown]
 # In JupyterLab, type one of your own:

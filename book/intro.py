@@ -47,12 +47,13 @@ session = pipeline.Session()
 _, run = experiment.runs[0]
 distributions = session.distributions(run, experiment.evaluate)
 arrays, numbers = experiments.read_distributions(distributions)
-charts.heatmap(
+heatmap = charts.heatmap(
     tables.latent_table(arrays),
     title="Most latents are spread over several layers; few belong to one",
     subtitle="A column is a latent, 600 of 2,048 evenly spaced in the order of their mean layer. Move "
-    "the slider to keep the sharply located ones.",
+    "the slider to keep the sharply located ones; click one to meet it.",
 )
+charts.with_cards(heatmap)
 
 # %% [markdown]
 # **What to see.** The columns change gradually from left to right. For more than a third of the latents

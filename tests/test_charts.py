@@ -364,3 +364,11 @@ def test_categories_can_be_told_apart(mode, deficiency):
     for i, a in enumerate(points):
         for b in points[:i]:
             assert np.linalg.norm(a - b) > 15
+
+
+def test_a_chart_that_leads_to_cards_is_the_same_otherwise():
+    plain = charts.heatmap(distributions(), "A finding")
+    before = plain.to_dict()
+    leading = charts.with_cards(plain).to_dict()
+    assert leading.pop("usermeta") == {"cards": "explorer.html"}
+    assert leading == before == plain.to_dict()

@@ -93,6 +93,14 @@
         actions: false,
         tooltip: { theme: this.dark ? "dark" : "light" },
       });
+      const { cards } = this.spec.usermeta ?? {};
+      if (cards) {
+        this.view.style.cursor = "pointer";
+        this.result.view.addEventListener("click", (_, item) => {
+          const latent = item?.datum?.latent;
+          if (latent !== undefined) location.href = `${cards}#latent=${latent}`;
+        });
+      }
       for (const [name, value] of chosen) this.result.view.signal(name, value);
       await this.result.view.runAsync();
     }

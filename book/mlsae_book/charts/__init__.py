@@ -302,6 +302,17 @@ def heatmap(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt
     return _titled(chart.properties(height=220), title, subtitle)
 
 
+def with_cards(chart: alt.TopLevelMixin) -> alt.TopLevelMixin:
+    """The same chart, in which a click on a latent leads to its card in the explorer.
+
+    For charts of the run of ``experiments/default.yml``, whose latents have cards: data with a
+    field ``latent``.
+    """
+    chart = chart.copy()
+    chart.usermeta = {"cards": "explorer.html"}
+    return chart
+
+
 def prompt_norms(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.Chart:
     """Norm of the activations at every token and layer; the reader chooses the prompt.
 
