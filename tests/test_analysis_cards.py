@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from test_analysis import dense, tiny_sae
+from test_lens import random_lens
 from tiny_lm import EOS, N_LAYERS, read, reading, tiny_lm, tiny_tokens
 
 from mlsae_book.tables import cards, interventions
@@ -114,6 +115,9 @@ def test_how_pure_latents_look_by_hand(tmp_path):
     assert table.examples.tolist()[::4] == ["strongest", "0 to 25 %"]
 
 
-def test_a_stacked_site_has_no_cards():
-    with pytest.raises(SpecError, match="cards of latents"):
-        cards.cards(reading(tiny_lm(), BATCHES, SiteSpec(stacked=True)), tiny_sae())
+def test_only_dictionaries_of_the_residual_stream_have_cards():
+    for site in (SiteSpec(stacked=True), SiteSpec(source="mlp_output")):
+        with pytest.raises(SpecError, match="dictionary of the residual stream"):
+            cards.cards(reading(tiny_lm(), BATCHES, site), tiny_sae())
+    with pytest.raises(SpecError, match="basis"):
+        cards.cards(reading(tiny_lm(), BATCHES, SiteSpec(), random_lens()), tiny_sae())

@@ -21,20 +21,18 @@ from mlsae_book import offline
 from mlsae_book.tables import interventions
 from mlsae_core import pipeline
 from mlsae_core.lens import Lens
-from mlsae_core.spec import load_experiment
 from mlsae_core.text import token_ids
 
 pytestmark = pytest.mark.browser
 
 ROOT = Path(__file__).parents[1]
-THEME = ROOT / "book/_theme/explorer"
 RETURN = "Return the number of elements along the given axis."
 
 
 @pytest.fixture(scope="module")
 def subject():
     """The language model and the dictionary, as the module has them."""
-    _, run = load_experiment(ROOT / "book/experiments/default.yml").runs[0]
+    run, _ = offline.default(ROOT / "book")
     session = pipeline.Session()
     return session.lm(run.model), session.sae(run), run.site
 
@@ -43,15 +41,15 @@ def subject():
 def folder(tmp_path_factory):
     """A folder with a page of the explorer and nothing else."""
     folder = tmp_path_factory.mktemp("page")
-    shutil.copytree(THEME, folder / "explorer")
-    offline.write(offline.read(ROOT / "book/experiments"), folder / "explorer/data")
+    shown = offline.read(pipeline.Session("read-only"), *offline.default(ROOT / "book"))
+    offline.write(shown, folder / "explorer")
     scripts = "".join(
         f'<script defer src="explorer/{name}.js?v=1"></script>' for name in offline.SCRIPTS
     )
     (folder / "page.html").write_text(
         '<!doctype html><html data-theme="light"><meta charset="utf-8"><title>Explorer</title>'
         f'<link rel="stylesheet" href="explorer/explorer.css">{scripts}'
-        f"<body><p>Above.</p>{(THEME / 'app.html').read_text()}<p>Below.</p></body></html>",
+        f"<body><p>Above.</p>{offline.markup()}<p>Below.</p></body></html>",
         encoding="utf-8",
     )
     return folder
@@ -455,6 +453,21 @@ def test_latents_are_searched_sorted_listed_and_opened(visit):
     shown(page)
     assert "<b>" in page.inner_text(".found")
     assert rows.count() == 0
+    assert page.complaints == []
+
+
+def test_a_column_of_the_overview_is_a_latent(visit):
+    page = visit()
+    canvas = page.locator(".overview canvas")
+    size = canvas.bounding_box()
+    means = []
+    for share in (0.05, 0.95):
+        canvas.click(position={"x": share * size["width"], "y": size["height"] / 2})
+        shown(page)
+        means.append(float(re.search(r"mean layer ([\d.]+)", page.inner_text(".latent-card"))[1]))
+        mark = page.locator(".overview i").bounding_box()
+        assert mark["x"] - size["x"] == pytest.approx(share * size["width"], abs=3)
+    assert means[0] + 2 < means[1]
     assert page.complaints == []
 
 

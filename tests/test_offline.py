@@ -1,6 +1,7 @@
 """The explorer's scripts: what they hold agrees with what is shipped, and they are small enough."""
 
 import base64
+import dataclasses
 import json
 import re
 import zlib
@@ -8,24 +9,36 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tiny_lm import tiny_lm
 
 from mlsae_book import offline
 from mlsae_book.tables.cards import OF_QUARTER, STRONGEST
-from mlsae_core import store
+from mlsae_core import pipeline
 
 ROOT = Path(__file__).parents[1]
 KIB = 1024
 
 
 @pytest.fixture(scope="module")
-def run():
-    return offline.read(ROOT / "book/experiments")
+def session():
+    return pipeline.Session("read-only")
+
+
+@pytest.fixture(scope="module")
+def subject(session):
+    """The language model, the dictionary and the run."""
+    run, _ = offline.default(ROOT / "book")
+    return session.lm(run.model), session.sae(run), run
+
+
+@pytest.fixture(scope="module")
+def run(session):
+    return offline.read(session, *offline.default(ROOT / "book"))
 
 
 @pytest.fixture(scope="module")
 def scripts(run, tmp_path_factory):
-    return {p.stem: p for p in offline.write(run, tmp_path_factory.mktemp("scripts"))}
+    return {p.stem: p for p in offline.write(run, tmp_path_factory.mktemp("scripts") / "explorer")}
 
 
 def content(script):
@@ -44,7 +57,7 @@ def test_scripts_are_small_enough_and_always_the_same(run, scripts, tmp_path):
     assert again == {name: script.read_bytes() for name, script in scripts.items()}
 
 
-def test_weights_are_there_to_24_bits(run, scripts):
+def test_weights_are_there_to_24_bits(subject, scripts):
     packed = content(scripts["model"])
     length = int.from_bytes(packed[:4], "little")
     header, count = json.loads(packed[4 : 4 + length]), 0
@@ -52,15 +65,16 @@ def test_weights_are_there_to_24_bits(run, scripts):
     rest = np.frombuffer(packed[4 + length + header["count"] :], "<u2").astype(np.uint32)
     bits = (rest & 0x8000) << 16 | exponents << 23 | (rest & 0x7FFF) << 8
     values = bits.view(np.float32)
-    own = dict(offline._weights(run))
+    lm, sae, _ = subject
+    own = dict(offline._weights(lm, sae))
     for name, start, end in header["tensors"]:
         expected = own.pop(name).ravel()
         np.testing.assert_allclose(values[start:end], expected, rtol=2**-16)
         count += end - start
     assert not own
     assert count == header["count"] == len(values)
-    used = {name for name in run.weights if "rotary" not in name and "masked" not in name}
-    assert len(header["tensors"]) == len(used) + 3
+    assert len(header["tensors"]) == len([*lm.model.parameters()]) + 3
+    assert count == sum(p.numel() for module in (lm.model, sae) for p in module.parameters())
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.5, 1.9999999, -3e-39, 65504.0])
@@ -70,27 +84,56 @@ def test_rounding_to_24_bits(value):
     assert bits.view(np.float32)[0] == pytest.approx(value, rel=2**-16, abs=2**-140)
 
 
-def test_tokens_are_the_bytes_that_the_tokenizer_writes(run):
-    tokenizer = AutoTokenizer.from_pretrained(store.MODELS / "neox-6l-128d")
+def test_tokens_are_the_bytes_that_the_tokenizer_writes(subject, run):
+    tokenizer = subject[0].tokenizer
     text = "é😀 def f(x):\n\treturn x\x00"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    vocabulary = offline.tokens(run.tokenizer)
+    vocabulary = run.vocabulary
     assert "".join(vocabulary[i] for i in ids).encode("latin-1") == text.encode()
     assert vocabulary[tokenizer.eos_token_id] == tokenizer.eos_token
-    joined = iter(offline.merges(run.tokenizer))
-    assert all(
-        vocabulary[a] + vocabulary[b] in vocabulary for a, b in zip(joined, joined, strict=True)
-    )
+    joined = iter(offline.merges(offline._tokenizer(subject[0])))
+    pairs = zip(joined, joined, strict=True)
+    assert all(vocabulary[a] + vocabulary[b] in vocabulary for a, b in pairs)
 
 
-def test_other_models_and_dictionaries_are_refused(run):
-    for change in ({"hidden_act": "gelu_new"}, {"tie_word_embeddings": False}):
-        with pytest.raises(ValueError, match=next(iter(change))):
-            offline.config(run._replace(config=run.config | change))
-    with pytest.raises(ValueError, match="topk"):
-        offline.config(run._replace(settings=run.settings | {"activation": "jumprelu"}))
-    with pytest.raises(ValueError, match="byte-level"):
-        offline.tokens(run.tokenizer | {"normalizer": {"type": "NFC"}})
+def test_tokens_of_a_tokenizer_of_words_are_their_text():
+    lm = tiny_lm()
+    assert offline.vocabulary(lm)[:4] == ["<eos>", "<pad>", "w2", "w3"]
+    lm.vocab_size += 2
+    assert offline.vocabulary(lm)[-2:] == ["", ""]
+
+
+def test_what_the_page_cannot_run_is_left_out_with_the_reason(subject, monkeypatch):
+    lm, sae, run = subject
+    offline._check(lm, sae, run)
+    refused = {
+        "hidden_act": (lm.model.config, "hidden_act", "gelu_new"),
+        "topk": (sae, "standardize", False),
+        "size": (offline, "MOST_WEIGHTS", 1000),
+    }
+    for name, change in refused.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(*change)
+            with pytest.raises(ValueError, match=name):
+                offline._check(lm, sae, run)
+    site = dataclasses.replace(run.site, layers=(0, 2))
+    with pytest.raises(ValueError, match="layers"):
+        offline._check(lm, sae, dataclasses.replace(run, site=site))
+    with pytest.raises(ValueError, match=r"model_type|hidden_act"):
+        offline._check(tiny_lm("llama"), sae, run)
+
+
+def test_nearest_rows_are_those_of_the_whole_matrix(monkeypatch):
+    generator = np.random.default_rng(0)
+    rows, others = generator.normal(size=(2, 7, 5))
+    monkeypatch.setattr(offline, "ROWS_AT_ONCE", 3)
+    for theirs in (None, others):
+        indices, cosines = offline._nearest(rows, theirs, 2)
+        full = offline._unit(rows) @ offline._unit(rows if theirs is None else theirs).T
+        if theirs is None:
+            np.fill_diagonal(full, -2)
+        np.testing.assert_array_equal(indices, np.argsort(-full, 1)[:, :2])
+        np.testing.assert_allclose(cosines, -np.sort(-full, 1)[:, :2])
 
 
 def test_every_latent_has_a_card_that_agrees_with_its_numbers(run, scripts):
@@ -129,7 +172,7 @@ def test_lists_are_of_latents_that_are_what_they_say(run):
     )
     assert max(token) < 5 < 500 < min(context)
     pairs = lists["Pairs most alike"]
-    rows = run.dictionary["decoder.weight"].T
+    rows = run.decoder
     cosines = [float(rows[a] @ rows[b]) for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
     assert cosines == sorted(cosines, reverse=True)
     off = rows @ rows.T - 2 * np.eye(len(rows))

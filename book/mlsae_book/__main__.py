@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from mlsae_core import models
 from mlsae_core.cli import Commands, mode, show
-from mlsae_core.spec import build, load_experiment
+from mlsae_core.spec import EvaluateSpec, SpecError, build, load_experiment, to_dict
 
 _ABOUT = """\
 An EXPERIMENT.yml has `title`, `run` (the fields of a run), `sweep` (field: [values]), `evaluate`
@@ -49,6 +50,20 @@ def _reproduce(options: argparse.Namespace):
     print(f"largest deviation: {deviation:.2%} of a column's largest value, or of all latents")
 
 
+def _report(options: argparse.Namespace):
+    experiment = load_experiment(options.run)
+    if len(experiment.runs) != 1:
+        raise SpecError(f"runs: expected a file of one run, got {len(experiment.runs)}")
+    from mlsae_book import report
+    from mlsae_core import pipeline
+
+    settings = experiment.evaluate or EvaluateSpec()
+    if options.tokens is not None:
+        settings = build(EvaluateSpec, to_dict(settings) | {"tokens": options.tokens})
+    session, (_, run) = pipeline.Session(mode(options)), experiment.runs[0]
+    print(report.report(session, run, settings, Path(options.folder), experiment.title))
+
+
 def _fetch(options: argparse.Namespace):
     from mlsae_book import fetch
 
@@ -84,6 +99,15 @@ def _commands() -> Commands:
         "name under data/models, or a recipe.yml",
         mode=False,
     )
+    pages = commands.add(
+        _report,
+        "report",
+        "a folder of pages for one run: evaluation and explorer, opened from the file",
+        "RUN",
+        "YAML file of a run, or of an experiment with one",
+    )
+    pages.add_argument("folder", metavar="FOLDER", help="where it is written")
+    pages.add_argument("--tokens", help="of the split to read, in the place of the file's")
     commands.add(
         _fetch,
         "fetch",

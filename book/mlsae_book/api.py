@@ -67,6 +67,7 @@ PACKAGES = {
             "experiments",
             "charts",
             "widgets",
+            "report",
             "pretrain",
             "reproduce",
             "api",

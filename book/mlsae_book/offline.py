@@ -1,12 +1,15 @@
-"""The default run as scripts for the explorer's page: model, dictionary, and all that is known of
-its latents, so that a browser can run them without a server, from a file too.
+"""A run as scripts for the explorer's page: model, dictionary, and all that is known of its
+latents, so that a browser can run them without a server, from a file too.
 
-They are made when the book is built, from what is shipped, so nothing is stored twice, and this
-module is the Sphinx extension that does so and puts the page together. A script calls `explorerAsset(name, payload)`; the payload is base64 of bytes that zlib has deflated.
+The book has those of the default run. They are made when it is built, from what is shipped, so
+nothing is stored twice; this module is the Sphinx extension that does so and puts the page
+together. A script calls `explorerAsset(name, payload)`; the payload is base64 of bytes that zlib
+has deflated.
 
 - ``model``: 24 bits of every weight, which takes the exponents apart from the rest since only they
   can be compressed. Half precision is not enough: it moves probabilities by up to 1.3e-3 and
-  activations by 5e-3 of their size, 24 bits by 6e-5 and 2e-4.
+  activations by 5e-3 of their size, 24 bits by 6e-5 and 2e-4. Models that the page cannot run, or
+  that are too large for it, are left out.
 - ``index``: the vocabulary, one row of numbers for every latent, and lists worth reading.
 - ``latents-00`` and so on: the cards of `SHARD` latents each.
 """
@@ -16,31 +19,43 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from mlsae_book import stages  # noqa: F401 (so that its stages are known)
-from mlsae_book.tables.cards import OF_QUARTER, STRONGEST
-from mlsae_book.tables.cards import load as read_cards
-from mlsae_core import pipeline, store
-from mlsae_core.sae import STD_EPS
-from mlsae_core.spec import load_experiment
+from mlsae_book.tables.cards import OF_QUARTER, STRONGEST, load
+from mlsae_core import pipeline
+from mlsae_core.pipeline import Session
+from mlsae_core.spec import EvaluateSpec, SubjectSpec, load_experiment
+
+if TYPE_CHECKING:
+    from mlsae_core.lm import LanguageModel
+    from mlsae_core.sae import MLSAE
 
 #: The chapter in which a prompt can be typed, and the place that it has for that.
 CHAPTER, PLACE = "explorer", '<div class="latent-explorer"></div>'
-#: The page's own scripts, in `_theme/explorer`, in the order in which they are read.
-SCRIPTS = ("assets", "tokenizer", "model", "engine", "page", "card", "find", "prompt", "app")
+#: The page's own markup, scripts and styles, and its scripts in the order in which they are read.
+PAGE = Path(__file__).with_name("page")
+SCRIPTS = ("assets", "tokenizer", "model", "engine")
+SCRIPTS += ("page", "card", "find", "overview", "prompt", "app")
 #: Latents in a file.
 SHARD = 64
 #: Similar latents and tokens on a card, and latents in a list.
 NEAREST, LISTED = 8, 12
 #: Tokens at which a latent has to be active to be in a list.
 ENOUGH = 1000
+#: Latents whose similarities are computed at a time.
+ROWS_AT_ONCE = 512
+#: Weights of a language model and a dictionary that a page may hold: 16 MB.
+MOST_WEIGHTS = 5_000_000
+#: Tokens of the text of cards, at most: every activation in it is held.
+CARDS_TOKENS = 262_144
 
 #: Weights of a block: their names in the page, and in GPT-NeoX.
 BLOCK = {
@@ -54,81 +69,92 @@ BLOCK = {
 
 
 class Run(NamedTuple):
-    """All that is shipped of a run."""
+    """All that the page shows of a run."""
 
-    key: str
-    """Of its results."""
-    config: dict
-    """Of the language model."""
-    tokenizer: dict
-    """Its tokenizer.json."""
-    weights: dict[str, np.ndarray]
-    """Of the language model."""
-    dictionary: dict[str, np.ndarray]
-    settings: dict
-    """Of the dictionary: its config.json."""
+    vocabulary: list[str]
+    """The tokens by their id, each as a string with one character for each of its bytes."""
+    context: int
+    """Tokens that the model reads at most."""
+    embedding: np.ndarray
+    """(vocabulary, d_model)."""
+    decoder: np.ndarray
+    """(latent, d_model)."""
     cards: dict[str, np.ndarray]
     """As `tables.cards.cards` made them."""
     cards_tokens: int
     distributions: dict[str, np.ndarray]
+    """As `analysis.distributions` made them."""
     distributions_tokens: int
+    model: bytes | None
+    """As `model` packs it, or nothing."""
+    why_no_model: str = ""
 
 
-def read(experiments: Path) -> Run:
-    """The run of ``default.yml`` with its cards of ``explorer.yml``, as they are shipped.
+def settings_of(settings: EvaluateSpec) -> dict[str, EvaluateSpec]:
+    """What is read for each stage that the page shows: stage → settings."""
+    few = replace(settings, tokens=min(settings.tokens, CARDS_TOKENS), ablations=False)
+    return {"distributions": settings, "cards": few}
+
+
+def read(session: Session, run: SubjectSpec, settings: EvaluateSpec) -> Run:
+    """The results of a run, found or computed as the session may.
 
     Raises:
-        SpecError: one of its results is not there.
+        SpecError: a run whose latents have no cards, or a missing result where the session only
+            reads.
     """
-    default, explorer = (load_experiment(experiments / f"{n}.yml") for n in ("default", "explorer"))
-    _, run = default.runs[0]
-    found = {
-        stage: _result(stage, run, experiment.evaluate)
-        for stage, experiment in (
-            ("train", default), ("distributions", default), ("cards", explorer),
-        )
-    }  # fmt: skip
-    model = store.MODELS / run.model.path
-    train, cards, distributions = (found[n] for n in ("train", "cards", "distributions"))
+    from safetensors.numpy import load_file
+
+    made = {name: session.make(name, run, read) for name, read in settings_of(settings).items()}
+    lm, sae = session.lm(run.model), session.sae(run)
+    packed, why = None, ""
+    try:
+        _check(lm, sae, run)
+        packed = model(lm, sae)
+    except ValueError as error:
+        why = str(error)
     return Run(
-        " ".join(artefact.key for artefact in found.values()),
-        json.loads((model / "config.json").read_text()),
-        json.loads((model / "tokenizer.json").read_text(encoding="utf-8")),
-        load_file(model / "model.safetensors"),
-        load_file(train.file("model.safetensors")),
-        json.loads(train.file("config.json").read_text()),
-        read_cards(cards.file("cards.safetensors")),
-        cards.meta["tokens"],
-        load_file(distributions.file("distributions.safetensors")),
-        distributions.meta["tokens"],
+        vocabulary(lm),
+        lm.max_positions or run.data.context_length,
+        _numpy(lm.model.get_input_embeddings().weight),
+        _numpy(sae.decoder),
+        load(made["cards"].file("cards.safetensors")),
+        made["cards"].meta["tokens"],
+        load_file(made["distributions"].file("distributions.safetensors")),
+        made["distributions"].meta["tokens"],
+        packed,
+        why,
     )
 
 
-def _result(stage: str, run, settings) -> store.Artefact:
-    identity = pipeline.STAGES[stage].key(run, settings)[0]
-    found = store.find(stage, identity)
-    if found is None:
-        raise store.StoreError(
-            f"{stage}/{identity}: expected a shipped result for the explorer, found none; run "
-            "`python -m mlsae_book materialise experiments/explorer.yml`"
-        )
-    return found
+def _numpy(tensor) -> np.ndarray:
+    return tensor.detach().float().cpu().numpy()
 
 
 def write(run: Run, folder: Path) -> list[Path]:
-    """Write all scripts of a run into a folder, which is made; gives their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the page's scripts and styles into a folder, in the place of earlier ones, and what
+    they show of a run into its folder ``data``; gives the paths of the latter."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    shutil.copytree(PAGE, folder, ignore=shutil.ignore_patterns("*.html"))
+    (folder / "data").mkdir()
     written = []
     for name, content in _assets(run):
         payload = base64.b64encode(zlib.compress(content, 9)).decode()
-        path = folder / f"{name}.js"
+        path = folder / "data" / f"{name}.js"
         path.write_text(f'explorerAsset("{name}", "{payload}");\n', encoding="ascii")
         written.append(path)
     return written
 
 
+def markup() -> str:
+    """HTML of the explorer, which its scripts fill."""
+    return (PAGE / "app.html").read_text(encoding="utf-8")
+
+
 def _assets(run: Run) -> Iterator[tuple[str, bytes]]:
-    yield "model", model(run)
+    if run.model is not None:
+        yield "model", run.model
     yield "index", _json(index(run))
     everything = cards(run)
     for first in range(0, len(everything), SHARD):
@@ -142,68 +168,80 @@ def _json(value) -> bytes:
 # --- model and dictionary -------------------------------------------------------------------------
 
 
-def model(run: Run) -> bytes:
+def _check(lm: LanguageModel, sae: MLSAE, run: SubjectSpec) -> None:
+    """Refuse, with ValueError, what the page's own model and dictionary cannot do."""
+    config, tokenizer = lm.model.config.to_dict(), _tokenizer(lm)
+    needed = {"model_type": "gpt_neox", "hidden_act": "gelu", "use_parallel_residual": True}
+    needed |= {"tie_word_embeddings": True, "attention_bias": True}
+    for name, value in needed.items():
+        if config.get(name) != value:
+            raise ValueError(f"{name}: the page runs {value}, this model has {config.get(name)}")
+    kind = tokenizer["model"]["type"], tokenizer["pre_tokenizer"], tokenizer["normalizer"]
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    if kind != ("BPE", plain | {"use_regex": True}, None):
+        raise ValueError("tokenizer: the page runs byte-level BPE as GPT-2 has it, this is another")
+    if not sae.standardize or sae.activation.name != "topk" or sae.encoder_bias is not None:
+        raise ValueError("dictionary: the page runs standardised topk without an encoder's bias")
+    if run.site.indices(lm.n_layers) != list(range(lm.n_layers)):
+        raise ValueError("layers: the page runs dictionaries of all layers, this is of some")
+    size = sum(p.numel() for module in (lm.model, sae) for p in module.parameters())
+    if size > MOST_WEIGHTS:
+        raise ValueError(f"size: the page runs {MOST_WEIGHTS:,} weights, these are {size:,}")
+
+
+def model(lm: LanguageModel, sae: MLSAE) -> bytes:
     """The length of a header in 4 bytes, the header as JSON, exponents, and 16 bits for the rest."""
     tensors, at = [], 0
-    arrays = list(_weights(run))
+    arrays = list(_weights(lm, sae))
     for name, array in arrays:
         tensors.append([name, at, at + array.size])
         at += array.size
-    exponents, rest = split(np.concatenate([a.ravel() for _, a in arrays]))
-    vocabulary = tokens(run.tokenizer)
-    header = {
-        "count": at,
-        "tensors": tensors,
-        "config": config(run),
-        "vocabulary": vocabulary,
-        "merges": merges(run.tokenizer),
-    }
-    text = _json(header)
+    exponents, rest = split(np.concatenate([array.ravel() for _, array in arrays]))
+    text = _json(
+        {
+            "count": at,
+            "tensors": tensors,
+            "config": config(lm, sae),
+            "vocabulary": vocabulary(lm),
+            "merges": merges(_tokenizer(lm)),
+        }
+    )
     return len(text).to_bytes(4, "little") + text + exponents.tobytes() + rest.tobytes()
 
 
-def config(run: Run) -> dict:
-    """What the page has to know of model and dictionary, beside their weights.
+def config(lm: LanguageModel, sae: MLSAE) -> dict:
+    """What the page has to know of model and dictionary, beside their weights."""
+    from mlsae_core.sae import STD_EPS
 
-    Raises:
-        ValueError: a model that the page cannot run.
-    """
-    c = run.config
-    needed = {"model_type": "gpt_neox", "hidden_act": "gelu", "use_parallel_residual": True}
-    needed["tie_word_embeddings"] = True
-    for name, value in needed.items():
-        if c[name] != value:
-            raise ValueError(f"{name}: the page runs models with {value}, got {c[name]}")
-    if not run.settings["standardize"] or "activation" in run.settings:
-        raise ValueError("the page runs dictionaries with standardize and topk, got another")
-    rope = c["rope_parameters"]
+    c = lm.model.config
+    rope = c.rope_parameters
     return {
-        "layers": c["num_hidden_layers"],
-        "width": c["hidden_size"],
-        "hidden": c["intermediate_size"],
-        "heads": c["num_attention_heads"],
-        "context": c["max_position_embeddings"],
-        "epsilon": c["layer_norm_eps"],
+        "layers": c.num_hidden_layers,
+        "width": c.hidden_size,
+        "hidden": c.intermediate_size,
+        "heads": c.num_attention_heads,
+        "context": c.max_position_embeddings,
+        "epsilon": c.layer_norm_eps,
         "theta": rope["rope_theta"],
-        "rotary": int(c["hidden_size"] // c["num_attention_heads"] * rope["partial_rotary_factor"]),
-        "k": run.settings["k"],
+        "rotary": int(c.hidden_size // c.num_attention_heads * rope["partial_rotary_factor"]),
+        "k": sae.k,
         "std_epsilon": STD_EPS,
     }
 
 
-def _weights(run: Run) -> Iterator[tuple[str, np.ndarray]]:
-    own = run.weights
+def _weights(lm: LanguageModel, sae: MLSAE) -> Iterator[tuple[str, np.ndarray]]:
+    own = {name: _numpy(tensor) for name, tensor in lm.model.named_parameters()}
     yield "embedding", own["gpt_neox.embed_in.weight"]
-    for layer in range(run.config["num_hidden_layers"]):
+    for layer in range(lm.n_layers):
         for name, theirs in BLOCK.items():
             for kind in ("weight", "bias"):
                 found = own[f"gpt_neox.layers.{layer}.{theirs}.{kind}"]
                 yield f"layers.{layer}.{name}.{kind}", found
     for kind in ("weight", "bias"):
         yield f"norm_last.{kind}", own[f"gpt_neox.final_layer_norm.{kind}"]
-    yield "dictionary.encoder", run.dictionary["encoder.weight"]
-    yield "dictionary.decoder", run.dictionary["decoder.weight"].T
-    yield "dictionary.bias", run.dictionary["pre_encoder_bias"]
+    yield "dictionary.encoder", _numpy(sae.encoder)
+    yield "dictionary.decoder", _numpy(sae.decoder)
+    yield "dictionary.bias", _numpy(sae.pre_bias)
 
 
 def split(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -222,25 +260,31 @@ def split(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # --- tokenizer ------------------------------------------------------------------------------------
 
 
-def tokens(tokenizer: dict) -> list[str]:
+def _tokenizer(lm: LanguageModel) -> dict:
+    return json.loads(lm.tokenizer.backend_tokenizer.to_str())
+
+
+def vocabulary(lm: LanguageModel) -> list[str]:
     """The tokens by their id, each as a string with one character for each of its bytes.
 
-    Raises:
-        ValueError: a tokenizer that the page cannot run.
+    Where a tokenizer is not byte-level, the bytes are those of a token's text. Ids of the model
+    that the tokenizer does not know are empty.
     """
-    kind = tokenizer["model"]["type"], tokenizer["pre_tokenizer"]["type"], tokenizer["normalizer"]
-    if kind != ("BPE", "ByteLevel", None) or tokenizer["pre_tokenizer"]["add_prefix_space"]:
-        raise ValueError(f"the page runs byte-level BPE as it is, got {kind}")
-    special = {token["content"] for token in tokenizer["added_tokens"]}
-    characters = byte_characters()
-    vocabulary = sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])
-    return [t if t in special else "".join(chr(characters[c]) for c in t) for t, _ in vocabulary]
+    tokenizer, characters = lm.tokenizer, byte_characters()
+    is_byte_level = '"ByteLevel"' in json.dumps(_tokenizer(lm)["decoder"])
+    found = []
+    for id, name in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
+        if is_byte_level and all(c in characters for c in name):
+            found.append("".join(chr(characters[c]) for c in name))
+        else:
+            found.append(tokenizer.decode([id]).encode().decode("latin-1"))
+    return found + [""] * (lm.vocab_size - len(found))
 
 
 def merges(tokenizer: dict) -> list[int]:
     """Ids of the pairs that are joined, one after the other, the one learnt first at first."""
-    vocabulary = tokenizer["model"]["vocab"]
-    return [vocabulary[token] for pair in tokenizer["model"]["merges"] for token in pair]
+    ids = tokenizer["model"]["vocab"]
+    return [ids[token] for pair in tokenizer["model"]["merges"] for token in pair]
 
 
 def byte_characters() -> dict[str, int]:
@@ -276,10 +320,11 @@ def index(run: Run) -> dict:
         "probs": np.rint(100 * probs.T).astype(int).tolist(),
     }
     return {
-        "vocabulary": tokens(run.tokenizer),
+        "vocabulary": run.vocabulary,
         "layers": len(probs),
         "shard": SHARD,
-        "context": run.config["max_position_embeddings"],
+        "context": run.context,
+        "no_model": None if run.model is not None else run.why_no_model,
         "tokens": [run.distributions_tokens, run.cards_tokens],
         "latents": columns,
         "lists": lists(run),
@@ -290,7 +335,7 @@ def lists(run: Run) -> list[dict]:
     """Short lists of latents worth reading: ``title`` and ``latents``."""
     probs, c = _probs(run), run.cards
     active, spread = run.distributions["active_tokens"], c["spread"]
-    common = active >= ENOUGH
+    common = active >= min(ENOUGH, np.median(active))
     entropy = -(probs * np.log(probs.clip(1e-12))).sum(0)
 
     def first(score: np.ndarray, among: np.ndarray, most: int = LISTED) -> list[int]:
@@ -298,9 +343,10 @@ def lists(run: Run) -> list[dict]:
         return [int(j) for j in order[:most] if among[j]]
 
     each = [first(row, common, LISTED // len(probs)) for row in probs]
-    cosines = _cosines(run)
-    pairs = np.argsort(-np.triu(cosines, 1), axis=None, kind="stable")[: LISTED // 2]
-    alike = [int(j) for pair in zip(*np.divmod(pairs, len(cosines)), strict=True) for j in pair]
+    partners, cosines = _nearest(run.decoder, None, 1)
+    falling = np.argsort(-cosines[:, 0], kind="stable").tolist()
+    pairs = dict.fromkeys(tuple(sorted((j, int(partners[j, 0])))) for j in falling)
+    alike = [j for pair in list(pairs)[: LISTED // 2] for j in pair]
     return [
         {"title": "Sharpest at each layer", "latents": [j for row in each for j in row]},
         {"title": "Spread over all layers", "latents": first(entropy, common)},
@@ -318,15 +364,13 @@ def cards(run: Run) -> list[dict]:
     at the peak, layer, place of the peak, token ids, activations there in steps of 1/255 of the
     largest, and those at the peak at every layer.
     """
-    c, d = run.cards, run.distributions
-    density = d["counts"].T / run.distributions_tokens
+    c = run.cards
+    density = run.distributions["counts"].T / run.distributions_tokens
     probs = _probs(run).T
-    cosines = _cosines(run)
-    near = np.argsort(-cosines, axis=1, kind="stable")[:, :NEAREST]
-    embedding = run.weights["gpt_neox.embed_in.weight"]
-    unit = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
-    similar = run.dictionary["decoder.weight"].T @ unit.T
-    words = np.argsort(-similar, axis=1, kind="stable")[:, :NEAREST]
+    near, words = (
+        _nearest(run.decoder, None, NEAREST),
+        _nearest(run.decoder, run.embedding, NEAREST),
+    )
     found = []
     for j in range(len(c["largest"])):
         found.append(
@@ -342,8 +386,8 @@ def cards(run: Run) -> list[dict]:
                 "examples": list(_examples(c, j)),
                 "promoted": [_paired(*x) for x in _by_layer(c, "promoted", j)],
                 "suppressed": [_paired(*x) for x in _by_layer(c, "suppressed", j)],
-                "nearest": _paired(near[j], cosines[j, near[j]]),
-                "words": _paired(words[j], similar[j, words[j]]),
+                "nearest": _paired(*(x[j] for x in near)),
+                "words": _paired(*(x[j] for x in words)),
             }
         )
     return found
@@ -380,12 +424,28 @@ def _probs(run: Run) -> np.ndarray:
     return np.nan_to_num(probs / probs.sum(0))
 
 
-def _cosines(run: Run) -> np.ndarray:
-    """Of decoder rows, which are of unit norm; a latent is not like itself."""
-    rows = run.dictionary["decoder.weight"].T
-    cosines = rows @ rows.T
-    np.fill_diagonal(cosines, -1)
-    return cosines
+def _nearest(
+    rows: np.ndarray, others: np.ndarray | None, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and cosine similarities, (row, most), of the most similar other rows.
+
+    others: of another matrix, or None for the rest of the same.
+    """
+    unit = _unit(rows)
+    theirs = unit if others is None else _unit(others)
+    indices, cosines = [], []
+    for first in range(0, len(unit), ROWS_AT_ONCE):
+        similar = unit[first : first + ROWS_AT_ONCE] @ theirs.T
+        if others is None:  # a latent is not like itself
+            similar[np.arange(len(similar)), first + np.arange(len(similar))] = -np.inf
+        best = np.argsort(-similar, axis=1, kind="stable")[:, :most]
+        indices.append(best)
+        cosines.append(np.take_along_axis(similar, best, 1))
+    return np.concatenate(indices), np.concatenate(cosines)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
 
 
 def _rounded(values: np.ndarray, digits: int) -> list[float]:
@@ -395,16 +455,26 @@ def _rounded(values: np.ndarray, digits: int) -> list[float]:
 # --- the build ------------------------------------------------------------------------------------
 
 
+def default(book: Path) -> tuple[SubjectSpec, EvaluateSpec]:
+    """The run that the book studies by default, and what its results read."""
+    experiment = load_experiment(book / "experiments/default.yml")
+    return experiment.runs[0][1], experiment.evaluate
+
+
 def _prepare(app, config) -> None:
     """Lay the scripts beside the static files, unless those of the same results are there."""
     if not (Path(app.srcdir) / f"{CHAPTER}.ipynb").is_file():
         return
     assets = Path(app.outdir).parent / ".explorer"
-    run = read(Path(app.srcdir) / "experiments")
-    made, sources = assets / "made", (Path(__file__).read_bytes(), run.key.encode())
-    version = hashlib.sha256(b"".join(sources)).hexdigest()
+    run, settings = default(Path(app.srcdir))
+    read_for = settings_of(settings).items()
+    keys = " ".join(pipeline.STAGES[stage].key(run, read)[0] for stage, read in read_for)
+    sources = [Path(__file__), *sorted(PAGE.iterdir())]
+    code = b"".join(source.read_bytes() for source in sources)
+    version = hashlib.sha256(code + keys.encode()).hexdigest()
+    made = assets / "made"
     if not made.is_file() or made.read_text() != version:
-        write(run, assets / "static/explorer/data")
+        write(read(Session("read-only"), run, settings), assets / "static/explorer")
         made.write_text(version)
     config.html_static_path.append(str(assets / "static"))
 
@@ -413,8 +483,7 @@ def _put_together(app, pagename, templatename, context, doctree) -> None:
     """Put the explorer in the place that its chapter has for it."""
     if pagename != CHAPTER:
         return
-    markup = Path(app.confdir) / "book/_theme/explorer/app.html"
-    context["body"] = context["body"].replace(PLACE, markup.read_text(encoding="utf-8"))
+    context["body"] = context["body"].replace(PLACE, markup())
     app.add_css_file("explorer/explorer.css")
     for name in SCRIPTS:
         app.add_js_file(f"explorer/{name}.js", loading_method="defer")

@@ -15,10 +15,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from mlsae_book.tables import interventions
 from mlsae_book.tables.examples import BEFORE
 from mlsae_core.activations import TextSource, needs_model, one_pass
 from mlsae_core.lm import LanguageModel
 from mlsae_core.sae import MLSAE
+from mlsae_core.spec import SpecError
 
 #: Activations are stored in so many steps of a latent's largest one.
 STEPS = 255
@@ -87,11 +89,14 @@ def cards(
         by how much (nats, relative to the mean over the vocabulary, means over positions).
 
     Raises:
-        SpecError: a stacked site, or a source without a language model.
+        SpecError: a dictionary that does not write to the residual stream itself, one vector per
+            layer, or a source without a language model.
         ValueError: an empty source.
     """
-    source.site.refuse_stacked("cards of latents")
+    interventions.check(source.site)
     needs_model(source)
+    if not source.lens.is_identity:
+        raise SpecError("basis: cards need a dictionary of the identity basis, got that of a lens")
     n_layers = len(source.site.indices(source.n_layers))
     found = collect(source, sae, size, progress)
     bounds = np.searchsorted(found.latent, np.arange(sae.n_latents + 1))

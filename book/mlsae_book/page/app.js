@@ -20,7 +20,7 @@
 
   // What cannot be meant is left as it was at the start.
   const read = (index) => {
-    const state = { ...START };
+    const state = { ...START, layer: Math.min(START.layer, index.layers - 1) };
     const limits = {
       token: index.context,
       layer: index.layers,
@@ -37,6 +37,7 @@
     }
     if (state.list !== "" && !index.lists[state.list]) state.list = START.list;
     if (!Object.hasOwn(Find.SORTS, state.sort)) state.sort = START.sort;
+    if (index.no_model !== null) state.prompt = "";
     return state;
   };
 
@@ -59,6 +60,11 @@
       return;
     }
     const vocabulary = new Vocabulary(index.vocabulary);
+    if (index.no_model !== null) {
+      place.querySelector(".prompt").hidden = true;
+      const why = `The language model does not run in this page (${index.no_model}).`;
+      place.querySelector(".status").textContent = why;
+    }
     let state = read(index);
     let turn = 0;
     let queue = Promise.resolve();
@@ -68,6 +74,7 @@
       const mine = ++turn;
       place.setAttribute("aria-busy", "true");
       find.show(state);
+      overview.show(state.latent);
       card.show(state.latent);
       queue = queue.then(async () => {
         if (mine !== turn) return;
@@ -76,17 +83,20 @@
         state = { ...state, token: settled.token, latent: settled.latent, asked: false };
         if (write(state) !== location.hash) history.replaceState(null, "", write(state));
         find.show(state);
+        overview.show(state.latent);
         await card.show(state.latent);
         if (mine === turn) place.setAttribute("aria-busy", "false");
       });
     };
     const choose = (chosen, isAsked = false) => {
       state = { ...state, ...chosen, asked: isAsked };
+      if (index.no_model !== null) state.prompt = "";
       if (write(state) !== location.hash) history.pushState(null, "", write(state));
       if (isAsked && "prompt" in chosen) prompt.text.value = chosen.prompt;
       show();
     };
     const find = new Find(place, index, vocabulary, choose);
+    const overview = new Overview(place, index, choose);
     const card = new Card(place.querySelector(".latent-card"), index, vocabulary, choose);
     const prompt = new Prompt(place, index, vocabulary, choose);
     addEventListener("popstate", () => {
