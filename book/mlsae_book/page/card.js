@@ -51,8 +51,7 @@ class Card {
       `Active at ${percent(latents.density[latent])} of tokens, largest activation `,
       `${number(card.largest)}, mean layer ${number(latents.mean_layer[latent])}. `,
     ];
-    if (!known)
-      return element("p", {}, ...parts, "Not active in the text of the examples.");
+    if (!known) return element("p", {}, ...parts, "Not active in the text of the examples.");
     const kind =
       card.spread < 5
         ? "Close to one token: "

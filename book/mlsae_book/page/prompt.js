@@ -99,7 +99,8 @@ class Prompt {
     this.amount.closest("label").hidden = state.change !== "steer";
     if (state.prompt === "") {
       this.results.hidden = true;
-      if (state.asked && this.index.no_model === null) this.say("Type a prompt first: some words, or a line of code.", true);
+      if (state.asked && this.index.no_model === null)
+        this.say("Type a prompt first: some words, or a line of code.", true);
       return state;
     }
     this.results.hidden = false;
