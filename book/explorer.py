@@ -296,6 +296,12 @@ latent_charts.uniformity(
 # larger models, and give no numbers to set beside ours; they find that the effect spreads further as more latents are
 # active, which this page, with one $k$, cannot say.
 #
+# ## Your own run
+#
+# `python -m mlsae_book report my-run.yml pages` writes the explorer of any run into the folder `pages`, with its evaluation
+# above it: of one that was just trained, or of published weights. Where the language model is too large for a page, or of
+# another architecture, the page says so and has all but the prompt.
+#
 # ## Beside other explorers
 #
 # What a reader can do here, in the application of {cite:t}`lawson2025`, in Neuronpedia, and with SAEDashboard. The first
@@ -306,7 +312,7 @@ latent_charts.uniformity(
 # | type a prompt | yes | yes | yes | yes | no |
 # | active latents by layer and token | yes | no | yes | by layer | in part |
 # | tokens coloured by a latent | every layer at once | yes | yes | yes | yes |
-# | any latent | all 2,048 | any run | yes | yes | those chosen |
+# | any latent | all 2,048; of any run by `report` | any run | yes | yes | those chosen |
 # | histogram of activations by layer | yes | no | of the prompt | one layer | one layer |
 # | distribution over layers | yes | yes | of the prompt | no | no |
 # | examples from every part of the range | yes | no | no | yes | yes |
