@@ -618,3 +618,13 @@ def test_the_built_page_fits_is_legible_and_does_not_move(open_page, size, schem
     assert page.complaints == []
     folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
     page.locator(".latent-explorer").screenshot(path=folder / f"prompt-{size}-{scheme}.png")
+
+
+def test_a_column_of_the_first_heatmap_leads_to_a_card(open_page):  # noqa: F811
+    page = open_page("intro")
+    cells = page.locator(".vega-lite-chart").first.locator('path[aria-roledescription="rect mark"]')
+    cells.nth(300).click()
+    page.wait_for_url("**/explorer.html#latent=*")
+    page.wait_for_selector("#le-card")
+    assert page.inner_text("#le-card") == f"Latent {chosen(page)['latent']}"
+    assert page.complaints == []

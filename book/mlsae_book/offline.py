@@ -32,7 +32,7 @@ from mlsae_book import stages  # noqa: F401 (so that its stages are known)
 from mlsae_book.tables.cards import OF_QUARTER, STRONGEST, load
 from mlsae_core import pipeline
 from mlsae_core.pipeline import Session
-from mlsae_core.spec import EvaluateSpec, SubjectSpec, load_experiment
+from mlsae_core.spec import EvaluateSpec, SpecError, SubjectSpec, load_experiment
 
 if TYPE_CHECKING:
     from mlsae_core.lm import LanguageModel
@@ -105,8 +105,12 @@ def read(session: Session, run: SubjectSpec, settings: EvaluateSpec) -> Run:
     """
     from safetensors.numpy import load_file
 
-    made = {name: session.make(name, run, read) for name, read in settings_of(settings).items()}
+    from mlsae_core.sae import MLSAE
+
     lm, sae = session.lm(run.model), session.sae(run)
+    if not isinstance(sae, MLSAE):
+        raise SpecError("dictionary: expected one for all layers, got one for each")
+    made = {name: session.make(name, run, read) for name, read in settings_of(settings).items()}
     packed, why = None, ""
     try:
         _check(lm, sae, run)
