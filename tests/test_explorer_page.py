@@ -387,6 +387,19 @@ def test_the_address_holds_everything_after_a_reload_and_a_step_back(visit):
     page.go_back()
     assert picture() == before
     assert chosen(page) == state
+    # typing and moving step by step is one way back
+    page.locator(".strips button").nth(2).focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowUp"):
+        page.keyboard.press(key)
+        shown(page)
+    page.locator("#le-find").press_sequentially("ret")
+    shown(page)
+    assert (chosen(page)["token"], chosen(page)["find"]) == ("4", "ret")
+    page.click(".legend button")
+    assert page.locator("#le-card").evaluate("e => e.getBoundingClientRect().top < innerHeight")
+    page.go_back()
+    shown(page)
+    assert chosen(page)["layer"] != state["layer"] or chosen(page)["change"] != state["change"]
     assert page.complaints == []
 
 
@@ -408,6 +421,7 @@ def test_everything_can_be_done_by_keyboard(visit):
     shown(page)
     assert (chosen(page)["token"], chosen(page)["layer"]) == ("8", "4")
     assert "token 9" in page.evaluate(focused)
+    page.keyboard.press("Tab")  # the way to the card
     page.keyboard.press("Tab")
     page.keyboard.press("ArrowDown")
     latent = page.evaluate("document.activeElement.dataset.latent")

@@ -88,10 +88,14 @@
         if (mine === turn) place.setAttribute("aria-busy", "false");
       });
     };
-    const choose = (chosen, isAsked = false) => {
+    // isAsked: by a reader who wants a prompt to be run; isStep: of many, which are no way back.
+    const choose = (chosen, { isAsked = false, isStep = false } = {}) => {
       state = { ...state, ...chosen, asked: isAsked };
       if (index.no_model !== null) state.prompt = "";
-      if (write(state) !== location.hash) history.pushState(null, "", write(state));
+      const address = write(state);
+      if (address === location.hash) isStep = true;
+      if (isStep) history.replaceState(null, "", address);
+      else history.pushState(null, "", address);
       if (isAsked && "prompt" in chosen) prompt.text.value = chosen.prompt;
       show();
     };

@@ -183,7 +183,10 @@ class Card {
       ...text,
     );
     use.addEventListener("click", () => {
-      this.choose({ prompt: this.vocabulary.text(ids), token: peak, layer, change: "" }, true);
+      this.choose(
+        { prompt: this.vocabulary.text(ids), token: peak, layer, change: "" },
+        { isAsked: true },
+      );
     });
     const strongest = Math.max(...byLayer, 1);
     const values = byLayer.map((v) => number((v / strongest) * activation, 1));

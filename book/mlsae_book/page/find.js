@@ -24,14 +24,14 @@ class Find {
     const names = ["Latent", "Layers", "Mean", "Density", "Most often at"];
     const head = names.map((name) => element("th", { scope: "col" }, name));
     pick(".latents thead").append(element("tr", {}, ...head));
-    const told = () =>
-      choose({ find: this.query.value, list: this.list.value, sort: this.sort.value });
+    const told = (how) =>
+      choose({ find: this.query.value, list: this.list.value, sort: this.sort.value }, how);
     this.query.addEventListener("input", () => {
       this.list.value = "";
-      told();
+      told({ isStep: true });
     });
-    this.list.addEventListener("change", told);
-    this.sort.addEventListener("change", told);
+    this.list.addEventListener("change", () => told());
+    this.sort.addEventListener("change", () => told());
     pick("form.find").addEventListener("submit", (event) => event.preventDefault());
     this.more.addEventListener("click", () => this.add());
   }

@@ -28,7 +28,7 @@ class Prompt {
   ];
 
   listen(pick) {
-    const run = (prompt) => this.choose({ prompt, token: null }, true);
+    const run = (prompt) => this.choose({ prompt, token: null }, { isAsked: true });
     pick("form.prompt").addEventListener("submit", (event) => {
       event.preventDefault();
       run(this.text.value);
@@ -77,7 +77,8 @@ class Prompt {
     event.preventDefault();
     const within = (value, size) => Math.max(0, Math.min(size - 1, value));
     const token = within(this.state.token + by[0], this.done.ids.length);
-    this.choose({ token, layer: within(this.state.layer + by[1], this.index.layers) });
+    const layer = within(this.state.layer + by[1], this.index.layers);
+    this.choose({ token, layer }, { isStep: true });
     this.strips.children[token].focus();
   }
 
@@ -204,9 +205,12 @@ class Prompt {
     this.strips.replaceChildren(...made);
     if (focused) made[state.token].focus();
     const what = state.change ? " with the change" : "";
-    this.legend.textContent = largest
+    const text = largest
       ? `Latent ${state.latent}${what}: full blue is ${number(largest)}.`
       : `Latent ${state.latent} is not active in this prompt${what}. Choose another below.`;
+    const card = element("button", { type: "button", className: "latent" }, "Its card ↓");
+    card.addEventListener("click", () => document.getElementById("le-card")?.scrollIntoView());
+    this.legend.replaceChildren(text, " ", card);
     this.drawActive(state, layers);
     this.drawLater(state, layers);
   }
