@@ -478,7 +478,7 @@ def test_a_column_of_the_overview_is_a_latent(visit):
     for share in (0.05, 0.95):
         canvas.click(position={"x": share * size["width"], "y": size["height"] / 2})
         shown(page)
-        means.append(float(re.search(r"mean layer ([\d.]+)", page.inner_text(".latent-card"))[1]))
+        means.append(float(re.search(r"mean layer (\d\.\d+)", page.inner_text(".latent-card"))[1]))
         mark = page.locator(".overview i").bounding_box()
         assert mark["x"] - size["x"] == pytest.approx(share * size["width"], abs=3)
     assert means[0] + 2 < means[1]
