@@ -37,6 +37,8 @@ MODELS, SHIPPED, STORE = DATA / "models", DATA / "shipped", DATA / "store"
 # The version of every stage: of models and text here, and whoever has others adds them. Raise one
 # when its numbers change; tests/test_golden.py fails when they do without.
 STAGES = {"models": 1, "tokens": 1}
+#: Says how those of a folder under `data/dictionaries` were made.
+DICTIONARY_MARK = "training.json"
 
 
 class StoreError(SpecError):
@@ -394,19 +396,21 @@ def load_checkpoint(path: Path):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-# --- lenses -----------------------------------------------------------------------------------
+# --- lenses and dictionaries, by name -----------------------------------------------------------
+
+
+def _named(kind: str, name: str, mark: str) -> Path | None:
+    """The folder of that name under ``data/<kind>``, where one with its mark is; no path is one."""
+    folder = DATA / kind / name
+    if Path(name).name != name or name == "..":
+        return None
+    settle(folder)
+    return folder if (folder / mark).is_file() else None
 
 
 def lens_folder(basis: str) -> Path:
     """The tuned lens of that name under ``data/lenses``, else the folder `basis` itself."""
-    if Path(basis).name == basis:
-        settle(DATA / "lenses" / basis)
-        if (DATA / "lenses" / basis / "config.json").is_file():
-            return DATA / "lenses" / basis
-    return Path(basis).expanduser()
-
-
-# --- dictionaries -----------------------------------------------------------------------------
+    return _named("lenses", basis, "config.json") or Path(basis).expanduser()
 
 
 def dictionary_folder(
@@ -414,18 +418,24 @@ def dictionary_folder(
 ) -> Path:
     """The folder of a dictionary; of a hub id the local copy, which is made where there is none.
 
-    folders: patterns of the folders of a repository that are copied; by default none is.
+    path: a name under ``data/dictionaries``, a folder or a hub id. folders: patterns of the folders
+    of a repository that are copied; by default none is.
 
     Raises:
-        SpecError: neither a folder nor a hub id, or a repository that cannot be had.
+        SpecError: none of the three, or a repository that cannot be had.
     """
+    if isinstance(path, str) and (named := _named("dictionaries", path, DICTIONARY_MARK)):
+        return named
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     if not isinstance(path, str) or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        marks = sorted(DATA.glob(f"dictionaries/*/{DICTIONARY_MARK}"))
+        known = ", ".join(mark.parent.name for mark in marks) or "none yet"
         raise SpecError(
-            f"dictionary.path: expected a folder or a hub id `owner/name`, got {os.fspath(path)}; "
-            f"relative folders start at {Path.cwd()}"
+            f"dictionary.path: expected a folder or a hub id `owner/name`, or a name under "
+            f"data/dictionaries ({known}), got {os.fspath(path)}; relative folders start at "
+            f"{Path.cwd()}"
         )
     from huggingface_hub import snapshot_download
 
