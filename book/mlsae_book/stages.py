@@ -6,6 +6,7 @@ imported where something is computed.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,6 +95,14 @@ def _transfer(folder: Path, subject: Subject, target: Target | None = None) -> d
     return {"tokens": int(table.tokens.iloc[0])}
 
 
+def _everywhere(folder: Path, subject: Subject) -> dict:
+    """Distributions over all layers of the model, wherever the dictionary was trained."""
+    from mlsae_book.tables import transfer
+
+    subject = replace(subject, source=transfer.everywhere(subject.source))
+    return pipeline.STAGES["distributions"].measure(folder, subject)
+
+
 def _transfer_parts() -> dict:
     from mlsae_book.tables.transfer import Target
 
@@ -170,6 +179,7 @@ pipeline.register(
     Stage("drift", 1, _drift, ("text",), any_batch=True, key=drift_key),
     Stage("geometry", 1, _geometry, ("dictionary",)),
     Stage("transfer", 1, _transfer, parts=_transfer_parts, **_BY_LAYER),
+    Stage("everywhere", 1, _everywhere, by_layer=True, shared=True),
     Stage("examples", 1, _examples, **_BY_LAYER),
     Stage("importance", 1, _importance),
     Stage("duplicates", 1, _duplicates, **_BY_LAYER),

@@ -121,6 +121,11 @@ def sample(lm: LanguageModel, prompts: Tensor, length: int, generator: torch.Gen
     return tokens
 
 
+def everywhere(source: TextSource) -> TextSource:
+    """The same activations, of all layers of the model."""
+    return dataclasses.replace(source, site=dataclasses.replace(source.site, layers="all"))
+
+
 def across_layers(
     source: TextSource,
     sae: MLSAE,
@@ -158,9 +163,8 @@ def across_layers(
             f"target.model: expected a model of width {sae.n_inputs}, that of the dictionary, got "
             f"{source.lm.name} of width {source.d_model}"
         )
-    everywhere = dataclasses.replace(source, site=dataclasses.replace(source.site, layers="all"))
     table = analysis.evaluate(
-        everywhere,
+        everywhere(source),
         sae,
         size,
         ablations=ablations,
@@ -202,14 +206,16 @@ ALL_LAYERS = "all (MLSAE)"
 
 
 def matrix(
-    single: pd.DataFrame, mlsae: pd.DataFrame, errors: tuple[str, ...] = ERRORS
+    single: pd.DataFrame, mlsae: pd.DataFrame | None = None, errors: tuple[str, ...] = ERRORS
 ) -> pd.DataFrame:
     """The layer × layer matrix and the MLSAE's row, one row per cell and metric.
 
     Args:
         single: tables of :func:`across_layers` of single-layer autoencoders, one after another;
-            ``trained_here`` says where each was trained.
-        mlsae: the table of :func:`across_layers` or `analysis.evaluate` of the MLSAE.
+            ``trained_here`` says where each was trained. There may be none of some layers.
+        mlsae: the table of :func:`across_layers` or `analysis.evaluate` of the MLSAE, if there is
+            one.
+        errors: columns of the tables.
 
     Returns:
         ``trained`` (the layer, as text, or `ALL_LAYERS`), ``layer`` (where it was measured),
@@ -217,19 +223,20 @@ def matrix(
         out).
 
     Raises:
-        ValueError: rows that do not make a square matrix, each trained at one layer.
+        ValueError: rows that make no matrix of dictionaries, each trained at another layer.
     """
-    n = int(mlsae.layer.max()) + 1
+    n = int(single.layer.max()) + 1
     trained = single.layer[single.trained_here].to_numpy()
-    if len(single) != n * n or sorted(trained) != list(range(n)):
+    if len(single) != n * len(trained) or len(set(trained)) != len(trained):
         raise ValueError(
-            f"expected {n} tables of {n} layers, each of a dictionary trained at one of them, got "
+            f"expected tables of {n} layers, each of a dictionary trained at another of them, got "
             f"{len(single)} rows of dictionaries trained at {', '.join(map(str, trained))}"
         )
     at = trained.repeat(n)
-    rows = single.assign(trained=at.astype(str), last=at == n - 1)
-    beneath = mlsae.assign(trained=ALL_LAYERS, last=False)
-    both = pd.concat([rows, beneath], ignore_index=True)
+    both = single.assign(trained=at.astype(str), last=at == n - 1)
+    if mlsae is not None:
+        beneath = mlsae.assign(trained=ALL_LAYERS, last=False)
+        both = pd.concat([both, beneath], ignore_index=True)
     both["last"] |= both.layer == n - 1
     present = [name for name in errors if name in both]
     return both.melt(["trained", "layer", "last"], present, "metric", "value")
@@ -245,7 +252,7 @@ def summary(cells: pd.DataFrame) -> pd.DataFrame:
         Per metric: ``own``, mean of the diagonal; ``other``, mean off it; ``mlsae``, mean of the
         MLSAE's row; ``spread_own`` and ``spread_mlsae``, largest less smallest of the same;
         ``best_at_own``, the number of test layers at which the dictionary trained there is the best
-        of the single-layer ones, and ``layers``, how many there are.
+        of the single-layer ones, and ``layers``, how many of these there are.
     """
     rows = []
     for metric, found in cells[~cells["last"]].groupby("metric", sort=False):
@@ -253,11 +260,11 @@ def summary(cells: pd.DataFrame) -> pd.DataFrame:
         square = found[found.trained != ALL_LAYERS]
         table = square.assign(trained=square.trained.astype(int))
         table = table.pivot_table(index="trained", columns="layer", values="value")
-        own = pd.Series(table.to_numpy().diagonal(), table.index)
-        n = len(table)
-        row = {"own": own.mean(), "other": (table.to_numpy().sum() - own.sum()) / (n * (n - 1))}
+        own = pd.Series([table.loc[layer, layer] for layer in table.index], table.index)
+        others = table.size - len(own)
+        row = {"own": own.mean(), "other": (table.to_numpy().sum() - own.sum()) / others}
         row |= {"mlsae": beneath.mean(), "spread_own": own.max() - own.min()}
         row |= {"spread_mlsae": beneath.max() - beneath.min()}
-        row |= {"best_at_own": int((table.idxmin() == table.columns).sum()), "layers": n}
+        row |= {"best_at_own": int((table.idxmin() == table.columns).sum()), "layers": len(own)}
         rows.append({"metric": metric, **row})
     return pd.DataFrame(rows).set_index("metric")
