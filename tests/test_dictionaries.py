@@ -1,0 +1,226 @@
+"""Single-layer dictionaries by name: made here, found, measured at all layers, and for Gemma 2."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_given import SETTINGS, given_of, key_of
+from test_pipeline import run_of
+
+from mlsae_book import dictionaries, experiments
+from mlsae_book.__main__ import main
+from mlsae_book.tables import transfer
+from mlsae_core import formats, pipeline, spec, status, store
+from mlsae_core.analysis import distributions
+from mlsae_core.sae import MLSAE
+from mlsae_core.spec import Experiment, SpecError, load_experiment
+
+BOOK = Path(__file__).parents[1] / "book"
+NAME = "neox-6l-128d-scope"
+X = torch.randn(20, 16, generator=torch.Generator().manual_seed(3)) * 2
+
+
+def trainings(inputs, layers=(0, 1, 2), **changes):
+    changes = {"activation": "batchtopk", "standardize": False} | changes
+    runs = [({"layers": [n]}, run_of(inputs, layers=[n], **changes)) for n in layers]
+    return Experiment("three", tuple(runs))
+
+
+@pytest.fixture
+def made(inputs, data):
+    return dictionaries.make(trainings(inputs), "three")
+
+
+def dense(sae, x):
+    values, indices = sae.encode(x)
+    return torch.zeros(len(x), sae.n_latents).scatter(1, indices, values)
+
+
+# --- made and found -------------------------------------------------------------------------------
+
+
+def test_what_is_read_by_name_has_the_latents_of_what_was_trained(inputs, data, made):
+    assert made == data / "dictionaries" / "three"
+    session = pipeline.Session("read-only")
+    facts = json.loads((made / "training.json").read_text())
+    read = session.sae(given_of(inputs, "three"))
+    for number, (labels, run) in enumerate(trainings(inputs).runs):
+        trained, layer = session.sae(run), labels["layers"][0]
+        assert (made / f"layer_{layer}" / "params.npz").is_file()
+        alone = session.sae(given_of(inputs, "three", layers=[layer]))
+        expected = dense(trained, X).detach()
+        assert 0 < (expected > 0).sum() < expected.numel()
+        for sae in (read.saes[number], alone, MLSAE.from_pretrained(made / f"layer_{layer}")):
+            torch.testing.assert_close(dense(sae, X).detach(), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(sae(X).recon, trained(X).recon, rtol=0, atol=1e-5)
+        assert facts["layers"][str(layer)]["train"] == pipeline.run_key(run)[0]
+        assert facts["layers"][str(layer)]["tokens"] == 256
+    assert facts["spec"]["layers"] == [0, 1, 2]
+    assert facts["commit"] == store.provenance()["commit"]
+
+
+def test_a_name_stands_for_the_content_of_its_folder(inputs, data, made):
+    assert key_of(given_of(inputs, "three")) == key_of(given_of(inputs, made))
+    (data.parent / "three").mkdir()  # a folder of the reader's does not stand before it
+    assert store.dictionary_folder("three") == made
+    made.rename(made.with_name("other"))
+    assert key_of(given_of(inputs, "other")) == key_of(
+        given_of(inputs, data / "dictionaries/other")
+    )
+    (data / "dictionaries" / "other" / "training.json").unlink()
+    with pytest.raises(SpecError, match=r"name under data/dictionaries \(none yet\), got other; "):
+        key_of(given_of(inputs, "other"))
+
+
+@pytest.mark.parametrize("outside", ["..", ".", "../three", "x/../../three", "/three"])
+def test_a_name_does_not_lead_out_of_the_folder(data, made, outside):
+    (data / "dictionaries" / "x").mkdir()
+    for place in (data, data.parent, data / "dictionaries"):
+        (place / "training.json").write_text("{}")
+    shutil.copytree(made, data / "three")
+    try:
+        found = store.dictionary_folder(outside)
+    except SpecError as error:
+        assert "\n" not in str(error)
+    else:  # a path of the reader's, from where he is
+        assert found == Path(outside)
+    with pytest.raises(SpecError, match=r"name: expected one without a path, .* got "):
+        dictionaries.make(Experiment("none", ()), outside)
+
+
+def test_an_unknown_name_is_one_line_that_has_the_known_ones(inputs, made):
+    message = r"a folder or a hub id `owner/name`, or a name .* \(three\), got thre; relative"
+    with pytest.raises(SpecError, match=message):
+        pipeline.Session().evaluate(given_of(inputs, "thre"), SETTINGS)
+
+
+def test_only_what_was_made_here_is_replaced_and_only_by_force(inputs, data, made, capsys):
+    experiment = data.parent / "three.yml"
+    fields = {**spec.flat(trainings(inputs).runs[0][1]), "layers": [0]}
+    experiment.write_text(yaml.safe_dump({"run": fields, "sweep": {"layers": [[0], [1]]}}))
+    command = ["dictionaries", str(experiment), "--name", "three"]
+    assert main(command) == 2
+    assert "is there; replace it with --force" in capsys.readouterr().err
+    assert main([*command, "--force"]) == 0
+    assert sorted(path.name for path in made.glob("layer_*")) == ["layer_0", "layer_1"]
+    (data / "dictionaries" / "mine").mkdir()
+    (data / "dictionaries" / "mine" / "notes").touch()
+    with pytest.raises(store.StoreError, match="expected a folder with training.json, as written"):
+        dictionaries.make(trainings(inputs), "mine", force=True)
+    assert (data / "dictionaries" / "mine" / "notes").is_file()
+
+
+def test_other_experiments_make_no_set(inputs, data):
+    one, *_ = trainings(inputs).runs
+    several = ({}, run_of(inputs, activation="batchtopk", standardize=False))
+    for runs, got in (((several,), "0, 1, 2"), ((one, one), "0")):
+        with pytest.raises(SpecError, match=f"one of each layer, got layers {got}$"):
+            dictionaries.make(Experiment("no set", runs), "no")
+    other = trainings(inputs, [1], k=5).runs
+    with pytest.raises(SpecError, match="that differ in their layer alone"):
+        dictionaries.make(Experiment("no set", (one, *other)), "no")
+    with pytest.raises(SpecError, match="batchtopk or jumprelu .* got topk and false"):
+        dictionaries.make(trainings(inputs, activation="topk"), "no")
+    assert not (data / "dictionaries").exists()
+
+
+# --- at all layers --------------------------------------------------------------------------------
+
+
+def test_latents_of_one_layer_are_distributed_over_all(inputs, made):
+    session, run = pipeline.Session(), given_of(inputs, "three", layers=[1])
+    found = load_file(session.make("everywhere", run, SETTINGS).file("distributions.safetensors"))
+    everywhere = given_of(inputs, made / "layer_1")
+    source = session.source(everywhere, SETTINGS)
+    size = pipeline.EVALUATION_BATCH_TOKENS // 8
+    expected, _ = distributions(source, session.sae(everywhere), size, progress=False)
+    assert found["counts"].shape == (3, 32)
+    for name, array in expected.items():
+        assert torch.equal(found[name].nan_to_num(-1), array.nan_to_num(-1)), name
+    own = load_file(session.distributions(run, SETTINGS).file("distributions.safetensors"))
+    assert torch.equal(own["counts"][0], found["counts"][1])
+    assert (found["counts"].sum(1) > 0).all()
+
+
+def test_a_matrix_may_lack_dictionaries_of_some_layers():
+    def row_of(trained, values):
+        here = [layer == trained for layer in range(len(values))]
+        return pd.DataFrame({"layer": range(len(values)), "kl": values, "trained_here": here})
+
+    rows = [row_of(2, [5.0, 4.0, 2.0, 9.0]), row_of(1, [3.0, 1.0, 6.0, 9.0])]
+    cells = transfer.matrix(pd.concat(rows))
+    assert set(cells.trained) == {"1", "2"}
+    row = transfer.summary(cells).loc["kl"]
+    assert (row.own, row.other, row.spread_own) == (1.5, 4.5, 1.0)
+    assert (row.best_at_own, row.layers) == (2, 2)
+    assert pd.isna(row.mlsae)
+
+
+# --- those that are shipped, and Gemma 2 ----------------------------------------------------------
+
+
+def test_the_shipped_set_is_of_the_trainings_that_are_declared():
+    facts = json.loads((store.DATA / "dictionaries" / NAME / "training.json").read_text())
+    declared = load_experiment(BOOK / "experiments/scope_training.yml").runs
+    keys = [pipeline.run_key(run)[0] for _, run in declared]
+    assert [of["train"] for of in facts["layers"].values()] == keys
+    assert facts["spec"] == spec.flat(declared[0][1]) | {"layers": list(range(6))}
+    commits = {facts["commit"]} | {of["commit"] for of in facts["layers"].values()}
+    assert not any(commit.endswith("-dirty") for commit in commits)
+
+
+def test_shipped_results_are_of_the_shipped_set_and_agree(monkeypatch):
+    monkeypatch.chdir(BOOK)
+    together, alone = (
+        experiments.materialise(load_experiment(f"experiments/{name}.yml"), "read-only")
+        for name in ("scope", "scope_alone")
+    )
+    content = store.dictionary_key(NAME)
+    for made in (together, alone):
+        for _, artefact in sum(made.artefacts.values(), []):
+            assert artefact.meta["parents"]["dictionary"] == content
+    matrix = experiments.tables(alone.artefacts["transfer"], "transfer.csv")
+    own = matrix[matrix.trained_here].reset_index(drop=True)
+    names = ["layer", "fvu_global", "delta_ce", "kl", "l0"]
+    pd.testing.assert_frame_equal(own[names], together.evaluation[names], rtol=1e-4, atol=1e-5)
+    [(_, arrays, _)] = experiments.all_distributions(together)
+    for layer, (_, found, _) in enumerate(experiments.all_distributions(alone, "everywhere")):
+        n = found["counts"].shape[1]
+        mine = arrays["counts"][layer, layer * n : layer * n + n]
+        assert (found["counts"][layer] - mine).abs().sum() <= 1e-4 * mine.sum()
+
+
+def test_two_lines_make_the_experiments_those_of_gemma_2(monkeypatch, tmp_path):
+    chapter = (BOOK / "gemma_scope.py").read_text(encoding="utf-8")
+    [block] = re.findall(r"# ```yaml\n(.*?)# ```", chapter, re.DOTALL)
+    lines = [line.removeprefix("# ") for line in block.splitlines()]
+    assert len(lines) == 2
+
+    def fail(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", fail)
+    for name in ("scope", "scope_alone"):
+        written = (BOOK / f"experiments/{name}.yml").read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            field = line.partition(":")[0]
+            [place] = [n for n, old in enumerate(written) if old.startswith(f"{field}:")]
+            written[place] = line
+        (tmp_path / "gemma.yml").write_text("\n".join(written))
+        declared = load_experiment(tmp_path / "gemma.yml")
+        for _, run in declared.runs:
+            assert run.model.path == "google/gemma-2-2b"
+            named = [int(formats.LAYER.search(folder)[1]) for folder in run.dictionary.folders]
+            assert set(run.site.indices(26)) <= set(named) == set(range(6))
+        with pytest.raises(
+            SpecError, match=r"google/gemma-scope-2b-pt-res .* cannot be had: no net"
+        ):
+            status.status(dataclasses.replace(declared, analyses=("evaluate",)))
