@@ -1,9 +1,9 @@
 """Single-layer dictionaries by name: made here, found, measured at all layers, and for Gemma 2."""
 
 import dataclasses
+import itertools
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -79,18 +79,17 @@ def test_a_name_stands_for_the_content_of_its_folder(inputs, data, made):
         key_of(given_of(inputs, "other"))
 
 
-@pytest.mark.parametrize("outside", ["..", ".", "../three", "x/../../three", "/three"])
+@pytest.mark.parametrize("outside", ["../three", "x/../../three", "..", "."])
 def test_a_name_does_not_lead_out_of_the_folder(data, made, outside):
     (data / "dictionaries" / "x").mkdir()
-    for place in (data, data.parent, data / "dictionaries"):
+    for place in (data, data / "dictionaries"):
         (place / "training.json").write_text("{}")
-    shutil.copytree(made, data / "three")
-    try:
-        found = store.dictionary_folder(outside)
-    except SpecError as error:
-        assert "\n" not in str(error)
-    else:  # a path of the reader's, from where he is
-        assert found == Path(outside)
+    made.rename(data / "three")
+    if "three" in outside:
+        with pytest.raises(SpecError, match="expected a folder or a hub id"):
+            store.dictionary_folder(outside)
+    else:  # where the reader is
+        assert store.dictionary_folder(outside) == Path(outside)
     with pytest.raises(SpecError, match=r"name: expected one without a path, .* got "):
         dictionaries.make(Experiment("none", ()), outside)
 
@@ -112,7 +111,9 @@ def test_only_what_was_made_here_is_replaced_and_only_by_force(inputs, data, mad
     assert sorted(path.name for path in made.glob("layer_*")) == ["layer_0", "layer_1"]
     (data / "dictionaries" / "mine").mkdir()
     (data / "dictionaries" / "mine" / "notes").touch()
-    with pytest.raises(store.StoreError, match="expected a folder with training.json, as written"):
+    with pytest.raises(
+        store.StoreError, match=r"expected a folder with training\.json, as written"
+    ):
         dictionaries.make(trainings(inputs), "mine", force=True)
     assert (data / "dictionaries" / "mine" / "notes").is_file()
 
@@ -126,9 +127,9 @@ def test_other_experiments_make_no_set(inputs, data):
     other = trainings(inputs, [1], k=5).runs
     with pytest.raises(SpecError, match="that differ in their layer alone"):
         dictionaries.make(Experiment("no set", (one, *other)), "no")
-    with pytest.raises(SpecError, match="batchtopk or jumprelu .* got topk and false"):
+    with pytest.raises(SpecError, match=r"batchtopk or jumprelu .* got topk and false"):
         dictionaries.make(trainings(inputs, activation="topk"), "no")
-    assert not (data / "dictionaries").exists()
+    assert not list(data.iterdir())  # nothing was trained in vain
 
 
 # --- at all layers --------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def test_shipped_results_are_of_the_shipped_set_and_agree(monkeypatch):
     )
     content = store.dictionary_key(NAME)
     for made in (together, alone):
-        for _, artefact in sum(made.artefacts.values(), []):
+        for _, artefact in itertools.chain(*made.artefacts.values()):
             assert artefact.meta["parents"]["dictionary"] == content
     matrix = experiments.tables(alone.artefacts["transfer"], "transfer.csv")
     own = matrix[matrix.trained_here].reset_index(drop=True)
@@ -220,7 +221,5 @@ def test_two_lines_make_the_experiments_those_of_gemma_2(monkeypatch, tmp_path):
             assert run.model.path == "google/gemma-2-2b"
             named = [int(formats.LAYER.search(folder)[1]) for folder in run.dictionary.folders]
             assert set(run.site.indices(26)) <= set(named) == set(range(6))
-        with pytest.raises(
-            SpecError, match=r"google/gemma-scope-2b-pt-res .* cannot be had: no net"
-        ):
+        with pytest.raises(SpecError, match=r"gemma-scope-2b-pt-res .* cannot be had: no net"):
             status.status(dataclasses.replace(declared, analyses=("evaluate",)))

@@ -57,6 +57,7 @@ def _by_layer(experiment: Experiment) -> dict[int, RunSpec]:
                 "experiment: expected trainings at one layer each, and one of each layer, got "
                 f"layers {', '.join(map(str, layers))}"
             )
+        publish.check_gemma_scope(run.sae.activation, run.sae.standardize)
         found[layers[0]] = run
     others = {json.dumps(flat(run) | {"layers": None}) for run in found.values()}
     if len(others) != 1:
