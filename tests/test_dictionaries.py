@@ -111,9 +111,7 @@ def test_only_what_was_made_here_is_replaced_and_only_by_force(inputs, data, mad
     assert sorted(path.name for path in made.glob("layer_*")) == ["layer_0", "layer_1"]
     (data / "dictionaries" / "mine").mkdir()
     (data / "dictionaries" / "mine" / "notes").touch()
-    with pytest.raises(
-        store.StoreError, match=r"a folder with training\.json, as written"
-    ):
+    with pytest.raises(store.StoreError, match=r"a folder with training\.json, as written"):
         dictionaries.make(trainings(inputs), "mine", force=True)
     assert (data / "dictionaries" / "mine" / "notes").is_file()
 

@@ -29,7 +29,8 @@ def matrix(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.
     shade = table.groupby("metric", sort=False)["value"].transform(_shade).astype(float)
     single = table["trained"].str.isdecimal()
     table = table.assign(shade=shade.round(3))
-    square = _cells(table[single], metric, "square", beneath=single.all())
+    alone = bool(single.all())
+    square = _cells(table[single], metric, "square", beneath=alone)
     lookup = "{" + ", ".join(f"{name!r}: {METRICS[name]!r}" for name in metrics) + "}"
     label = (
         alt.Chart(alt.InlineData([{}]), name="metric_title")
@@ -37,7 +38,7 @@ def matrix(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.
         .encode(x=alt.value(0), y=alt.value(-8))
     )
     parts = [alt.layer(*square, label).properties(name="square", height=alt.Step(34))]
-    if not single.all():
+    if not alone:
         row = alt.layer(*_cells(table[~single], metric, "mlsae", beneath=True))
         parts.append(row.properties(name="mlsae", height=alt.Step(34)))
     chart = alt.vconcat(*parts, spacing=12).add_params(metric, shown)
