@@ -76,16 +76,20 @@ def transfer(
     )
 
 
-def _transfer(folder: Path, subject: Subject, target: Target | None = None) -> dict:
+def _transfer(
+    folder: Path, subject: Subject, target: Target | None = None, rescale: bool = False
+) -> dict:
     """The dictionary at every layer of a model: `transfer.csv`."""
     from mlsae_book.tables import transfer
 
-    source, start = subject.source, 0
+    source, start, sae = subject.source, 0, subject.sae
+    if rescale:
+        sae = transfer.rescaled(source, sae, subject.size)
     if target:
         source, start = target.source(source), target.start
     table = transfer.across_layers(
         source,
-        subject.sae,
+        sae,
         subject.size,
         ablations=subject.settings.ablations,
         start=start,
@@ -95,11 +99,14 @@ def _transfer(folder: Path, subject: Subject, target: Target | None = None) -> d
     return {"tokens": int(table.tokens.iloc[0])}
 
 
-def _everywhere(folder: Path, subject: Subject) -> dict:
+def _everywhere(folder: Path, subject: Subject, rescale: bool = False) -> dict:
     """Distributions over all layers of the model, wherever the dictionary was trained."""
     from mlsae_book.tables import transfer
 
-    subject = replace(subject, source=transfer.everywhere(subject.source))
+    source, sae = subject.source, subject.sae
+    if rescale:
+        sae = transfer.rescaled(source, sae, subject.size)
+    subject = replace(subject, source=transfer.everywhere(source), sae=sae)
     return pipeline.STAGES["distributions"].measure(folder, subject)
 
 
@@ -179,7 +186,9 @@ pipeline.register(
     Stage("drift", 1, _drift, ("text",), any_batch=True, key=drift_key),
     Stage("geometry", 1, _geometry, ("dictionary",)),
     Stage("transfer", 1, _transfer, parts=_transfer_parts, **_BY_LAYER),
+    Stage("transfer_rescaled", 1, partial(_transfer, rescale=True), **_BY_LAYER),
     Stage("everywhere", 1, _everywhere, by_layer=True, shared=True),
+    Stage("everywhere_rescaled", 1, partial(_everywhere, rescale=True), by_layer=True, shared=True),
     Stage("examples", 1, _examples, **_BY_LAYER),
     Stage("importance", 1, _importance),
     Stage("duplicates", 1, _duplicates, **_BY_LAYER),

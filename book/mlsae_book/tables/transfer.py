@@ -11,13 +11,13 @@ from typing import Literal
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlsae_core import analysis
-from mlsae_core.activations import TextSource, needs_model
+from mlsae_core.activations import First, TextSource, needs_model, one_pass
 from mlsae_core.keys import later
 from mlsae_core.lm import LanguageModel
-from mlsae_core.sae import MLSAE
+from mlsae_core.sae import MLSAE, Output, TopK
 from mlsae_core.spec import DataSpec, ModelSpec, Spec, SpecError, SubjectSpec
 
 
@@ -126,9 +126,51 @@ def everywhere(source: TextSource) -> TextSource:
     return dataclasses.replace(source, site=dataclasses.replace(source.site, layers="all"))
 
 
+class Rescaled(nn.Module):
+    """A dictionary that reads vectors of every layer as if they were as long as those of its own.
+
+    factors: (layer,) by which vectors are multiplied before they are encoded; reconstructions are
+    divided by them. n_inputs, n_latents, dead_threshold: the dictionary's.
+    """
+
+    def __init__(self, sae: MLSAE, factors: Tensor):
+        super().__init__()
+        self.sae, self.factors = sae, factors[:, None, None]
+        self.n_inputs, self.n_latents = sae.n_inputs, sae.n_latents
+        self.dead_threshold = sae.dead_threshold
+
+    def encode(self, x: Tensor) -> TopK:
+        """x (layer, token, n_inputs) to values and indices (layer, token, k), as `MLSAE.encode`."""
+        return self.sae.encode(x * self.factors)
+
+    def forward(self, x: Tensor) -> Output:
+        """Reconstruct x (layer, token, n_inputs), as `MLSAE.forward`."""
+        output = self.sae(x * self.factors)
+        return Output(output.recon / self.factors, output.topk)
+
+
+@torch.no_grad()
+def rescaled(source: TextSource, sae: MLSAE, size: int = 8, sequences: int = 32) -> Rescaled:
+    """A dictionary that reads vectors of all layers of a model, their norms made those of its own.
+
+    Args:
+        source: at the site where the dictionary was trained.
+        size: sequences that are read at a time.
+        sequences: how many to read for the mean norm of each layer. Where the dictionary was
+            trained at several layers, it is the mean of theirs to which all are rescaled.
+
+    Raises:
+        ValueError: an empty source.
+    """
+    read = everywhere(dataclasses.replace(source, blocks=First(source.blocks, sequences)))
+    batches = one_pass(read.batches(size), read, size, "norms", progress=False)
+    norms = sum(batch.source.norm(dim=-1).double().sum(1) for batch in batches)
+    return Rescaled(sae, (norms[source.layers].mean() / norms).to(sae.decoder))
+
+
 def across_layers(
     source: TextSource,
-    sae: MLSAE,
+    sae: MLSAE | Rescaled,
     size: int = 8,
     *,
     ablations: bool = False,
@@ -145,6 +187,7 @@ def across_layers(
     Args:
         source: at the site where the dictionary was trained, of whose layers all are read; of the
             model that it was trained in, or of another of the same width.
+        sae: the dictionary, `rescaled` or as it is.
         size, ablations, start, checkpoint: as in `analysis.evaluate`.
 
     Returns:
