@@ -148,6 +148,43 @@ def test_latents_of_one_layer_are_distributed_over_all(inputs, made):
     assert (found["counts"].sum(1) > 0).all()
 
 
+def test_vectors_of_other_layers_are_moved_to_mean_and_spread_of_ones_own(inputs, made):
+    session, run = pipeline.Session(), given_of(inputs, "three", layers=[1])
+    source, sae = session.source(run, SETTINGS), session.sae(run)
+    moved = transfer.matched(source, sae, 8)
+    [batch] = transfer.everywhere(source).batches(1000)
+    x = batch.source
+    means = x.mean(1, keepdim=True)
+    spreads = (x - means).square().sum(-1).mean(1).sqrt()
+    expected = torch.stack(
+        [(x[n] - means[n]) * spreads[1] / spreads[n] + means[1] for n in range(3)]
+    )
+    for layer in range(3):  # what is encoded is the same; the error grows with the spread
+        torch.testing.assert_close(expected[layer].mean(0), means[1, 0], rtol=0, atol=1e-5)
+        mine, plain = moved(x), sae(expected[layer])
+        found = torch.zeros(x.shape[1], 32).scatter(
+            1, mine.topk.indices[layer], mine.topk.values[layer]
+        )
+        torch.testing.assert_close(found, dense(sae, expected[layer]), rtol=0, atol=1e-4)
+        error = (mine.recon[layer] - x[layer]).norm(dim=1) / spreads[layer]
+        plain_error = (plain.recon - expected[layer]).norm(dim=1) / spreads[1]
+        torch.testing.assert_close(error, plain_error, rtol=1e-3, atol=1e-4)
+    settings = dataclasses.replace(SETTINGS, ablations=False)
+    tables = [
+        pd.read_csv(session.make(stage, run, settings).file("transfer.csv"))
+        for stage in ("transfer", "transfer_matched")
+    ]
+    same = [table[table.trained_here].to_numpy(float) for table in tables]
+    assert same[0] == pytest.approx(same[1], rel=1e-4)
+    assert (tables[0].fvu_global - tables[1].fvu_global).abs()[[0, 2]].min() > 1e-3
+    counts = [
+        load_file(session.make(stage, run, settings).file("distributions.safetensors"))["counts"]
+        for stage in ("everywhere", "everywhere_matched")
+    ]
+    assert torch.equal(counts[0][1], counts[1][1])
+    assert not torch.equal(counts[0], counts[1])
+
+
 def test_a_matrix_may_lack_dictionaries_of_some_layers():
     def row_of(trained, values):
         here = [layer == trained for layer in range(len(values))]

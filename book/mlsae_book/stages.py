@@ -77,14 +77,14 @@ def transfer(
 
 
 def _transfer(
-    folder: Path, subject: Subject, target: Target | None = None, rescale: bool = False
+    folder: Path, subject: Subject, target: Target | None = None, match: bool = False
 ) -> dict:
     """The dictionary at every layer of a model: `transfer.csv`."""
     from mlsae_book.tables import transfer
 
     source, start, sae = subject.source, 0, subject.sae
-    if rescale:
-        sae = transfer.rescaled(source, sae, subject.size)
+    if match:
+        sae = transfer.matched(source, sae, subject.size)
     if target:
         source, start = target.source(source), target.start
     table = transfer.across_layers(
@@ -99,13 +99,13 @@ def _transfer(
     return {"tokens": int(table.tokens.iloc[0])}
 
 
-def _everywhere(folder: Path, subject: Subject, rescale: bool = False) -> dict:
+def _everywhere(folder: Path, subject: Subject, match: bool = False) -> dict:
     """Distributions over all layers of the model, wherever the dictionary was trained."""
     from mlsae_book.tables import transfer
 
     source, sae = subject.source, subject.sae
-    if rescale:
-        sae = transfer.rescaled(source, sae, subject.size)
+    if match:
+        sae = transfer.matched(source, sae, subject.size)
     subject = replace(subject, source=transfer.everywhere(source), sae=sae)
     return pipeline.STAGES["distributions"].measure(folder, subject)
 
@@ -186,9 +186,9 @@ pipeline.register(
     Stage("drift", 1, _drift, ("text",), any_batch=True, key=drift_key),
     Stage("geometry", 1, _geometry, ("dictionary",)),
     Stage("transfer", 1, _transfer, parts=_transfer_parts, **_BY_LAYER),
-    Stage("transfer_rescaled", 1, partial(_transfer, rescale=True), **_BY_LAYER),
+    Stage("transfer_matched", 1, partial(_transfer, match=True), **_BY_LAYER),
     Stage("everywhere", 1, _everywhere, by_layer=True, shared=True),
-    Stage("everywhere_rescaled", 1, partial(_everywhere, rescale=True), by_layer=True, shared=True),
+    Stage("everywhere_matched", 1, partial(_everywhere, match=True), by_layer=True, shared=True),
     Stage("examples", 1, _examples, **_BY_LAYER),
     Stage("importance", 1, _importance),
     Stage("duplicates", 1, _duplicates, **_BY_LAYER),

@@ -17,6 +17,7 @@ from mlsae_core import analysis
 from mlsae_core.activations import First, TextSource, needs_model, one_pass
 from mlsae_core.keys import later
 from mlsae_core.lm import LanguageModel
+from mlsae_core.metrics import LayerMoments
 from mlsae_core.sae import MLSAE, Output, TopK
 from mlsae_core.spec import DataSpec, ModelSpec, Spec, SpecError, SubjectSpec
 
@@ -126,51 +127,61 @@ def everywhere(source: TextSource) -> TextSource:
     return dataclasses.replace(source, site=dataclasses.replace(source.site, layers="all"))
 
 
-class Rescaled(nn.Module):
-    """A dictionary that reads vectors of every layer as if they were as long as those of its own.
+class Matched(nn.Module):
+    """A dictionary that reads vectors of every layer moved to the mean and the spread of its own.
 
-    factors: (layer,) by which vectors are multiplied before they are encoded; reconstructions are
-    divided by them. n_inputs, n_latents, dead_threshold: the dictionary's.
+    Reconstructions are moved back.
+
+    Args:
+        sae: of n_inputs, n_latents and dead_threshold, which are this one's as well.
+        means: (layer, n_inputs) of the vectors. own: (n_inputs,) to which they are moved.
+        factors: (layer,) by which what is left of the vectors is multiplied.
     """
 
-    def __init__(self, sae: MLSAE, factors: Tensor):
+    def __init__(self, sae: MLSAE, means: Tensor, own: Tensor, factors: Tensor):
         super().__init__()
-        self.sae, self.factors = sae, factors[:, None, None]
+        self.sae, self.means, self.own = sae, means[:, None], own
+        self.factors = factors[:, None, None]
         self.n_inputs, self.n_latents = sae.n_inputs, sae.n_latents
         self.dead_threshold = sae.dead_threshold
 
     def encode(self, x: Tensor) -> TopK:
         """x (layer, token, n_inputs) to values and indices (layer, token, k), as `MLSAE.encode`."""
-        return self.sae.encode(x * self.factors)
+        return self.sae.encode((x - self.means) * self.factors + self.own)
 
     def forward(self, x: Tensor) -> Output:
         """Reconstruct x (layer, token, n_inputs), as `MLSAE.forward`."""
-        output = self.sae(x * self.factors)
-        return Output(output.recon / self.factors, output.topk)
+        output = self.sae((x - self.means) * self.factors + self.own)
+        return Output((output.recon - self.own) / self.factors + self.means, output.topk)
 
 
 @torch.no_grad()
-def rescaled(source: TextSource, sae: MLSAE, size: int = 8, sequences: int = 32) -> Rescaled:
-    """A dictionary that reads vectors of all layers of a model, their norms made those of its own.
+def matched(source: TextSource, sae: MLSAE, size: int = 8, sequences: int = 32) -> Matched:
+    """A dictionary for vectors of all layers of a model, whose mean and spread are made its own's.
+
+    The spread is the root of the mean squared distance from the mean.
 
     Args:
-        source: at the site where the dictionary was trained.
+        source: at the site where the dictionary was trained. If that is several layers, vectors are
+            moved to the mean of their means, and of their spreads.
         size: sequences that are read at a time.
-        sequences: how many to read for the mean norm of each layer. Where the dictionary was
-            trained at several layers, it is the mean of theirs to which all are rescaled.
+        sequences: how many to read for means and spreads.
 
     Raises:
         ValueError: an empty source.
     """
     read = everywhere(dataclasses.replace(source, blocks=First(source.blocks, sequences)))
-    batches = one_pass(read.batches(size), read, size, "norms", progress=False)
-    norms = sum(batch.source.norm(dim=-1).double().sum(1) for batch in batches)
-    return Rescaled(sae, (norms[source.layers].mean() / norms).to(sae.decoder))
+    moments = LayerMoments(source.n_layers, source.d_model, source.device)
+    for batch in one_pass(read.batches(size), read, size, "means", progress=False):
+        moments.update(batch.source)
+    means, spreads = moments.mean, (moments.scatter.sum(1) / moments.tokens).sqrt()
+    own, factors = means[source.layers].mean(0), spreads[source.layers].mean() / spreads
+    return Matched(sae, *(numbers.to(sae.decoder) for numbers in (means, own, factors)))
 
 
 def across_layers(
     source: TextSource,
-    sae: MLSAE | Rescaled,
+    sae: MLSAE | Matched,
     size: int = 8,
     *,
     ablations: bool = False,
@@ -187,7 +198,7 @@ def across_layers(
     Args:
         source: at the site where the dictionary was trained, of whose layers all are read; of the
             model that it was trained in, or of another of the same width.
-        sae: the dictionary, `rescaled` or as it is.
+        sae: the dictionary, `matched` or as it is.
         size, ablations, start, checkpoint: as in `analysis.evaluate`.
 
     Returns:
