@@ -185,6 +185,30 @@ def test_vectors_of_other_layers_are_moved_to_mean_and_spread_of_ones_own(inputs
     assert not torch.equal(counts[0], counts[1])
 
 
+def test_shares_at_the_own_layer_by_hand():
+    def read(layer, probs):
+        probs = torch.tensor(probs, dtype=torch.float64)
+        names = ("probs", "probs_permuted", "probs_gaussian", "probs_by_total")
+        live = probs.isfinite().all(0)
+        arrays = dict.fromkeys(names, probs) | {"active_tokens": live.long()}
+        arrays["mean_layer"] = torch.arange(2.0).double() @ probs
+        return {"layers": [layer]}, arrays, {}
+
+    nan = float("nan")
+    as_they_are = [read(0, [[0.5, 1.0, nan], [0.5, 0.0, nan]]), read(1, [[0.5], [0.5]])]
+    moved = [read(0, [[1.0, 1.0], [0.0, 0.0]]), read(1, [[0.25], [0.75]])]
+    table = transfer.own_shares(as_they_are, moved).set_index("trained")
+    assert table.loc["0"].tolist() == pytest.approx([0.75, 1.0, 0.75, 0.25])
+    assert table.loc["1"].tolist() == pytest.approx([0.5, 0.75, 0.5, 0.5])
+    assert list(table) == ["own", "own_moved", "own_gaussian", "last"]
+    cells = transfer.heatmaps(as_they_are, moved, most=2)
+    assert list(cells["run"].unique()) == ["SAE of layer 0", "SAE of layer 1"]
+    one = cells[(cells.run == "SAE of layer 1") & (cells.of == "vectors moved")]
+    assert one.sort_values("layer").probability.tolist() == [0.25, 0.75]
+    assert len(cells) == 3 * 2 * 3
+    assert cells.probability.notna().all()
+
+
 def test_a_matrix_may_lack_dictionaries_of_some_layers():
     def row_of(trained, values):
         here = [layer == trained for layer in range(len(values))]

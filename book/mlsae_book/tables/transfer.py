@@ -13,6 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from mlsae_book.tables import spread
+from mlsae_book.tables.spread import Read
 from mlsae_core import analysis
 from mlsae_core.activations import First, TextSource, needs_model, one_pass
 from mlsae_core.keys import later
@@ -322,3 +324,60 @@ def summary(cells: pd.DataFrame) -> pd.DataFrame:
         row |= {"best_at_own": int((table.idxmin() == table.columns).sum()), "layers": len(own)}
         rows.append({"metric": metric, **row})
     return pd.DataFrame(rows).set_index("metric")
+
+
+# --- distributions over layers where a dictionary was not trained ---------------------------------
+
+#: What can be shown of a single-layer dictionary, as the reader is told of it.
+AS_THEY_ARE, MOVED, GAUSSIAN = "vectors as they are", "vectors moved", "null model: Gaussian input"
+
+
+def heatmaps(as_they_are: Read, moved: Read, most: int = 46) -> pd.DataFrame:
+    """P(layer | latent) of single-layer dictionaries at all layers, for `charts.sweeps.gallery`.
+
+    Args:
+        as_they_are, moved: what `experiments.all_distributions` reads of the stages ``everywhere``
+            and ``everywhere_matched``; the labels' ``layers`` says where each was trained.
+        most: latents of a dictionary, evenly spaced by mean layer.
+
+    Returns:
+        One row per dictionary, choice, latent and layer: ``run``, ``of`` (one of the three above),
+        ``latent``, ``layer``, ``probability``, ``order``.
+    """
+    chosen = {AS_THEY_ARE: (as_they_are, "probs"), MOVED: (moved, "probs")}
+    chosen[GAUSSIAN] = (as_they_are, "probs_gaussian")
+    parts = []
+    for of, (read, source) in chosen.items():
+        named = [({"run": f"SAE of layer {_trained(one)}"}, *one[1:]) for one in read]
+        parts.append(spread.sampled(named, most, source).assign(of=of))
+    return pd.concat(parts, ignore_index=True).dropna(subset="probability")
+
+
+def own_shares(as_they_are: Read, moved: Read) -> pd.DataFrame:
+    """How much of single-layer dictionaries' latents is at the layer where they were trained.
+
+    Args:
+        as_they_are, moved: as in :func:`heatmaps`.
+
+    Returns:
+        One row per dictionary: ``trained`` (the layer, as text); means over live latents of
+        P(L | j) at that layer: ``own``, ``own_moved`` and ``own_gaussian``; and at the last layer:
+        ``last``.
+    """
+    rows = []
+    for one, other in zip(as_they_are, moved, strict=True):
+        layer, arrays = _trained(one), one[1]
+        row = {"trained": str(layer), "own": _share(arrays["probs"], layer)}
+        row["own_moved"] = _share(other[1]["probs"], layer)
+        row["own_gaussian"] = _share(arrays["probs_gaussian"], layer)
+        rows.append(row | {"last": _share(arrays["probs"], -1)})
+    return pd.DataFrame(rows)
+
+
+def _trained(one) -> int:
+    [layer] = one[0]["layers"]
+    return layer
+
+
+def _share(probs: Tensor, layer: int) -> float:
+    return probs[layer].nanmean().item()
