@@ -162,9 +162,8 @@ def test_vectors_of_other_layers_are_moved_to_mean_and_spread_of_ones_own(inputs
     for layer in range(3):  # what is encoded is the same; the error grows with the spread
         torch.testing.assert_close(expected[layer].mean(0), means[1, 0], rtol=0, atol=1e-5)
         mine, plain = moved(x), sae(expected[layer])
-        found = torch.zeros(x.shape[1], 32).scatter(
-            1, mine.topk.indices[layer], mine.topk.values[layer]
-        )
+        values, indices = (part[layer] for part in mine.topk)
+        found = torch.zeros(x.shape[1], 32).scatter(1, indices, values)
         torch.testing.assert_close(found, dense(sae, expected[layer]), rtol=0, atol=1e-4)
         error = (mine.recon[layer] - x[layer]).norm(dim=1) / spreads[layer]
         plain_error = (plain.recon - expected[layer]).norm(dim=1) / spreads[1]
