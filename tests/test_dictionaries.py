@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_given import SETTINGS, given_of, key_of
 from test_pipeline import run_of
 
-from mlsae_book import dictionaries, experiments
+from mlsae_book import dictionaries, experiments, stages
 from mlsae_book.__main__ import main
 from mlsae_book.tables import transfer
 from mlsae_core import formats, pipeline, spec, status, store
@@ -182,6 +182,42 @@ def test_vectors_of_other_layers_are_moved_to_mean_and_spread_of_ones_own(inputs
     ]
     assert torch.equal(counts[0][1], counts[1][1])
     assert not torch.equal(counts[0], counts[1])
+
+
+def test_a_tuned_model_is_read_with_the_norms_of_the_base_model(inputs, made, monkeypatch):
+    text = {"path": str(inputs / "text.jsonl"), "context_length": 8}
+    models = [str(inputs / name) for name in ("gpt_neox", "gpt2")]
+    targets = transfer.base_and_tuned(*models, text, prompt_tokens=3, rescaled=True)
+    assert list(targets)[-1] == "tuned, rescaled"
+    run, session = given_of(inputs, "three"), pipeline.Session()
+    own, tuned = (
+        transfer.mean_norms(session.source(dataclasses.replace(run, model=t.model), SETTINGS))
+        for t in list(targets.values())[:2]
+    )
+    seen, plain = [], transfer.rescaled
+
+    def spy(sae, factors):
+        seen.append(factors)
+        return plain(sae, factors)
+
+    monkeypatch.setattr(transfer, "rescaled", spy)
+    settings = dataclasses.replace(SETTINGS, ablations=False)
+    table = experiments.tables(
+        [
+            ({"target": name}, stages.transfer(session, run, settings, targets[name]))
+            for name in ("base, given text", "tuned, given text", "tuned, rescaled")
+        ],
+        "transfer.csv",
+    )
+    torch.testing.assert_close(seen, [own / tuned])
+    fvu = table.pivot_table(index="layer", columns="target", values="fvu_global")
+    assert (fvu["tuned, given text"] - fvu["tuned, rescaled"]).abs().min() > 1e-3
+    x = torch.randn(3, 9, 16, generator=torch.Generator().manual_seed(2))
+    sae, factors = session.sae(run), torch.tensor([0.5, 1.0, 3.0]).double()
+    moved = plain(sae, factors)(x)
+    expected = sae(x * factors[:, None, None].float())
+    assert torch.equal(moved.topk.values, expected.topk.values)
+    torch.testing.assert_close(moved.recon, expected.recon / factors[:, None, None].float())
 
 
 def test_shares_at_the_own_layer_by_hand():

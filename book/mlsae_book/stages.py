@@ -6,6 +6,7 @@ imported where something is computed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from mlsae_core.store import Artefact
 
 if TYPE_CHECKING:
     from mlsae_book.tables.transfer import Target
+    from mlsae_core.activations import TextSource
 
 #: Of single-prompt heatmaps: the MLSAE paper's, and three of the sort of text our models know.
 PROMPTS = (
@@ -69,15 +71,26 @@ def transfer(
         "transfer",
         run,
         settings,
-        measure=partial(_transfer, target=target),
+        measure=partial(
+            _transfer, target=target, own=partial(_own, session, run, settings, target)
+        ),
         key=partial(transfer_key, target=target),
         read=target.read(run),
         any_batch=target.text == "given",
     )
 
 
+def _own(session: Session, run: SubjectSpec, settings: EvaluateSpec, target: Target) -> TextSource:
+    """The activations of the run's own model on the target's text."""
+    return session.source(replace(run, data=target.data), settings)
+
+
 def _transfer(
-    folder: Path, subject: Subject, target: Target | None = None, match: bool = False
+    folder: Path,
+    subject: Subject,
+    target: Target | None = None,
+    own: Callable[[], TextSource] | None = None,
+    match: bool = False,
 ) -> dict:
     """The dictionary at every layer of a model: `transfer.csv`."""
     from mlsae_book.tables import transfer
@@ -85,6 +98,9 @@ def _transfer(
     source, start, sae = subject.source, 0, subject.sae
     if match:
         sae = transfer.matched(source, sae, subject.size)
+    if target and own and target.rescaled:
+        norms = [transfer.mean_norms(read, subject.size) for read in (own(), source)]
+        sae = transfer.rescaled(sae, norms[0] / norms[1])
     if target:
         source, start = target.source(source), target.start
     table = transfer.across_layers(

@@ -21,7 +21,8 @@ from mlsae_core.keys import later
 from mlsae_core.lm import LanguageModel
 from mlsae_core.metrics import LayerMoments
 from mlsae_core.sae import MLSAE, Output, TopK
-from mlsae_core.spec import DataSpec, ModelSpec, Spec, SpecError, SubjectSpec
+from mlsae_core.singles import SingleLayers
+from mlsae_core.spec import DataSpec, ModelSpec, Spec, SpecError, SubjectSpec, added
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Target(Spec):
             sequence, which the model continues by sampling at temperature 1, and of which only the
             continuation is measured.
         seed: of the sampling.
+        rescaled: whether vectors are multiplied, layer by layer, so that their mean norm is that of
+            the model in which the dictionary was trained, on the given text.
     """
 
     model: ModelSpec
@@ -41,6 +44,7 @@ class Target(Spec):
     text: Literal["given", "rollouts"] = "given"
     prompt_tokens: int = 32
     seed: int = 0
+    rescaled: bool = added(False)
 
     _prefix = "target."
 
@@ -140,7 +144,7 @@ class Matched(nn.Module):
         factors: (layer,) by which what is left of the vectors is multiplied.
     """
 
-    def __init__(self, sae: MLSAE, means: Tensor, own: Tensor, factors: Tensor):
+    def __init__(self, sae: MLSAE | SingleLayers, means: Tensor, own: Tensor, factors: Tensor):
         super().__init__()
         self.sae, self.means, self.own = sae, means[:, None], own
         self.factors = factors[:, None, None]
@@ -158,7 +162,9 @@ class Matched(nn.Module):
 
 
 @torch.no_grad()
-def matched(source: TextSource, sae: MLSAE, size: int = 8, sequences: int = 32) -> Matched:
+def matched(
+    source: TextSource, sae: MLSAE | SingleLayers, size: int = 8, sequences: int = 32
+) -> Matched:
     """A dictionary for vectors of all layers of a model, whose mean and spread are made its own's.
 
     The spread is the root of the mean squared distance from the mean.
@@ -172,18 +178,37 @@ def matched(source: TextSource, sae: MLSAE, size: int = 8, sequences: int = 32) 
     Raises:
         ValueError: an empty source.
     """
-    read = everywhere(dataclasses.replace(source, blocks=First(source.blocks, sequences)))
     moments = LayerMoments(source.n_layers, source.d_model, source.device)
-    for batch in one_pass(read.batches(size), read, size, "means", progress=False):
-        moments.update(batch.source)
+    for x in _first(source, size, sequences):
+        moments.update(x)
     means, spreads = moments.mean, (moments.scatter.sum(1) / moments.tokens).sqrt()
     own, factors = means[source.layers].mean(0), spreads[source.layers].mean() / spreads
     return Matched(sae, *(numbers.to(sae.decoder) for numbers in (means, own, factors)))
 
 
+@torch.no_grad()
+def mean_norms(source: TextSource, size: int = 8, sequences: int = 32) -> Tensor:
+    """(layer,) mean norm of the vectors of every layer of a model, in `sequences` of its text."""
+    norms = [x.norm(dim=-1).double() for x in _first(source, size, sequences)]
+    return torch.cat(norms, 1).mean(1)
+
+
+def rescaled(sae: MLSAE | SingleLayers, factors: Tensor) -> Matched:
+    """A dictionary that reads vectors of every layer multiplied by its factor, (layer,)."""
+    nowhere = sae.decoder.new_zeros(sae.n_inputs)
+    return Matched(sae, nowhere.expand(len(factors), -1), nowhere, factors.to(nowhere))
+
+
+def _first(source: TextSource, size: int, sequences: int) -> Iterator[Tensor]:
+    """(layer, token, d_model) batches of the first sequences of a text, of all layers."""
+    read = everywhere(dataclasses.replace(source, blocks=First(source.blocks, sequences)))
+    for batch in one_pass(read.batches(size), read, size, "norms", progress=False):
+        yield batch.source
+
+
 def across_layers(
     source: TextSource,
-    sae: MLSAE | Matched,
+    sae: MLSAE | SingleLayers | Matched,
     size: int = 8,
     *,
     ablations: bool = False,
@@ -232,27 +257,33 @@ def across_layers(
 
 
 def base_and_tuned(
-    base: str, tuned: str, data: DataSpec, prompt_tokens: int = 32
+    base: str, tuned: str, data: DataSpec, prompt_tokens: int = 32, rescaled: bool = False
 ) -> dict[str, Target]:
     """What Gemma Scope measures of a base model's dictionary (Section 4.5, Figures 19 to 23).
 
     Both models on the same text, and each on what it wrote itself; the base model, in which the
-    dictionary was trained, is what the tuned one is compared with.
+    dictionary was trained, is what the tuned one is compared with. And the tuned model on the same
+    text with vectors as long as those of the base model, if that is asked for.
 
     Args:
         data: text of the kind that the tuned model was trained on.
         prompt_tokens: of each sequence that is continued.
+        rescaled: whether the last of these is wanted.
 
     Returns:
         Name of each measurement, as a chart shows it → its target.
     """
     models, texts = {"base": base, "tuned": tuned}, ("given", "rollouts")
     names = {"given": "given text", "rollouts": "rollouts"}
-    return {
+    targets = {
         f"{who}, {names[text]}": Target(path, data, text, prompt_tokens)
         for text in texts
         for who, path in models.items()
     }
+    if rescaled:
+        of_tuned = targets["tuned, given text"]
+        targets["tuned, rescaled"] = dataclasses.replace(of_tuned, rescaled=True)
+    return targets
 
 
 # --- finished tables for charts -----------------------------------------------------------------
