@@ -31,6 +31,7 @@ from mlsae_book.charts import transfer as transfer_charts
 from mlsae_book.tables import fidelity, layers, transfer
 from mlsae_core.spec import DataSpec, EvaluateSpec, load_experiment
 
+# %% tags=["remove-cell"]
 charts.use_book_theme()
 mlp = experiments.materialise(load_experiment("experiments/transcoder.yml"))
 sparsity = experiments.materialise(load_experiment("experiments/sparsity.yml"))
