@@ -64,6 +64,12 @@ def materialise(good: Path, folder: Path) -> list[str]:
     return ["book", "materialise", write_spec(folder, fields), "--ship"]
 
 
+def dictionaries(good: Path, folder: Path) -> list[str]:
+    run = run_fields(good, activation="batchtopk", standardize=False)
+    fields = {"title": "set", "run": run, "sweep": {"layers": [[0], [2]]}}
+    return ["book", "dictionaries", write_spec(folder, fields), "--name", "set"]
+
+
 def reproduce(good: Path, folder: Path) -> list[str]:
     """Of results that are shipped, which the first call makes."""
     made, command = good / "shipping", materialise(good, folder)
@@ -120,6 +126,7 @@ COMMANDS = {
     "lens": lens,
     "pretrain": recipe,
     "materialise": materialise,
+    "dictionaries": dictionaries,
     "reproduce": reproduce,
     "push": push,
     "fetch": fetch,
