@@ -51,6 +51,27 @@ class Unavailable(Stopped):
     """Input that could be read at first, and no longer; all that was computed of it is good."""
 
 
+def is_away(error: BaseException) -> bool:
+    """Whether it comes of a hub that cannot be reached, or says that it fails or is asked too much.
+
+    That is no fault of what was asked for, unless this process is to ask nobody.
+    """
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import httpx
+
+    if is_offline_mode():
+        return False
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, HfHubHTTPError):
+            return cause.response.status_code >= 500 or cause.response.status_code == 429
+        if isinstance(cause, ConnectionError | TimeoutError | httpx.TransportError):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
@@ -369,6 +390,20 @@ def save_checkpoint(path: Path, state):
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def restoring(path: Path, kind: str) -> Iterator[dict]:
+    """What a checkpoint holds; where it does not fit whatever it is put in, `kind` was expected.
+
+    Raises:
+        StoreError: it does not fit, as one that another version of the code wrote, or is damaged.
+    """
+    content = load_checkpoint(path)
+    try:
+        yield content
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise StoreError(f"{path}: expected {kind}; {error}; delete it to start anew") from error
+
+
 def forget_checkpoint(path: Path, result: Path):
     """Remove the checkpoint of a result that is there; a kill between the two leaves it behind.
 
@@ -418,6 +453,7 @@ def dictionary_folder(
 
     Raises:
         SpecError: neither a folder nor a hub id, or a repository that cannot be had.
+        Stopped: the hub cannot be reached.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -436,7 +472,8 @@ def dictionary_folder(
     try:
         return Path(snapshot_download(path, revision=revision, **chosen))
     except Exception as error:  # of many kinds; the reader needs one line
-        raise SpecError(
+        kind = Stopped if is_away(error) else SpecError
+        raise kind(
             f"dictionary.path: {path} is no folder (from {Path.cwd()}), and as a hub id it cannot "
             f"be had: {' '.join(str(error).split())[:300]}"
         ) from error

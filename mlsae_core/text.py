@@ -88,6 +88,7 @@ def documents(data: DataSpec, rows: Iterable[dict] | None = None) -> Iterable[st
 
     Raises:
         SpecError: nothing is there, it cannot be read, or it has no such text column.
+        Stopped: a hub cannot be reached, or no longer.
     """
     if declared := source(data.path):
         return list(declared.documents())
@@ -197,9 +198,10 @@ def _data_set(data: DataSpec) -> datasets.IterableDataset:
         raise _unreadable(data, error) from error
 
 
-def _unreadable(data: DataSpec, error: Exception) -> SpecError:
+def _unreadable(data: DataSpec, error: Exception) -> SpecError | store.Stopped:
     """The library's errors are many; the reader needs one line."""
-    return SpecError(
+    kind = store.Stopped if store.is_away(error) else SpecError
+    return kind(
         f"data.path: expected {_kinds()}, or a file or folder; as a hub id {data.path} cannot be "
         f"read: {reason(error)}"
     )

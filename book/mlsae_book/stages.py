@@ -106,7 +106,9 @@ def _geometry(folder: Path, subject: Subject) -> dict:
 
     run = subject.run
     layers = run.site.indices(architecture.model_config(run.model).num_hidden_layers)
-    summary, cosines = geometry.geometry(subject.sae.decoder.detach(), len(layers))
+    summary, cosines = geometry.geometry(
+        subject.sae.decoder.detach(), len(layers), checkpoint=subject.checkpoint
+    )
     summary.to_csv(folder / "mmcs.csv", index=False, float_format="%.8g")
     cosines.to_csv(folder / "cosines.csv", index=False, float_format="%.8g")
     return {}
@@ -119,7 +121,7 @@ def _drift(folder: Path, subject: Subject) -> dict:
     """
     from mlsae_book.tables import drift
 
-    layers, pairs = drift.drift(subject.source, subject.size)
+    layers, pairs = drift.drift(subject.source, subject.size, checkpoint=subject.checkpoint)
     layers.to_csv(folder / "layers.csv", index=False, float_format="%.8g")
     pairs.to_csv(folder / "pairs.csv", index=False, float_format="%.8g")
     return {"tokens": int(layers.tokens.iloc[0])}
@@ -140,7 +142,9 @@ def _examples(folder: Path, subject: Subject) -> dict:
     """Top activating examples of every latent and layer: `examples.safetensors`."""
     from mlsae_book.tables import examples
 
-    arrays = examples.examples(subject.source, subject.sae, subject.size)
+    arrays = examples.examples(
+        subject.source, subject.sae, subject.size, checkpoint=subject.checkpoint
+    )
     examples.save(arrays, folder / "examples.safetensors")
     return {"tokens": subject.source.n_sequences * subject.run.data.context_length}
 
@@ -149,7 +153,9 @@ def _importance(folder: Path, subject: Subject) -> dict:
     """Uniformity of active latent importance, of a part of the text: `importance.csv`."""
     from mlsae_book.tables import importance
 
-    table = importance.importance(subject.source, subject.sae, subject.size)
+    table = importance.importance(
+        subject.source, subject.sae, subject.size, checkpoint=subject.checkpoint
+    )
     table.to_csv(folder / "importance.csv", index=False, float_format="%.8g")
     return {"tokens": int(table.vectors.iloc[0])}
 
