@@ -401,7 +401,8 @@ def restoring(path: Path, kind: str) -> Iterator[dict]:
     try:
         yield content
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise StoreError(f"{path}: expected {kind}; {error}; delete it to start anew") from error
+        reason = " ".join(str(error).split())[:300]
+        raise StoreError(f"{path}: expected {kind}; {reason}; delete it to start anew") from error
 
 
 def forget_checkpoint(path: Path, result: Path):

@@ -967,9 +967,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(
         with pytest.raises(stops.Interrupted):
             call()
     kind = {"pretrain": "recipe", "lens": "lens"}[command]
-    expected = (
-        rf"\.pt: expected a checkpoint of this {kind}; .*{message}.*; delete it to start anew"
-    )
+    expected = rf"\.pt: expected a checkpoint of this {kind}; .*{message}.*; delete it to start"
     with pytest.raises(store.StoreError, match=expected):
         call()
 
