@@ -237,22 +237,22 @@ def provenance() -> dict:
 def read(path: Path, check: bool = True) -> Artefact:
     """Read an artefact; check that it is the one of its place, and every file's recorded hash."""
     remedy = f"delete {path}; it is computed anew where it is needed"
-    if path.is_relative_to(SHIPPED):
+    if shipped := path.is_relative_to(SHIPPED):
         remedy = f"restore it with `git checkout -- {path}`"
     try:
         content = (path / "spec.json").read_bytes()
-        spec = json.loads(content)
+        spec, digest = json.loads(content), hashlib.sha256(content).hexdigest()
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         files = dict(meta["files"])
-        stage, _ = meta["stage"], meta["seconds"]
+        # In the store of a machine there may be results from before they carried these two.
+        carried = ({} if shipped else {"key": path.name, "spec": digest}) | meta
+        stage, own, of, _ = (carried[name] for name in ("stage", "key", "spec", "seconds"))
         spec.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise StoreError(f"{path}: spec.json or meta.json is damaged; {remedy}") from None
-    # Earlier results do not carry their key and the hash of their spec.
-    own, digest = meta.get("key", path.name), hashlib.sha256(content).hexdigest()
     if (stage, own) != (path.parent.name, path.name):
         raise StoreError(f"{path}: holds another result, {stage} {own}; {remedy}")
-    if meta.get("spec", digest) != digest:
+    if of != digest:
         raise StoreError(f"{path / 'spec.json'}: damaged; {remedy}")
     for name, digest in files.items() if check else ():
         file = path / name
@@ -353,7 +353,8 @@ def ship(artefact: Artefact, only: tuple[str, ...] | None = None) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(artefact.path / name, folder / name)
         shutil.copyfile(artefact.path / "spec.json", folder / "spec.json")
-        meta = {**artefact.meta, "files": kept}
+        carried = {"key": artefact.key, "spec": file_hash(folder / "spec.json"), "files": kept}
+        meta = artefact.meta | carried
         (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return target
 
