@@ -972,6 +972,45 @@ def test_a_checkpoint_that_does_not_fit_is_named(
         call()
 
 
+def test_tokenising_continues_at_the_document_where_it_was_stopped(data, base, monkeypatch):
+    monkeypatch.setattr(text, "DOCUMENTS_PER_CHUNK", 16)
+    run, seen = run_from_dict(base), []
+    tokenise, counted = text.token_ids, resume.Pass.batch_done
+
+    def noted(tokenizer, documents):
+        seen.extend(documents)
+        return tokenise(tokenizer, documents)
+
+    def packed():
+        pipeline.Session().blocks(run, "train")
+        [made] = store.artefacts("tokens")
+        names = ("documents", "characters", "tokens")
+        return made.file("tokens.safetensors").read_bytes(), [made.meta[name] for name in names]
+
+    monkeypatch.setattr(text, "token_ids", noted)
+    whole = packed()
+    assert len(seen) == 300
+    shutil.rmtree(store.STORE / "tokens")
+    seen.clear()
+
+    def stopped(self):
+        counted(self)
+        if self.first in at:
+            at.remove(self.first)
+            raise stops.Interrupted(signal.SIGTERM)
+
+    at = {7, 150, 300}
+    monkeypatch.setattr(resume, "SECONDS", -1.0)
+    monkeypatch.setattr(resume, "EVERY", 0.0)
+    monkeypatch.setattr(resume.Pass, "batch_done", stopped)
+    for _ in tuple(at):
+        with pytest.raises(stops.Interrupted):
+            packed()
+    assert packed() == whole
+    assert len(seen) == len(set(seen)) == 300
+    assert not list((store.STORE / "checkpoints").iterdir())
+
+
 def test_sums_that_grow_are_put_back_where_they_were(tmp_path, monkeypatch):
     """Lists and dictionaries that begin empty, in accumulators too; numbers drawn go on."""
 
