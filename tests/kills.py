@@ -31,7 +31,7 @@ from pathlib import Path
 import huggingface_hub
 import pandas as pd
 import yaml
-from fuzz import goods, prepare, recipe, record, run_fields, write_spec
+from fuzz import goods, prepare, recipe, record, run_fields, today, write_spec
 from hub import Repositories
 from workers import sentences, use_data
 
@@ -41,7 +41,8 @@ from mlsae_core.spec import canonical
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 LIMIT = 60  # seconds for a run that is not killed
-RECORDED = 100  # kills of which the outcome is kept
+RECORDED = 10  # runs of a command of which the outcome is kept
+FOUND = Path(__file__).with_name("kills.json")
 TIMES = {"seconds", "written", "tokens_per_second"}
 
 
@@ -225,7 +226,7 @@ def place(folder: Path) -> Path:
 def main(trials: int = 15, *names: str) -> int:
     """So many trials of each command; says what is wrong, and how many kills there were."""
     prepare()
-    kills, faults = Counter(), 0
+    found, together = {}, Counter()
     with tempfile.TemporaryDirectory() as kept:
         good = Path(kept)
         goods(good)
@@ -240,20 +241,19 @@ def main(trials: int = 15, *names: str) -> int:
                     seconds, expected = time.monotonic() - begun, written(folder)
                     if child.exitcode:
                         sys.exit(f"{name}: expected it to work, got {(folder / 'err').read_text()}")
+            counts = Counter(kills=0, runs=trials, faults=0)
             for number in range(trials):
-                count, wrong = trial(name, number, good, seconds, expected)
-                kills[name] += count
+                kills, wrong = trial(name, number, good, seconds, expected)
+                counts += Counter(kills=kills, faults=bool(wrong))
                 if wrong:
-                    faults += 1
                     print(f"{name} {number}: {wrong}", flush=True)
-    for name, count in kills.items():
-        print(f"{name:12} {count} kills in {trials} runs")
-    print(f"{kills.total()} kills, {faults} faults")
-    if kills.total() >= RECORDED and not names:
-        record(
-            "kills", {"kills": kills.total(), "faults": faults, "runs": trials, "commands": kills}
-        )
-    return bool(faults)
+            print(f"{name:12} {counts['kills']} kills in {trials} runs", flush=True)
+            found[name] = {fact: counts[fact] for fact in ("kills", "runs", "faults")} | today()
+            together += counts
+    print(f"{together['kills']} kills, {together['faults']} faults")
+    if trials >= RECORDED:
+        record("kills", json.loads(FOUND.read_text()) | found)
+    return bool(together["faults"])
 
 
 if __name__ == "__main__":

@@ -764,6 +764,7 @@ class Rows:
 
 def test_a_hub_that_fails_for_ever_stops_with_a_checkpoint(data, base, capsys, monkeypatch):
     documents = sentences(1024 * 3)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     values = base | {"data": {"path": "me/text", "context_length": CONTEXT}, "tokens": 10**5}
     path = spec_file(data, values)
     for rows, last, code, message in (
@@ -811,6 +812,7 @@ def test_a_hub_that_is_away_is_no_bad_input(error, away, monkeypatch):
         raise error
 
     kind = store.Stopped if away else SpecError
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     monkeypatch.setattr("transformers.PreTrainedConfig.get_config_dict", fail)
     monkeypatch.setattr(datasets, "load_dataset", fail)
