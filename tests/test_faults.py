@@ -783,16 +783,21 @@ def test_a_hub_that_fails_for_ever_stops_with_a_checkpoint(data, base, capsys, m
     assert core(["train", path]) == 0
 
 
-def answered(status):
-    """The error of the hub's library where it answers so, as other libraries pass it on."""
-    request = httpx.Request("GET", "http://hub/me")
+def passed_on(error, kind=LocalEntryNotFoundError):
+    """As one library says what another has said."""
     try:
         try:
-            raise HfHubHTTPError("no", response=httpx.Response(status, request=request))
-        except HfHubHTTPError as error:
-            raise LocalEntryNotFoundError("not cached") from error
-    except LocalEntryNotFoundError as error:
-        return error
+            raise error
+        except type(error):
+            raise kind("not cached")  # noqa: B904 (as they do)
+    except kind as other:
+        return other
+
+
+def answered(status):
+    """The error of the hub's library where it answers so."""
+    response = httpx.Response(status, request=httpx.Request("GET", "http://hub/me"))
+    return passed_on(HfHubHTTPError("no", response=response))
 
 
 @pytest.mark.parametrize(
@@ -801,7 +806,7 @@ def answered(status):
         *((answered(status), status in (429, 500, 503)) for status in (401, 404, 429, 500, 503)),
         (ConnectionError("refused"), True),
         (TimeoutError("too long"), True),
-        (httpx.ConnectError("no such host"), True),
+        (passed_on(httpx.ConnectError("no such host"), OSError), True),
         (OSError("no space left"), False),
         (LocalEntryNotFoundError("not cached"), False),
     ],
@@ -935,6 +940,36 @@ def test_a_measurement_continues_at_the_batch_where_it_was_stopped(
     assert core(["status"]) == 0
 
 
+@pytest.mark.parametrize("command", ["pretrain", "lens"])
+def test_one_that_is_killed_behind_its_last_step_is_finished(
+    command, data, inputs, recipe, monkeypatch
+):
+    def call():
+        if command == "pretrain":
+            return pretrain.pretrain("recipe.yml") / "model.safetensors"
+        return tune.make(str(inputs / "llama"), quick(inputs, tokens=1024)) / "params.safetensors"
+
+    save, steps = store.save_checkpoint, []
+
+    def killed(path, content):
+        save(path, content)
+        steps.append(content["step"])
+        raise store.Stopped("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "save_checkpoint", killed)
+        with pytest.raises(store.Stopped, match="killed"):
+            call()
+    assert steps == [{"pretrain": 6, "lens": 8}[command]]
+    last = store.load_checkpoint(next((store.STORE / command).glob("*.pt")))
+    made = load_file(call())
+    if command == "lens":
+        assert torch.equal(made["0.weight"], last["weight"][0])
+    else:
+        name = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
+        assert torch.equal(made[name], last["model"][name])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -974,6 +1009,17 @@ def test_a_checkpoint_that_does_not_fit_is_named(
         call()
 
 
+def test_what_is_forced_takes_nothing_of_what_was_begun(data, base):
+    run, settings = run_from_dict(base), EvaluateSpec(tokens=64)
+    made = pipeline.Session().make("drift", run, settings)
+    for name in ("", "-means"):
+        path = store.STORE / "checkpoints" / f"{made.key}{name}.pt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"would be named as damaged")
+    again = pipeline.Session("force").make("drift", run, settings)
+    assert again.meta["files"] == made.meta["files"]
+
+
 def test_tokenising_continues_at_the_document_where_it_was_stopped(data, base, monkeypatch):
     monkeypatch.setattr(text, "DOCUMENTS_PER_CHUNK", 16)
     run, seen = run_from_dict(base), []
@@ -1010,7 +1056,13 @@ def test_tokenising_continues_at_the_document_where_it_was_stopped(data, base, m
             packed()
     assert packed() == whole
     assert len(seen) == len(set(seen)) == 300
-    assert not list((store.STORE / "checkpoints").iterdir())
+    [made] = store.artefacts("tokens")
+    left = store.STORE / "checkpoints" / f"{made.key}.pt"
+    assert not left.exists()
+    left.touch()  # of one that was killed behind its end
+    os.utime(left, (1, 1))
+    assert packed() == whole
+    assert not left.exists()
 
 
 def test_sums_that_grow_are_put_back_where_they_were(tmp_path, monkeypatch):
@@ -1050,8 +1102,8 @@ def test_sums_of_other_batches_are_not_taken(tmp_path, monkeypatch):
     done = resume.Pass(tmp_path / "sums.pt", 8, CPU, total=torch.zeros(2))
     done.parts["total"] += 3
     done.batch_done()
-    for size, first in ((8, 1), (4, 0)):
-        again = resume.Pass(tmp_path / "sums.pt", size, CPU, total=torch.zeros(2))
+    for size, device, first in ((8, CPU, 1), (4, CPU, 0), (8, torch.device("meta"), 0)):
+        again = resume.Pass(tmp_path / "sums.pt", size, device, total=torch.zeros(2))
         assert again.first == first
         assert again.parts["total"].tolist() == [3 * first] * 2
     for parts in ({"total": torch.zeros(3)}, {"count": torch.zeros(2)}):

@@ -136,6 +136,9 @@ def test_bad_folders_and_shapes_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"d_model": 99}))
     with pytest.raises(SpecError, match=r"says 3 layers of 99 dimensions, the weights are"):
         Lens.read(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "3"}))
+    with pytest.raises(ValueError, match=r"an integer num_hidden_layers in .*config.json, got '3'"):
+        Lens.read(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
     with pytest.raises(SpecError, match=r"of 4 layers in .* \(6 tensors\)"):
         Lens.read(tmp_path)
