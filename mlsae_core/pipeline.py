@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -242,6 +243,10 @@ class Session:
         if self.compile:
             source = _compiled(source, run)
         source = replace(source, blocks=self.blocks(run, "train"))
+        if is_main_process():
+            counted = text.counted(run.data, source.lm.tokenizer)
+            for said in text.remarks(run.data, counted, run.train.tokens) if counted else ():
+                print(f"warning: {said}", file=sys.stderr)
         if self.trackers:
             accelerator.init_trackers("mlsae", config={"spec": canonical(spec)})
         checkpoint = checkpoint_path(identity)
