@@ -99,8 +99,9 @@ EXPERIMENTS ?= $(wildcard book/experiments/*.yml)
 reproduce: $(STAMP)
 	@$(BIN)/python -m mlsae_book reproduce $(EXPERIMENTS)
 
+# The chapters to play with: a copy in lab/, so that what is tracked stays as it is.
 lab: $(STAMP)
-	@$(BIN)/jupyter lab book/
+	@$(BIN)/python -m mlsae_book.lab $(ARGS)
 
 # Fresh outputs for the notebook halves: text from x.py, outputs from running it.  Timings and
 # widget state, which differ in every run, are left out.  `make notebooks CHAPTERS=book/intro.py`

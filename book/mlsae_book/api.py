@@ -71,6 +71,7 @@ PACKAGES = {
             "widgets",
             "pretrain",
             "reproduce",
+            "lab",
             "api",
             "outputs",
             "glossary",
