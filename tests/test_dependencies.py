@@ -103,7 +103,7 @@ def test_pins_hold_on_every_platform():
 def test_conda_environment_declares_no_version_but_pythons():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     python, pip, nested = environment["dependencies"]
-    assert (python, pip) == ("python=3.11", "pip")
+    assert (python, pip) == (f"python{PROJECT['requires-python']}", "pip")
     constraints, project = nested["pip"]
     assert constraints == "-c constraints.txt"
     extras = re.fullmatch(r"-e \.\[(.*)\]", project)[1].split(",")

@@ -121,7 +121,10 @@ def _literature(root: Path) -> dict[str, tuple[str, str, str]]:
 
     found = {}
     for key, entry in parse_file(str(root / "book/references.bib")).entries.items():
-        people = [str(Text.from_latex(" ".join([*p.prelast_names, *p.last_names]))) for p in entry.persons["author"]]
+        people = [
+            str(Text.from_latex(" ".join([*p.prelast_names, *p.last_names])))
+            for p in entry.persons["author"]
+        ]
         who = people[0] + (f" and {people[1]}" if len(people) == 2 else "")
         who += " et al." if len(people) > 2 else ""
         fields = {name: str(Text.from_latex(value)) for name, value in entry.fields.items()}

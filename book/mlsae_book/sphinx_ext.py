@@ -20,6 +20,7 @@ import json
 import re
 import sys
 import unicodedata
+from collections.abc import Callable
 from functools import cache
 from html import escape
 from importlib.metadata import distribution
@@ -106,16 +107,15 @@ def _json(value: Any) -> str:
 
 
 @cache
-def _katex():
-    import quickjs
+def _katex() -> Callable[[str, bool], str]:
+    import dukpy
 
     files = distribution("sphinxcontrib-katex").files or []
     source = next(f for f in files if f.name == "katex.min.js").locate()
-    context = quickjs.Context()
-    context.eval(Path(str(source)).read_text(encoding="utf-8"))
-    return context.eval(
-        "(tex, display) => katex.renderToString(tex, {output: 'mathml', displayMode: display})"
-    )
+    engine = dukpy.JSInterpreter()
+    engine.evaljs(f"{Path(str(source)).read_text(encoding='utf-8')}; null")
+    call = "katex.renderToString(dukpy.tex, {output: 'mathml', displayMode: dukpy.display})"
+    return lambda tex, display: engine.evaljs(call, tex=tex, display=display)
 
 
 def mathml(tex: str, display: bool = False) -> str:
@@ -126,7 +126,7 @@ def mathml(tex: str, display: bool = False) -> str:
     """
     try:
         html = _katex()(tex, display)
-    except Exception as error:  # quickjs has one exception class of its own
+    except Exception as error:  # the engine has one exception class of its own
         raise ValueError(str(error).split("\n")[0]) from None
     tree = ElementTree.fromstring(html)[0]
     for element in list(tree.iter()):
