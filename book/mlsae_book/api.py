@@ -140,7 +140,8 @@ def _add_modules(app, page: str, source: list[str]):
     """A list of all modules at the end of the page `api`, a section for each on its own page."""
     if page == "api":
         for other, names in pages().items():
-            source[0] += f"\n## {{doc}}`{other}`\n\n"
+            title = Path(app.srcdir, f"{other}.md").read_text(encoding="utf-8").splitlines()[0]
+            source[0] += f"\n## [{title.removeprefix('# ')}]({other}.md)\n\n"
             for name in names:
                 source[0] += f"- {{py:mod}}`{name}`: {_first_line(name)}\n"
     for name in pages().get(page, ()):
