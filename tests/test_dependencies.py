@@ -21,8 +21,8 @@ FREE = re.compile(
     r"\b(MIT|MIT-0|BSD|0BSD|Apache|ISC|PSF-2.0|Python Software Foundation|MPL|Mozilla|Zlib)\b"
 )
 OTHER = re.compile(r"GPL|Affero|Commercial|Proprietary|Non-?Commercial", re.I)
-#: Looked at by hand: its licence file says MIT; its one file under the GPL is a mode for Emacs.
-BY_HAND = {"quickjs", "docutils"}
+#: Looked at by hand: its one file under the GPL is a mode for Emacs.
+BY_HAND = {"docutils"}
 
 
 def pins(text: str = CONSTRAINTS) -> dict[str, str]:
