@@ -62,6 +62,7 @@ PACKAGES = {
             "planted",
             "tune",
             "tables",
+            "toys",
             "stages",
             "experiments",
             "charts",

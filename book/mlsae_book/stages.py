@@ -165,12 +165,35 @@ def _duplicates(folder: Path, subject: Subject) -> dict:
     return {"tokens": int(table.tokens.iloc[0])}
 
 
+def _persistence(folder: Path, subject: Subject) -> dict:
+    """At how many layers a latent is active at a token, and survives: a table each."""
+    from mlsae_book.tables import carried
+
+    tables = carried.persistence(subject.source, subject.sae, subject.size)
+    for name, table in tables.items():
+        table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+    return {"tokens": subject.source.n_sequences * subject.run.data.context_length}
+
+
+def _effects(folder: Path, subject: Subject) -> dict:
+    """What becomes of a latent that is taken out: `effects.csv`."""
+    from mlsae_book.tables import carried
+
+    source, sae, size = subject.source, subject.sae, subject.size
+    samples = carried.text_samples(source, size)
+    table = carried.effects(samples, sae, carried.mean_layers(source, sae, size))
+    table.to_csv(folder / "effects.csv", index=False, float_format="%.6g")
+    return {"tokens": source.n_sequences * subject.run.data.context_length}
+
+
 _BY_LAYER = {"by_layer": True, "any_batch": True}
 pipeline.register(
     Stage("drift", 1, _drift, ("text",), any_batch=True, key=drift_key),
     Stage("geometry", 1, _geometry, ("dictionary",)),
     Stage("transfer", 1, _transfer, parts=_transfer_parts, **_BY_LAYER),
     Stage("examples", 1, _examples, **_BY_LAYER),
+    Stage("persistence", 1, _persistence, by_layer=True),
+    Stage("effects", 1, _effects, by_layer=True),
     Stage("importance", 1, _importance),
     Stage("duplicates", 1, _duplicates, **_BY_LAYER),
     Stage(
