@@ -63,6 +63,7 @@ PACKAGES = {
             "tune",
             "tables",
             "toys",
+            "surrogates",
             "stages",
             "experiments",
             "charts",

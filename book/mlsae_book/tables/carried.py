@@ -194,16 +194,17 @@ def _ranks(indices: Tensor, values: Tensor, k: int) -> Tensor:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def _interval(value: Tensor | float, replicates: Tensor, name: str = "") -> dict:
+def interval(value: Tensor | float, replicates: Tensor, name: str = "") -> dict:
+    """A number and the ends of its 95 % interval, as columns ``value`` or ``name``, …"""
     ends = basic_interval(float(value), replicates.cpu())
-    return {name or "value": float(value)} | dict(zip(_ends(name), ends, strict=True))
+    return {name or "value": float(value)} | dict(zip(ends_of(name), ends, strict=True))
 
 
-def _ends(name: str) -> tuple[str, str]:
+def ends_of(name: str) -> tuple[str, str]:
     return (f"{name}_low", f"{name}_high") if name else ("low", "high")
 
 
-def _drawn() -> torch.Generator:
+def same_draws() -> torch.Generator:
     """The same replicates for whatever is compared."""
     return torch.Generator().manual_seed(1)
 
@@ -211,7 +212,7 @@ def _drawn() -> torch.Generator:
 def _layers(pairs: dict[str, Persistence], replicates: int) -> pd.DataFrame:
     rows = []
     for of, total in pairs.items():
-        shares, drawn = total.compute().layers, total.bootstrap(replicates, _drawn())[0]
+        shares, drawn = total.compute().layers, total.bootstrap(replicates, same_draws())[0]
         for i, share in enumerate(shares):
             low, high = basic_interval(share.item(), drawn[:, i])
             rows.append(
@@ -223,10 +224,10 @@ def _layers(pairs: dict[str, Persistence], replicates: int) -> pd.DataFrame:
 def _pairs(pairs: dict[str, Persistence], replicates: int, l0: dict[str, float]) -> pd.DataFrame:
     rows = []
     for of, total in pairs.items():
-        found, (layers, mean, _) = total.compute(), total.bootstrap(replicates, _drawn())
+        found, (layers, mean, _) = total.compute(), total.bootstrap(replicates, same_draws())
         row = {"of": of, "pairs": found.pairs, "l0": l0[of]}
-        row |= _interval(found.layers[0], layers[:, 0], "single")
-        row |= _interval(found.mean_layers, mean, "mean")
+        row |= interval(found.layers[0], layers[:, 0], "single")
+        row |= interval(found.mean_layers, mean, "mean")
         rows.append(row | {"contiguous": found.contiguous})
     return pd.DataFrame(rows)
 
@@ -235,13 +236,13 @@ def _survival(survival: dict[tuple[int, str], Survival], replicates: int) -> pd.
     rows = []
     for (gap, of), total in survival.items():
         measured = survival[gap, MEASURED]
-        drawn, ours = (s.bootstrap(replicates, _drawn()) for s in (total, measured))
+        drawn, ours = (s.bootstrap(replicates, same_draws()) for s in (total, measured))
         excess, excesses = measured.compute().rate - total.compute().rate, ours - drawn
         for layer, rate in enumerate(total.compute().rate):
             low, high = basic_interval(rate.item(), drawn[:, layer].cpu())
             row = {"gap": gap, "layer": layer, "of": of, "rate": rate.item()}
             row |= {"low": low, "high": high}
-            rows.append(row | _interval(excess[layer], excesses[:, layer], "excess"))
+            rows.append(row | interval(excess[layer], excesses[:, layer], "excess"))
     return pd.DataFrame(rows)
 
 
@@ -279,10 +280,10 @@ def _ratios(spread: dict[str, LayerDistribution], replicates: int) -> pd.DataFra
         for weighting in ("latents", "tokens"):
             for corrected in (False, True):
                 found = total.variances(weighting, corrected)
-                drawn = total.bootstrap(replicates, _drawn(), weighting, corrected)
+                drawn = total.bootstrap(replicates, same_draws(), weighting, corrected)
                 for name, ratio in RATIOS.items():
                     row = {"of": of, "ratio": ratio, "weighting": weighting, "corrected": corrected}
-                    rows.append(row | _interval(getattr(found, name), getattr(drawn, name)))
+                    rows.append(row | interval(getattr(found, name), getattr(drawn, name)))
     return pd.DataFrame(rows)
 
 
@@ -404,7 +405,7 @@ def _effects_table(found: Effects, n: int, replicates: int, least: int = 100) ->
             )  # fmt: skip
             part[chosen] = numbers[0, :, :, :, :1].expand_as(part[chosen])
             pooled = found.pooled(part.flatten())
-            result, drawn = pooled.compute(), pooled.bootstrap(replicates, _drawn())
+            result, drawn = pooled.compute(), pooled.bootstrap(replicates, same_draws())
             for gap in range(1, n):
                 for choice, after in torch.cartesian_prod(*map(torch.arange, shape[2:4])).tolist():
                     group = int(numbers[0, gap, choice, after, 0])
@@ -422,9 +423,9 @@ def _effects_table(found: Effects, n: int, replicates: int, least: int = 100) ->
                     }
                     for name in ("total", "direct"):
                         value, draws = getattr(result, name)[group], getattr(drawn, name)[:, group]
-                        row |= _interval(value, draws, name)
+                        row |= interval(value, draws, name)
                     blocks = [r.total[..., group] - r.direct[..., group] for r in (result, drawn)]
-                    rows.append(row | _interval(*blocks, "blocks"))
+                    rows.append(row | interval(*blocks, "blocks"))
     return pd.DataFrame(rows)
 
 
