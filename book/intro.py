@@ -75,8 +75,9 @@ tables.variance_table(numbers).set_index("quantity")
 
 # %% [markdown]
 # The first ratio says that more than half of the spread over layers is found *within* single
-# latents: it lies at the lower end of the paper's range, and far below the 1 of the column
-# *permuted*. The second does not agree with the paper: here more than a quarter of a latent's spread is
+# latents: it lies at the lower end of the paper's range. That it is below the 1 of the columns *permuted* and *gaussian* says
+# nothing of the model: both are 1 however they are drawn, since both make the layers exchangeable. Random weights, and streams to which
+# each block adds what it computed for *another* token, come near the measured number ({doc}`carried`). The second does not agree with the paper: here more than a quarter of a latent's spread is
 # left at a single token, where the paper reports at most a tenth. The model, $R$, $k$ and the length of
 # training all differ from the paper's, and so does the estimator: the released code averages ratios
 # over batches and counts tokens where a latent is inactive, so its distributions do not sum to one.
@@ -95,6 +96,7 @@ tables.variance_table(numbers).set_index("quantity")
 # | {doc}`drift` | How much does the residual stream change from layer to layer? |
 # | {doc}`distributions` | At which layers are latents active, over much text and at a single prompt? |
 # | {doc}`variance` | How much of the spread over layers is within a latent, how much at one token? |
+# | {doc}`carried` | Is what is active at several layers carried, rewritten or shared? |
 # | {doc}`tuned_lens` | Does the picture change in a basis that follows the drift? |
 # | {doc}`single_layer` | Is one dictionary for all layers as good as one for each? |
 # | {doc}`explorer` | What does a single latent stand for, and what does it do? |

@@ -188,6 +188,24 @@ def _effects(folder: Path, subject: Subject) -> dict:
     return {"tokens": source.n_sequences * subject.run.data.context_length}
 
 
+def distributions_of(
+    session: Session, run: SubjectSpec, read: SubjectSpec, settings: EvaluateSpec
+) -> Artefact:
+    """Distributions of a run's dictionary on the activations of another: see `distributions`.
+
+    read: such as a run without the lens that the dictionary was trained with.
+    """
+
+    def key(run: SubjectSpec, settings: EvaluateSpec) -> Keyed:
+        own, parents = pipeline.measured(run)
+        inputs = {f"read {name}": value for name, value in pipeline.input_parents(read).items()}
+        own = own | keyed(settings) | {"read": run_settings(read)}
+        spec = {"run": flat(run), "read": flat(read), "distributions": to_dict(settings)}
+        return store.key("distributions", own, parents | inputs), spec, parents | inputs
+
+    return session.make("distributions", run, settings, key=key, read=read)
+
+
 def of_layers_key(stage: str, runs: Sequence[SubjectSpec]) -> Callable[..., Keyed]:
     """Key, spec and parents of what is measured of several runs' dictionaries together."""
 
@@ -263,6 +281,22 @@ def _lifetimes(
     return {"tokens": subject.source.n_sequences * subject.run.data.context_length}
 
 
+def overlap(session: Session, run: SubjectSpec, settings: EvaluateSpec) -> Artefact:
+    """Test text that stands in the training text: `shares.csv`, and apart from it `apart.csv`."""
+    return session.make("overlap", run, settings, measure=partial(_overlap, session=session))
+
+
+def _overlap(folder: Path, subject: Subject, session: Session) -> dict:
+    from mlsae_book.tables import overlap
+
+    train, test = (session.blocks(subject.run, split).blocks for split in ("train", "test"))
+    overlap.shares(train, test).to_csv(folder / "shares.csv", index=False, float_format="%.6g")
+    flags = overlap.repeated(train, test[: subject.source.n_sequences], 32)
+    table = overlap.apart(subject.source, subject.sae, flags, subject.size)
+    table.to_csv(folder / "apart.csv", index=False, float_format="%.6g")
+    return {"tokens": subject.source.n_sequences * subject.run.data.context_length}
+
+
 def surrogate(session: Session, run: RunSpec, settings: EvaluateSpec, condition: str) -> Artefact:
     """A dictionary trained as the run's on something else, and measured: `surrogate.csv`.
 
@@ -300,6 +334,7 @@ pipeline.register(
     Stage("together", 1, _together),
     Stage("lifetimes", 1, _lifetimes),
     Stage("surrogate", 1, _surrogate, ("text",)),
+    Stage("overlap", 1, _overlap, by_layer=True),
     Stage("importance", 1, _importance),
     Stage("duplicates", 1, _duplicates, **_BY_LAYER),
     Stage(
