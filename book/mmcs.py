@@ -87,7 +87,8 @@ beside = geometry.anisotropic(session.source(run, EvaluateSpec(tokens=8192)), se
 beside.set_index("rows").round(3)
 
 # %% [markdown]
-# **What to see.** PLACEHOLDER
+# **What to see.** Rows that merely point where the activations point have 0.50, the dictionary 0.38. So beside *this* control its rows are not near to one another
+# but keep apart, and being above the isotropic one, at small $k$ or large $R$, is no sign of features that were learnt more than once.
 #
 # **What would contradict it.** A dictionary whose rows are nearer to one another than these.
 #

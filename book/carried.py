@@ -1,0 +1,391 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Carried, rewritten or shared?
+#
+# **What does it mean that a latent is active at several layers?**
+#
+# The residual stream is a sum: what a block adds is still there after the next one, unless something takes it away. So a latent
+# that is active at several layers may be so for reasons that have little in common:
+#
+# - it is **carried**: its direction was written once, and later blocks leave it alone;
+# - it is **rewritten**: later blocks compute it again, add to it, or hand it over to another latent;
+# - it is **shared**: the dictionary uses one row for different things at different layers;
+# - or that it *stops* is no fact about the stream: TopK keeps the $k$ largest, and others have become larger.
+#
+# The variance ratios of {cite:t}`lawson2025` ({doc}`variance`) cannot tell these apart. This page tries to, in the order in which
+# a sceptic would ask. Every number stands beside null models that *contain* a residual stream, and beside toys in which the answer is known.
+
+# %% tags=["remove-cell", "nbval-ignore-output"]
+import pandas as pd
+
+from mlsae_book import charts, experiments, stages, surrogates, toys
+from mlsae_book.charts import carried as draw
+from mlsae_core import pipeline
+from mlsae_core.spec import load_experiment
+
+charts.use_book_theme()
+experiment = load_experiment("experiments/carried.yml")
+measured = experiments.measure(experiment, "persistence")
+
+
+def table(name):
+    """One table of all runs."""
+    return experiments.tables(measured, f"{name}.csv")
+
+
+# %% [markdown]
+# ## At how many layers is a latent active at one token?
+#
+# Take every pair of a token $t$ and a latent $j$ that is active there at some layer, and count the layers,
+#
+# $$
+# N_{tj} = \bigl|\{\ell : j \in \operatorname{TopK}(\mathbf{x}_{t,\ell})\}\bigr| .
+# $$ (eq-layers-of-a-pair)
+#
+# The null models: **Gaussian vectors** of the same lengths, and at each layer the codes of **another token**, know of no stream. The other two
+# start at the token's own first layer and go on as sums. To each token is added what the block adds at
+# **another token**, or as much of it in a **random direction**, the part along the stream kept.
+
+# %% tags=["hide-input"]
+nulls = (
+    "another token's updates",
+    "random directions",
+    "another token at each layer",
+    "Gaussian vectors",
+)
+layers = table("layers")
+draw.beside(
+    layers[layers.of.isin(["measured", *nulls])],
+    ("layers", "Layers at which the latent is active at the token"),
+    ("share", "Share of the pairs (token, latent)"),
+    "of",
+    title="Most pairs are of one layer, and in a stream of other tokens' updates as many",
+    subtitle="Lines: 95 % intervals over sequences, mostly smaller than a point.",
+    choices={"case": "Run"},
+)
+
+# %% [markdown]
+# **What to see.** SHARES
+#
+# **What would contradict it.** A share of one-layer pairs far from that of the summed null models, on either side.
+#
+# The same in numbers. *single* is the share at one layer, *mean* the mean number of layers, *contiguous* the share of the other pairs
+# whose layers follow each other:
+
+# %% tags=["hide-input"]
+pairs = table("pairs")
+columns = ["l0", "single", "single_low", "single_high", "mean", "contiguous"]
+pairs[pairs.of.isin(["measured", *nulls])].set_index(["case", "of"])[columns].round(3)
+
+# %% [markdown]
+# ## Or is it the margin of TopK?
+#
+# A latent stops where it is no longer among the $k$ largest. It may be just below. With the dictionary left as it is, the selection can be
+# changed: other $k$; one threshold for all vectors that keeps as many latents in the mean, as BatchTopK does {cite}`bussmann2024`; or *hysteresis*, where a
+# latent goes on when it is among the $k$ largest, and stays on over the layers around as long as it is among the $4k$ largest.
+
+# %% tags=["hide-input"]
+margins = pairs[~pairs.of.isin([*nulls, "measured"])]
+draw.beside(
+    margins.rename(columns={"single_low": "low", "single_high": "high"}).assign(what="dictionary"),
+    ("of", "Which latents count as active"),
+    ("single", "Share of the pairs active at one layer"),
+    "what",
+    title="The one-layer share hardly depends on k, and falls to a third of it without the margin",
+    subtitle="The dictionary is the same throughout; lines: 95 % intervals over sequences.",
+    choices={"case": "Run"},
+)
+
+# %% [markdown]
+# **What to see.** MARGINS
+#
+# Where do the one-layer latents stand, and where next door? The share of the active pairs by their rank, among the largest of a vector, where they are active and at
+# the better of the neighbouring layers:
+
+# %% tags=["hide-input"]
+ranks = table("ranks")
+edges = [0, 4, 8, 16, 32, 64, 65]
+names = ["1 to 4", "5 to 8", "9 to 16", "17 to 32", "33 to 64", "beyond"]
+ranks["ranks"] = pd.cut(ranks["rank"], edges, labels=names)
+shares = ranks[ranks.case == "default"].groupby(["of", "where", "ranks"], observed=True).share.sum()
+shares.reset_index().pivot_table(
+    index=["of", "where"], columns="ranks", values="share", observed=True
+).round(3)
+
+# %% [markdown]
+# **What would contradict it.** A share that stays where it is under hysteresis, as it does in the toy whose features are handed over to others
+# (below).
+#
+# ## Do blocks keep what is active, or erase it?
+#
+# The survival of a latent over $m$ blocks is
+#
+# $$
+# S_{\ell, m} = P\bigl(j \in \operatorname{TopK}(\mathbf{x}_{\ell+m}) \mid j \in \operatorname{TopK}(\mathbf{x}_\ell)\bigr) .
+# $$ (eq-survival)
+#
+# It is less than 1 even where blocks do nothing to what is active, since they add other things. What it would be then is the survival with another token's update:
+# equal to it, and the stream merely passes latents through; above it, and blocks write them again; below, and they erase them.
+
+# %% tags=["hide-input"]
+survival = table("survival")
+draw.beside(
+    survival.assign(gap=survival.gap.map("{} block(s)".format)),
+    ("layer", "Layer at which the latent is active"),
+    ("rate", "Share that is active so many blocks later"),
+    "of",
+    title="Latents survive a block about as often as they would another token's update",
+    subtitle="Lines: 95 % intervals over sequences. Choose the run and the number of blocks.",
+    choices={"case": "Run", "gap": "Over"},
+)
+
+# %% [markdown]
+# The difference to the null model, with intervals that resample both on the same sequences:
+
+# %% tags=["hide-input"]
+excess = survival[(survival.of == "another token's updates") & (survival.gap == 1)]
+columns = ["rate", "excess", "excess_low", "excess_high"]
+excess.set_index(["case", "layer"])[columns].round(3)
+
+# %% [markdown]
+# **What to see.** SURVIVAL
+#
+# The average hides latents that differ. Of those active at 100 tokens or more, *more* and *less* are the shares that survive the block more or less often
+# than with another token's update, beyond two standard errors (chance alone would give 0.02 each):
+
+# %% tags=["hide-input"]
+latents = table("latents")
+latents = latents[(latents.of == "another token's updates") & (latents.case == "default")]
+latents.set_index("layer")[["latents", "more", "less", "q05", "q50", "q95"]].round(3)
+
+# %% [markdown]
+# **What would contradict it.** An excess of the same sign at every layer, and large: then blocks would treat what is active in a way of their own.
+#
+# ## Carried or recomputed?
+#
+# Survival counts; it does not say why. So take latent $j$ out of the vector after block $\ell$, $\mathbf{x}_\ell - h \sigma \mathbf{w}_j$, at one token, and read its activation $a$
+# after block $\ell + m$, before TopK. Once with the whole model run again, and once with all updates in between kept as they were, so that
+# nothing but the loss itself arrives. As shares of $a$ these are
+#
+# $$
+# \rho = \frac{\sum (a - a_\text{run again})}{\sum a}, \qquad \delta = \frac{\sum (a - a_\text{updates kept})}{\sum a} .
+# $$ (eq-carried)
+#
+# Both near 1: carried. $\rho$ near 0 while $\delta$ is near 1: blocks compute it again. $\rho$ above $\delta$: they add to what is there. The null models take out as long a piece
+# of another latent that is active in the same vector, or of a random direction.
+
+# %% tags=["hide-input"]
+ablated = experiments.tables(experiments.measure(experiment, "effects"), "effects.csv")
+there = ablated[(ablated.after == "active there") & (ablated.home == "all") & (ablated.layer == -1)]
+long = pd.concat(
+    there[["case", "gap", "taken"]].assign(
+        kind=f"{label}: " + there.taken,
+        value=there[name],
+        low=there[f"{name}_low"],
+        high=there[f"{name}_high"],
+    )
+    for name, label in (("total", "ρ"), ("direct", "δ"))
+)
+draw.beside(
+    long,
+    ("gap", "Blocks between taking out and reading"),
+    ("value", "Drop of the activation (share of it)"),
+    "kind",
+    title="Three quarters of a later activation is what was carried there; blocks compute none of it again",
+    subtitle="Latents still active at the later layer, all layers together; 95 % intervals over sequences.",
+    choices={"case": "Run"},
+)
+
+# %% [markdown]
+# **What to see.** EFFECTS
+
+# %% tags=["hide-input"]
+homes = ablated[
+    (ablated.taken == "the latent") & (ablated.after == "active there") & (ablated.layer == -1)
+]
+columns = ["samples", "total", "direct", "blocks", "blocks_low", "blocks_high"]
+homes[homes.gap == 1].set_index(["case", "home"])[columns].round(3)
+
+# %% [markdown]
+# *home* says whether the latent's mean layer lies before the one at which it was taken out, at it, or after it; *blocks* is $\rho - \delta$.
+#
+# **What would contradict it.** A $\rho$ well below $\delta$, as in the toy whose blocks compute features again.
+#
+# ## Would we have seen it?
+#
+# Toys: streams in which features are axes, the dictionary is the right one, and blocks do a known thing (`mlsae_book.toys`). All of them go through the
+# same code as the model.
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+rows = []
+for kind in toys.KINDS:
+    found = toys.measured(kind, 32)
+    survived, taken = found["survival"], found["effects"]
+    survived = survived[(survived.of == "another token's updates") & (survived.gap == 1)]
+    taken = taken[(taken.taken == "the latent") & (taken.layer == -1) & (taken.home == "all")]
+    taken = taken[(taken.after == "active there") & (taken.gap == 1)].iloc[0]
+    single = found["pairs"].set_index("of").single
+    rows.append(
+        {
+            "blocks": kind,
+            "survival": survived.rate.mean(),
+            "excess": survived.excess.mean(),
+            "ρ": taken.total,
+            "δ": taken.direct,
+            "one layer": single["measured"],
+            "with hysteresis": single["on at k, off at 4 k"],
+        }
+    )
+pd.DataFrame(rows).set_index("blocks").round(2)
+
+# %% [markdown]
+# **What to see.** Each kind of block has its signature. Where features are *carried*, survival is that of the null model and $\rho = \delta$. *Amplified*: an excess, and $\rho > \delta$.
+# *Erased*: far fewer survive. *Recomputed*: $\rho = 0$. *Rewritten*, handed over to other features: few survive, and a good part of the one-layer share stays with hysteresis.
+#
+# ## What do Eq. 11 and 12 measure?
+#
+# The two ratios of the same codes and null models (corrected for the bias of few tokens, $P(J)$ uniform over latents):
+
+# %% tags=["hide-input"]
+ratios = table("ratios")
+both = ratios[ratios.corrected & (ratios.weighting == "latents")]
+draw.beside(
+    both,
+    ("ratio", "Ratio of variances"),
+    ("value", "Value"),
+    "of",
+    title="What is left of Eq. 11 when every layer reads another token is as large as what is measured, or larger",
+    subtitle="Lines: 95 % intervals over sequences. Choose the run.",
+    choices={"case": "Run"},
+)
+
+# %% [markdown]
+# **What to see.** RATIOS
+#
+# And dictionaries that were trained anew on something else, of the same size and on as many tokens: a Gaussian over all layers at once that has the
+# mean and covariance of the real activations; random weights, as they are and with updates scaled until layers turn as in the trained model;
+# and the real activations with another treatment of each layer's offset and norm.
+
+# %% tags=["hide-input"]
+equal = load_experiment("experiments/equal.yml")
+runs = {labels["case"]: run for labels, run in equal.runs}
+session = pipeline.Session()
+made = [
+    (
+        {"trained on": condition},
+        stages.surrogate(session, runs["shared"], equal.evaluate, condition),
+    )
+    for condition in surrogates.CONDITIONS
+]
+surrogate = experiments.tables(made, "surrogate.csv")
+names = [
+    "Eq. 11, latents",
+    "Eq. 11, tokens",
+    "Eq. 12, latents",
+    "single",
+    "survival",
+    "survival, shuffled",
+    "adjacent cosine",
+    "fvu",
+    "mmcs",
+]
+wide = surrogate.pivot_table(index="trained on", columns="measure", values="value")
+wide.loc[list(surrogates.CONDITIONS), names].round(3)
+
+# %% [markdown]
+# **What to see.** SURROGATES
+#
+# ## Several layers at once
+#
+# If one dictionary serves all layers, its reconstructions should be able to stand in at several of them: each is then made of what the ones before have let
+# through. Neither the paper nor any library we know of measures that. Beside the MLSAE stand dictionaries for each layer, of as many latents at
+# each layer, and of a sixth of them, so as many in all; and the layers' means.
+
+# %% tags=["hide-input"]
+sets = {
+    "one for all layers": [runs["shared"]],
+    "one for each, 2048 latents": [runs[f"layer {layer}"] for layer in range(6)],
+    "one for each, 384 latents": [runs[f"layer {layer}, a sixth"] for layer in range(6)],
+}
+parts = [
+    ({"dictionary": name}, stages.together(session, chosen, equal.evaluate))
+    for name, chosen in sets.items()
+]
+together = experiments.tables(parts, "together.csv")
+together.loc[together.of == "mean", "dictionary"] = "means of the layers"
+last = together[(together["first"] == 0)]
+shown = pd.concat(
+    last[["dictionary", "layers", "of"]].assign(
+        what=label, value=last[name], low=last[f"{name}_low"], high=last[f"{name}_high"]
+    )
+    for name, label in (
+        ("delta_ce", "together"),
+        ("single", "sum of each alone"),
+        ("excess", "difference"),
+    )
+)
+draw.beside(
+    shown[shown.of == "reconstruction"],
+    ("layers", "Layers that are reconstructed at once, from the first on"),
+    ("value", "Delta CE (nats per predicted token)"),
+    "dictionary",
+    title="Reconstructed together, layers cost less than the sum of each alone",
+    subtitle="95 % intervals over sequences. Choose what is shown.",
+    choices={"what": "Shown"},
+)
+
+# %% tags=["hide-input"]
+together.pivot_table(
+    index="dictionary", columns="layers", values=["delta_ce", "excess"], sort=False
+).round(3)
+
+# %% [markdown]
+# Delta CE in the mean over all runs of so many layers. **What to see.** TOGETHER
+#
+# ## How long do features live without an MLSAE?
+#
+# Dictionaries of single layers share nothing. A latent of one layer and one of the next are matched where each is the one whose activations, on the same
+# tokens, correlate best with the other's (as {cite:t}`li2016` match networks); a chain of matches is a lifetime.
+
+# %% tags=["hide-input"]
+own = [runs[f"layer {layer}"] for layer in range(6)]
+again = {2: runs["layer 2, seed 1"]}
+lives = stages.lifetimes(session, runs["shared"], own, again, equal.evaluate)
+matches = experiments.tables([({}, lives)], "matches.csv")
+matches[matches.least == 0.5].set_index(["of", "layer"])[
+    ["latents", "share", "correlation", "same"]
+].round(3)
+
+# %% tags=["hide-input"]
+chains = experiments.tables([({}, lives)], "chains.csv")
+chains.pivot_table(
+    index=["of", "least", "mean"], columns="layers", values="share", dropna=False
+).dropna(how="all").round(3)
+
+# %% [markdown]
+# **What to see.** LIVES
+#
+# ## Verdicts
+#
+# VERDICTS
+#
+# ## How this page was made
+#
+# `experiments/carried.yml` and `experiments/equal.yml` declare the runs. Survival, margins and ratios come from one pass, the ablations from a second in which each change has a copy of
+# its sequence to itself. The dictionaries of equal budget are trained on 300,000 tokens each, one seed.
+
+# %% tags=["hide-input"]
+made_of = [*measured, *experiments.measure(experiment, "effects")]
+experiments.notes(made_of).set_index(["case", "stage"])
+
+# %% [markdown]
+# ```{bibliography}
+# :filter: docname in docnames
+# ```
