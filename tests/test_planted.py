@@ -233,9 +233,7 @@ def test_wrong_settings_are_refused(change, message):
         dataclasses.replace(SMALL, **change)
 
 
-def test_handovers_are_found_where_features_change_their_number(data, monkeypatch):
-    """With a latent for each direction, features that turn by 90° hand over to the next layer."""
-
+def test_handovers_are_the_diagnostic_of_a_world(data, monkeypatch):
     def learn(spec):
         world = World(spec)
         sae = planted.train.build_sae(spec.run, world)
