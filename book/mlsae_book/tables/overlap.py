@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -64,7 +65,8 @@ def apart(source: TextSource, sae: MLSAE, flags: np.ndarray, size: int = 8) -> p
 
     Returns:
         One row per ``text`` (``repeated``, ``new``): ``share`` of the vectors, ``loss`` (nats per
-        predicted token, which is one of this kind), ``fvu`` (per dimension, mean over layers).
+        predicted token, which is one of this kind), ``fvu`` (per dimension, mean over layers); nan
+        where there is no such text.
     """
     n, d, lm = source.n_layers, source.d_model, source.lm
     flags, first = torch.as_tensor(flags), 0
@@ -84,12 +86,13 @@ def apart(source: TextSource, sae: MLSAE, flags: np.ndarray, size: int = 8) -> p
             predicted = kind[:, 1:] == wanted
             losses[row] += ce[predicted].sum()
             counts[row] += predicted.sum()
-    tokens = Tensor([e.compute().tokens for e in errors])
+    tokens = Tensor([e.moments.tokens for e in errors])
+    known = [e.compute().fvu_per_dimension.mean() if e.moments.tokens else math.nan for e in errors]
     return pd.DataFrame(
         {
             "text": ("repeated", "new"),
             "share": (tokens / tokens.sum()).tolist(),
             "loss": (losses / counts).tolist(),
-            "fvu": [float(e.compute().fvu_per_dimension.mean()) for e in errors],
+            "fvu": [float(fvu) for fvu in known],
         }
     )
