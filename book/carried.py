@@ -379,7 +379,7 @@ chains.pivot_table(
 # ## How this page was made
 #
 # `experiments/carried.yml` and `experiments/equal.yml` declare the runs. Survival, margins and ratios come from one pass, the ablations from a second in which each change has a copy of
-# its sequence to itself. The dictionaries of equal budget are trained on 300,000 tokens each, one seed.
+# its sequence to itself. The dictionaries of equal budget are trained on 200,000 tokens each, one seed.
 
 # %% tags=["hide-input"]
 made_of = [*measured, *experiments.measure(experiment, "effects")]

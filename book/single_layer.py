@@ -181,7 +181,7 @@ found.drop(columns=["seconds", "vectors_per_second"]).round(1)
 #
 # An MLSAE that reads six layers has, per layer, a sixth of the latents, and with them it loses a quarter. Is that because layers share what there is
 # to learn? This page once said so. The control is a dictionary for each layer of a *sixth* of the latents: if that loses no more, nothing was shared. All
-# of these are trained on 300,000 tokens, with 384 latents for a sixth, which is a little more than one.
+# of these are trained on 200,000 tokens, with 384 latents for a sixth, which is a little more than one.
 
 # %% tags=["hide-input"]
 equal = experiments.materialise(load_experiment("experiments/equal.yml"))
