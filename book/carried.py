@@ -23,10 +23,10 @@
 # a sceptic would ask. Every number stands beside null models that *contain* a residual stream, and beside toys in which the answer is known.
 
 # %% tags=["remove-cell", "nbval-ignore-output"]
-import pandas as pd
-
 from mlsae_book import charts, experiments, stages, surrogates, toys
 from mlsae_book.charts import carried as draw
+from mlsae_book.tables import carried
+from mlsae_book.tables import together as at_once
 from mlsae_core import pipeline
 from mlsae_core.spec import load_experiment
 
@@ -111,13 +111,7 @@ draw.beside(
 
 # %% tags=["hide-input"]
 ranks = table("ranks")
-edges = [0, 4, 8, 16, 32, 64, 65]
-names = ["1 to 4", "5 to 8", "9 to 16", "17 to 32", "33 to 64", "beyond"]
-ranks["ranks"] = pd.cut(ranks["rank"], edges, labels=names)
-shares = ranks[ranks.case == "default"].groupby(["of", "where", "ranks"], observed=True).share.sum()
-shares.reset_index().pivot_table(
-    index=["of", "where"], columns="ranks", values="share", observed=True
-).round(3)
+carried.rank_classes(ranks[ranks.case == "default"]).round(3)
 
 # %% [markdown]
 # **What would contradict it.** A share that stays where it is under hysteresis, as it does in the toy whose features are handed over to others
@@ -151,7 +145,8 @@ draw.beside(
 
 # %% tags=["hide-input"]
 excess = survival[(survival.of == "another token's updates") & (survival.gap == 1)]
-columns = ["rate", "excess", "excess_low", "excess_high"]
+excess = excess.assign(measured=excess.rate + excess.excess).rename(columns={"rate": "null"})
+columns = ["measured", "null", "excess", "excess_low", "excess_high"]
 excess.set_index(["case", "layer"])[columns].round(3)
 
 # %% [markdown]
@@ -183,18 +178,8 @@ latents.set_index("layer")[["latents", "more", "less", "q05", "q50", "q95"]].rou
 
 # %% tags=["hide-input"]
 ablated = experiments.tables(experiments.measure(experiment, "effects"), "effects.csv")
-there = ablated[(ablated.after == "active there") & (ablated.home == "all") & (ablated.layer == -1)]
-long = pd.concat(
-    there[["case", "gap", "taken"]].assign(
-        kind=f"{label}: " + there.taken,
-        value=there[name],
-        low=there[f"{name}_low"],
-        high=there[f"{name}_high"],
-    )
-    for name, label in (("total", "ρ"), ("direct", "δ"))
-)
 draw.beside(
-    long,
+    carried.drops(ablated),
     ("gap", "Blocks between taking out and reading"),
     ("value", "Drop of the activation (share of it)"),
     "kind",
@@ -224,26 +209,7 @@ homes[homes.gap == 1].set_index(["case", "home"])[columns].round(3)
 # same code as the model.
 
 # %% tags=["hide-input", "nbval-ignore-output"]
-rows = []
-for kind in toys.KINDS:
-    found = toys.measured(kind, 32)
-    survived, taken = found["survival"], found["effects"]
-    survived = survived[(survived.of == "another token's updates") & (survived.gap == 1)]
-    taken = taken[(taken.taken == "the latent") & (taken.layer == -1) & (taken.home == "all")]
-    taken = taken[(taken.after == "active there") & (taken.gap == 1)].iloc[0]
-    single = found["pairs"].set_index("of").single
-    rows.append(
-        {
-            "blocks": kind,
-            "survival": survived.rate.mean(),
-            "excess": survived.excess.mean(),
-            "ρ": taken.total,
-            "δ": taken.direct,
-            "one layer": single["measured"],
-            "with hysteresis": single["on at k, off at 4 k"],
-        }
-    )
-pd.DataFrame(rows).set_index("blocks").round(2)
+toys.signatures().set_index("blocks").round(2)
 
 # %% [markdown]
 # **What to see.** Each kind of block has its signature. Where features are *carried*, survival is that of the null model and $\rho = \delta$. *Amplified*: an excess, and $\rho > \delta$.
@@ -319,24 +285,12 @@ parts = [
     for name, chosen in sets.items()
 ]
 together = experiments.tables(parts, "together.csv")
-together.loc[together.of == "mean", "dictionary"] = "means of the layers"
-last = together[(together["first"] == 0)]
-shown = pd.concat(
-    last[["dictionary", "layers", "of"]].assign(
-        what=label, value=last[name], low=last[f"{name}_low"], high=last[f"{name}_high"]
-    )
-    for name, label in (
-        ("delta_ce", "together"),
-        ("single", "sum of each alone"),
-        ("excess", "difference"),
-    )
-)
 draw.beside(
-    shown[shown.of == "reconstruction"],
+    at_once.from_the_first(together),
     ("layers", "Layers that are reconstructed at once, from the first on"),
     ("value", "Delta CE (nats per predicted token)"),
     "dictionary",
-    title="Reconstructed together, layers cost less than the sum of each alone",
+    title="TOGETHERTITLE",
     subtitle="95 % intervals over sequences. Choose what is shown.",
     choices={"what": "Shown"},
 )

@@ -242,7 +242,9 @@ latent_charts.handover(
 
 # %% tags=["hide-input"]
 control = planted.handovers(planted.PlantedSpec(), [0, 30], "read-only").set_index("drift")
-control[["latents", "same_layer", "neighbouring", "same", "null_same", "next", "null_next"]].round(3)
+control[["latents", "same_layer", "neighbouring", "same", "null_same", "next", "null_next"]].round(
+    3
+)
 
 # %% [markdown]
 # **What to see.** HANDOVER In

@@ -72,6 +72,31 @@ def test_one_layer_lives_collapse_without_a_margin_only_where_the_margin_made_th
     assert share["rewritten"][last] > 0.35 * share["rewritten"][carried.MEASURED]
 
 
+def test_tables_for_the_chapter_keep_their_numbers(found):
+    tables = found["amplified"]
+    classes = carried.rank_classes(tables["ranks"].assign(case="x"))
+    assert classes.sum(axis=1).tolist() == pytest.approx([1.0] * 4)
+    first = at(tables["ranks"], of="one layer", where="there")
+    first = first[first["rank"] <= 4].share.sum()
+    assert classes.loc[("one layer", "there"), "1 to 4"] == pytest.approx(first)
+    drops = carried.drops(tables["effects"].assign(case="x"))
+    taken = at(tables["effects"], taken="the latent", layer=-1, home="all", gap=2)
+    taken = at(taken, after="active there").iloc[0]
+    row = at(drops, kind="δ: the latent", gap=2).iloc[0]
+    assert (row.value, row.low, row.high) == (taken.direct, taken.direct_low, taken.direct_high)
+
+
+def test_signatures_of_the_toys_differ(monkeypatch, found):
+    monkeypatch.setattr(toys, "measured", lambda kind, _: found[kind])
+    table = toys.signatures().set_index("blocks")
+    assert list(table.index) == list(toys.KINDS)
+    assert table.excess["amplified"] > 0.05 > abs(table.excess["carried"]) + 0.03
+    assert table.excess["erased"] < -0.3
+    assert table.total["recomputed"] == pytest.approx(0, abs=0.01)
+    measured = at(found["erased"]["survival"], of=carried.MEASURED, gap=1).rate.mean()
+    assert table.survival["erased"] == pytest.approx(measured)
+
+
 @pytest.mark.parametrize("architecture", CONFIGS)
 @torch.no_grad()
 def test_samples_of_a_text_are_what_a_hooked_pass_gives(architecture):

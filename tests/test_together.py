@@ -69,6 +69,20 @@ def test_several_layers_are_replaced_by_what_reaches_them():
     assert abs(table.loc[0, N_LAYERS - 1].excess) > 1e-3
 
 
+@torch.no_grad()
+def test_what_is_shown_begins_with_the_first_layer_and_means_stand_apart():
+    source = reading(tiny_lm(), BATCHES, SiteSpec())
+    table = together.together(source, saes(), replicates=20, progress=False)
+    shown = together.from_the_first(table.assign(dictionary="x"))
+    assert set(shown.dictionary) == {"x", "means of the layers"}
+    assert len(shown) == 2 * N_LAYERS * len(together.SHOWN)
+    row = shown[(shown.dictionary == "x") & (shown.layers == 2) & (shown.what == "difference")]
+    [expected] = table[
+        (table.of == "reconstruction") & (table["last"] == 1) & (table.layers == 2)
+    ].excess
+    assert row.value.item() == expected
+
+
 def test_one_layer_at_a_time_is_the_evaluation():
     lm, sae = tiny_lm(), tiny_sae()
     source = reading(lm, BATCHES, SiteSpec())

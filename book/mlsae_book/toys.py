@@ -112,3 +112,26 @@ def measured(kind: Kind, n_sequences: int = 64) -> dict[str, pd.DataFrame]:
     tables = carried.persistence(toy, sae, size, replicates=200, progress=False)
     mean = carried.mean_layers(toy, sae, size, progress=False)
     return tables | {"effects": carried.effects(toy.samples(size), sae, mean, replicates=200)}
+
+
+def signatures(n_sequences: int = 32) -> pd.DataFrame:
+    """What each kind of block leaves behind, means over layers; one row per ``blocks``.
+
+    Returns:
+        ``survival`` of a block, its ``excess`` over another token's update, ``total`` and
+        ``direct`` drop of a latent that is still active one block after it was taken out, and the
+        share of pairs at ``one layer``, and that ``with hysteresis``.
+    """
+    rows = []
+    for kind in KINDS:
+        found = measured(kind, n_sequences)
+        survived, taken = found["survival"], found["effects"]
+        survived = survived[(survived.of == next(iter(carried.UPDATES))) & (survived.gap == 1)]
+        taken = taken[(taken.taken == carried.TAKEN[0]) & (taken.after == carried.AFTER[0])]
+        taken = taken[(taken.layer == -1) & (taken.home == "all") & (taken.gap == 1)].iloc[0]
+        single = found["pairs"].set_index("of").single
+        row = {"blocks": kind, "survival": (survived.rate + survived.excess).mean()}
+        row |= {"excess": survived.excess.mean(), "total": taken.total, "direct": taken.direct}
+        row |= {"one layer": single[carried.MEASURED]}
+        rows.append(row | {"with hysteresis": single[carried.MARGINS[-1]]})
+    return pd.DataFrame(rows)

@@ -471,3 +471,30 @@ def mean_layers(
     for batch in one_pass(source.batches(size), source, size, "mean layers", progress):
         found.update(*_codes(sae, batch.source))
     return found.compute().mean_layer
+
+
+# --- finished tables for the chapter --------------------------------------------------------------
+
+RANKS = {"1 to 4": 4, "5 to 8": 8, "9 to 16": 16, "17 to 32": 32, "33 to 64": 64, "beyond": 65}
+
+
+def rank_classes(ranks: pd.DataFrame) -> pd.DataFrame:
+    """``ranks`` of `persistence` of one run by class of rank: a row per (``of``, ``where``)."""
+    ends = list(RANKS.values())
+    classes = pd.cut(ranks["rank"], [0, *ends], labels=list(RANKS))
+    table = ranks.assign(ranks=classes)
+    return table.pivot_table(
+        index=["of", "where"], columns="ranks", values="share", aggfunc="sum", observed=True
+    )
+
+
+def drops(table: pd.DataFrame) -> pd.DataFrame:
+    """Of `effects` of several runs, ρ and δ of latents that are active at the later layer too, over
+    all layers and homes: one row per run, ``gap`` and ``kind``, with ``value``, ``low``, ``high``.
+    """
+    kept = table[(table.after == AFTER[0]) & (table.home == "all") & (table.layer == -1)]
+    parts = []
+    for name, label in (("total", "ρ"), ("direct", "δ")):
+        ends = {"value": kept[name], "low": kept[f"{name}_low"], "high": kept[f"{name}_high"]}
+        parts.append(kept[["case", "gap"]].assign(kind=f"{label}: " + kept.taken, **ends))
+    return pd.concat(parts, ignore_index=True)

@@ -144,3 +144,21 @@ def _table(of, sets, ce: Tensor, kl: Tensor, tokens: Tensor, replicates: int) ->
             row |= interval(values[0], values[1:], name)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+#: What is shown of several layers at once: column → how a reader is told of it.
+SHOWN = {"delta_ce": "together", "single": "sum of each alone", "excess": "difference"}
+
+
+def from_the_first(table: pd.DataFrame) -> pd.DataFrame:
+    """Of `together` of several ``dictionary``, the sets that begin with the first layer: one row
+    per set and ``what`` (`SHOWN`), with ``value``, ``low`` and ``high``. Means of layers stand as a
+    dictionary of their own."""
+    table = table[table["first"] == table["first"].min()]
+    mean = table.of == "mean"
+    table = table.assign(dictionary=table.dictionary.mask(mean, "means of the layers"))
+    parts = []
+    for name, what in SHOWN.items():
+        ends = {"value": table[name], "low": table[f"{name}_low"], "high": table[f"{name}_high"]}
+        parts.append(table[["dictionary", "layers"]].assign(what=what, **ends))
+    return pd.concat(parts, ignore_index=True)
