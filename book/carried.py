@@ -297,7 +297,7 @@ draw.beside(
 
 # %% tags=["hide-input"]
 together.pivot_table(
-    index="dictionary", columns="layers", values=["delta_ce", "excess"], sort=False
+    index=["of", "dictionary"], columns="layers", values=["delta_ce", "excess"], sort=False
 ).round(3)
 
 # %% [markdown]
@@ -319,9 +319,8 @@ matches[matches.least == 0.5].set_index(["of", "layer"])[
 
 # %% tags=["hide-input"]
 chains = experiments.tables([({}, lives)], "chains.csv")
-chains.pivot_table(
-    index=["of", "least", "mean"], columns="layers", values="share", dropna=False
-).dropna(how="all").round(3)
+chains = chains.assign(least=chains.least.fillna(""))
+chains.pivot_table(index=["of", "least", "mean"], columns="layers", values="share").round(3)
 
 # %% [markdown]
 # **What to see.** LIVES

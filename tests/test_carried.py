@@ -87,7 +87,7 @@ def test_tables_for_the_chapter_keep_their_numbers(found):
 
 
 def test_signatures_of_the_toys_differ(monkeypatch, found):
-    monkeypatch.setattr(toys, "measured", lambda kind, _: found[kind])
+    monkeypatch.setattr(toys, "measured", lambda kind, *_: found[kind])
     table = toys.signatures().set_index("blocks")
     assert list(table.index) == list(toys.KINDS)
     assert table.excess["amplified"] > 0.05 > abs(table.excess["carried"]) + 0.03

@@ -105,13 +105,14 @@ def _changed(kind: Kind, features: Tensor, copies: Tensor) -> Tensor:
             return features
 
 
-def measured(kind: Kind, n_sequences: int = 64) -> dict[str, pd.DataFrame]:
+def measured(kind: Kind, n_sequences: int = 64, replicates: int = 200) -> dict[str, pd.DataFrame]:
     """What `tables.carried` finds of a toy: the tables of `persistence`, and ``effects``."""
     toy = Toy(kind, n_sequences)
     sae, size = toy.dictionary, 16
-    tables = carried.persistence(toy, sae, size, replicates=200, progress=False)
+    tables = carried.persistence(toy, sae, size, replicates=replicates, progress=False)
     mean = carried.mean_layers(toy, sae, size, progress=False)
-    return tables | {"effects": carried.effects(toy.samples(size), sae, mean, replicates=200)}
+    effects = carried.effects(toy.samples(size), sae, mean, replicates=replicates)
+    return tables | {"effects": effects}
 
 
 def signatures(n_sequences: int = 32) -> pd.DataFrame:
@@ -124,7 +125,7 @@ def signatures(n_sequences: int = 32) -> pd.DataFrame:
     """
     rows = []
     for kind in KINDS:
-        found = measured(kind, n_sequences)
+        found = measured(kind, n_sequences, 2)  # no interval is shown
         survived, taken = found["survival"], found["effects"]
         survived = survived[(survived.of == next(iter(carried.UPDATES))) & (survived.gap == 1)]
         taken = taken[(taken.taken == carried.TAKEN[0]) & (taken.after == carried.AFTER[0])]
