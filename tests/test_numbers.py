@@ -16,9 +16,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted(ROOT.glob("book/*.ipynb"))
 NUMBER = re.compile(r"(?<![\w.{/])[−-]?\d[\d,]*\.\d+(?![\w.}])|(?<![\w.])\d+(?:\.\d+)?(?= ?%)")
-#: Formulas, code, and links with what they lead to.
+#: Formulas, code, links with what they lead to, sections of papers.
 NO_PROSE = re.compile(
-    r"\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\{[a-z:]+\}`[^`]*`|https?:\S+|\w+ (?:and \d+ )?%\|", re.S
+    r"\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\{[a-z:]+\}`[^`]*`|https?:\S+|Section [\d.]+", re.S
 )
 #: A chart with more numbers than this says nothing: any short number is among them.
 MOST = 1500

@@ -317,8 +317,11 @@ def _surrogate(folder: Path, subject: Subject, session: Session, condition: str)
     from mlsae_book import surrogates
 
     run, source = subject.run, subject.source
-    blocks = session.blocks(run, "train")
-    table = surrogates.surrogate(condition, run, source, blocks, source.blocks)
+    if condition == surrogates.REAL:  # its own dictionary is there, or wanted anyway
+        table = surrogates.measured(source, session.sae(run))
+    else:
+        blocks = session.blocks(run, "train")
+        table = surrogates.surrogate(condition, run, source, blocks, source.blocks)
     table.to_csv(folder / "surrogate.csv", index=False, float_format="%.6g")
     return {"tokens": run.train.tokens}
 
