@@ -159,6 +159,9 @@ excess.set_index(["case", "layer"])[columns].round(3)
 # **What to see.** About half of the active latents survive a block, and with another token's update as many, within 0.03. The first block keeps a little more of them than
 # that, the later ones a little less; the intervals exclude zero, the size is small. So on average blocks pass on what is active, and neither write it again nor erase it.
 #
+# That the test can fail is seen with *random weights*. There survival is below the null model after every block, by 0.08 at first. The vectors of such a model are functions of their
+# token alone, and its dictionary holds tokens at layers; what a block adds there leads from one latent to another.
+#
 # The average hides latents that differ. Of those active at 100 tokens or more, *more* and *less* are the shares that survive the block more or less often
 # than with another token's update, beyond two standard errors (chance alone would give 0.02 each):
 
@@ -187,7 +190,8 @@ latents.set_index("layer")[["latents", "more", "less", "q05", "q50", "q95"]].rou
 # of another latent that is active in the same vector, or of a random direction.
 
 # %% tags=["hide-input"]
-ablated = experiments.tables(experiments.measure(experiment, "effects"), "effects.csv")
+taken_out = experiments.measure(load_experiment("experiments/ablated.yml"), "effects")
+ablated = experiments.tables(taken_out, "effects.csv")
 draw.beside(
     carried.drops(ablated),
     ("gap", "Blocks between taking out and reading"),
@@ -251,6 +255,8 @@ draw.beside(
 # **What to see.** Deal each layer the codes of another token, and Eq. 11 is 0.63 where 0.55 is measured: it asks at which layers a latent is used over all the text, and hardly for what
 # happens at a token. Eq. 12 does ask: without the token it falls from 0.28 to 0.01. But a stream that takes other tokens' updates has 0.24. So most of Eq. 12, too, is what adding does.
 # Random directions spread latents more, since they do not point where the blocks write in the mean.
+#
+# With *random weights* Eq. 11 is 0.55 as well, and for another reason: there the same null model has 0.84. Two models can have one ratio and nothing else in common.
 #
 # **What would contradict it.** A measured value far from that of the streams of other tokens' updates.
 #
@@ -357,7 +363,7 @@ chains.pivot_table(index=["of", "least", "mean"], columns="layers", values="shar
 #
 # So what do the two ratios measure? Eq. 11: at which layers the rows of a dictionary are used over all the text. It hardly depends on what happens at a token, and it moves with the
 # size of updates, the offsets of layers and the choice of $P(J)$. Eq. 12: for how many layers a sum keeps a latent among the $k$ largest. Neither tells carried from rewritten. In this model what is active at
-# several layers of a token has mostly been *carried* there.
+# several layers of a token has mostly been *carried* there. The same ratio in a model with random weights has another cause.
 #
 # **What would change this.** A model, perhaps a larger one, whose blocks restore or erase what is active: survival would leave the null models, and $\rho$ would leave $\delta$. Features that move
 # between tokens, which we do not follow: everything here is read at the token itself. And features that turn from layer to layer, which hand over to other latents; to survival that looks
@@ -365,12 +371,11 @@ chains.pivot_table(index=["of", "least", "mean"], columns="layers", values="shar
 #
 # ## How this page was made
 #
-# `experiments/carried.yml` and `experiments/equal.yml` declare the runs. Survival, margins and ratios come from one pass, the ablations from a second in which each change has a copy of
+# `experiments/carried.yml`, `ablated.yml` and `equal.yml` declare the runs. Survival, margins and ratios come from one pass, the ablations from a second in which each change has a copy of
 # its sequence to itself. The dictionaries of equal budget are trained on 200,000 tokens each, one seed.
 
 # %% tags=["hide-input"]
-made_of = [*measured, *experiments.measure(experiment, "effects")]
-experiments.notes(made_of).set_index(["case", "stage"])
+experiments.notes([*measured, *taken_out]).set_index(["case", "stage"])
 
 # %% [markdown]
 # ```{bibliography}
