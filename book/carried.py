@@ -23,7 +23,7 @@
 # a sceptic would ask. Every number stands beside null models that *contain* a residual stream, and beside toys in which the answer is known.
 
 # %% tags=["remove-cell", "nbval-ignore-output"]
-from mlsae_book import charts, experiments, stages, surrogates, toys
+from mlsae_book import charts, experiments, stages, toys
 from mlsae_book.charts import carried as draw
 from mlsae_book.tables import carried
 from mlsae_book.tables import together as at_once
@@ -260,39 +260,6 @@ draw.beside(
 #
 # **What would contradict it.** A measured value far from that of the streams of other tokens' updates.
 #
-# And dictionaries that were trained anew on something else, of the same size and on as many tokens: a Gaussian over all layers at once that has the
-# mean and covariance of the real activations; random weights, as they are and with updates scaled until layers turn as in the trained model;
-# and the real activations with another treatment of each layer's offset and norm.
-
-# %% tags=["hide-input"]
-equal = load_experiment("experiments/equal.yml")
-runs = {labels["case"]: run for labels, run in equal.runs}
-session = pipeline.Session()
-made = [
-    (
-        {"trained on": condition},
-        stages.surrogate(session, runs["shared"], equal.evaluate, condition),
-    )
-    for condition in surrogates.CONDITIONS
-]
-surrogate = experiments.tables(made, "surrogate.csv")
-names = [
-    "Eq. 11, latents",
-    "Eq. 11, tokens",
-    "Eq. 12, latents",
-    "single",
-    "survival",
-    "survival, shuffled",
-    "adjacent cosine",
-    "fvu",
-    "mmcs",
-]
-wide = surrogate.pivot_table(index="trained on", columns="measure", values="value")
-wide.loc[list(surrogates.CONDITIONS), names].round(3)
-
-# %% [markdown]
-# **What to see.** SURROGATES
-#
 # ## Several layers at once
 #
 # If one dictionary serves all layers, its reconstructions should be able to stand in at several of them: each is then made of what the ones before have let
@@ -300,6 +267,9 @@ wide.loc[list(surrogates.CONDITIONS), names].round(3)
 # each layer, and of a sixth of them, so as many in all; and the layers' means.
 
 # %% tags=["hide-input"]
+equal = load_experiment("experiments/equal.yml")
+runs = {labels["case"]: run for labels, run in equal.runs}
+session = pipeline.Session()
 sets = {
     "one for all layers": [runs["shared"]],
     "one for each, 2048 latents": [runs[f"layer {layer}"] for layer in range(6)],

@@ -27,7 +27,7 @@
 # %% tags=["remove-cell"]
 from IPython.display import HTML
 
-from mlsae_book import charts, experiments, planted, widgets
+from mlsae_book import charts, experiments, widgets
 from mlsae_book.charts import latents as latent_charts
 from mlsae_book.tables import examples, importance, interventions, latents
 from mlsae_core import pipeline
@@ -237,17 +237,8 @@ latent_charts.handover(
 # **What to see.** Two similar latents meet at the same tokens some ten times as often as chance, and more often the more
 # similar they are. But they do so at the same layer as often as at the next or the one before, and most similar latents peak at
 # the *same* layer (0.54 to 0.68; by chance 0.24 to 0.30). We once took that for feature splitting, and against features that turn
-# from layer to layer and change their number on the way. We withdraw it, for want of a positive control. Here is one: the same diagnostic in a planted world ({doc}`planted`)
-# whose features stay as they are, and in one where they turn by 30° from each layer to the next:
-
-# %% tags=["hide-input"]
-control = planted.handovers(planted.PlantedSpec(), [0, 30], "read-only").set_index("drift")
-control[["latents", "same_layer", "neighbouring", "same", "null_same", "next", "null_next"]].round(
-    3
-)
-
-# %% [markdown]
-# **What to see.** HANDOVER In
+# from layer to layer and change their number on the way. We withdraw it, for want of a positive control: nothing shows that
+# this diagnostic would find features that turn. (`planted.handover` makes the same table of a world in which they do.) In
 # absolute terms the hand-overs are few, about 8 % for nine in ten of these latents: they cannot explain why a latent
 # stops. No two rows are really alike: the largest cosine similarity is 0.62, the last class is empty, and the one before has 19 latents.
 #

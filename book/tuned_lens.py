@@ -201,25 +201,7 @@ ratios.pivot(index="run", columns="ratio", values=["low", "value", "high"]).roun
 #
 # There is a third possibility. The scripts of the released code that measure these ratios load a dictionary that was trained through
 # the lens, and read activations *without* it (`analysis/variances.py`, `analysis/dists.py` and `figures/prompt_heatmaps.py` at
-# commit ba90c51). The same with our dictionaries, and one that was trained without a lens on what the lens makes:
-
-# %% tags=["hide-input"]
-trained = {labels["case"]: run for labels, run in results.runs}
-settings = load_experiment("experiments/lens.yml").evaluate
-crossed = list(results.artefacts["distributions"])
-crossed = [(labels | {"reads": "as trained"}, artefact) for labels, artefact in crossed]
-for case, reads in (("aligned", "identity"), ("as-released", "identity"), ("identity", "aligned")):
-    artefact = stages.distributions_of(session, trained[case], trained[reads], settings)
-    crossed.append(({"case": case, "reads": reads}, artefact))
-table = layers.variance_sweep(crossed)
-table.pivot(index=["case", "reads"], columns="ratio", values="value").round(3)
-
-# %% [markdown]
-# **What to see.** A dictionary trained through a lens that reads activations without it has a smaller first ratio and a larger second one than
-# the dictionary trained without: both signs of the paper at once, with either alignment, and no other row has them. That is a candidate for what
-# the paper reports, and no proof: its ratios are computed in another way ({doc}`variance`), by which ours hardly move. The last row says
-# where the rise comes from that *we* found: the dictionary without a lens shows it as well, once it reads what the lens makes. It belongs to the vectors
-# and not to what was learnt.
+# commit ba90c51). So the paper's numbers may be those of a dictionary on vectors that it has not learnt. `stages.distributions_of` measures that; it is not shown yet.
 #
 # Some intervals reach further to one side of the estimate than to the other; one could even exclude it. They are *basic*
 # intervals, which turn the replicates' distribution around the estimate and so correct for bias: a rare
