@@ -281,11 +281,11 @@ parts = [
 ]
 together = experiments.tables(parts, "together.csv")
 draw.beside(
-    at_once.from_the_first(together),
+    at_once.from_the_first(together[together.of == "reconstruction"]),
     ("layers", "Layers that are reconstructed at once, from the first on"),
     ("value", "Delta CE (nats per predicted token)"),
     "dictionary",
-    title="TOGETHERTITLE",
+    title="Reconstructed together, layers cost less than the sum of each alone",
     subtitle="95 % intervals over sequences. Choose what is shown.",
     choices={"what": "Shown"},
 )
@@ -296,7 +296,9 @@ together.pivot_table(
 ).round(3)
 
 # %% [markdown]
-# Delta CE in the mean over all runs of so many layers. **What to see.** TOGETHER
+# *delta_ce* and *excess*, the difference to the sum of each alone, in the mean over all runs of so many adjacent layers; *mean*: the layers' means stand in.
+#
+# TOGETHER
 #
 # ## How long do features live without an MLSAE?
 #
