@@ -124,6 +124,8 @@ def test_features_that_are_carried_live_long_and_those_of_other_tokens_do_not():
     assert share(tables["chains"], "next layer", layers=toys.LAYERS).share.item() > 0.9
     assert share(tables["chains"], "other tokens", layers=1).share.item() > 0.9
     assert (share(tables["matches"], "another seed").share == 1).all()
+    again = share(tables["matches"], "another seed")  # the same dictionary once more
+    assert again.correlation.tolist() == pytest.approx([1.0] * len(again))
     assert (share(tables["matches"], "MLSAE").same == 1).all()
 
 
