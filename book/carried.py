@@ -34,11 +34,14 @@ charts.use_book_theme()
 experiment = load_experiment("experiments/carried.yml")
 measured = experiments.measure(experiment, "persistence")
 
-
-def table(name):
-    """One table of all runs."""
-    return experiments.tables(measured, f"{name}.csv")
-
+# %% tags=["remove-cell"]
+own = [carried.MEASURED, *carried.UPDATES, *carried.APART]
+layers = experiments.tables(measured, "layers.csv")
+pairs = experiments.tables(measured, "pairs.csv")
+ranks = experiments.tables(measured, "ranks.csv")
+survival = experiments.tables(measured, "survival.csv")
+latents = experiments.tables(measured, "latents.csv")
+ratios = experiments.tables(measured, "ratios.csv")
 
 # %% [markdown]
 # ## At how many layers is a latent active at one token?
@@ -54,15 +57,8 @@ def table(name):
 # **another token**, or as much of it in a **random direction**, the part along the stream kept.
 
 # %% tags=["hide-input"]
-nulls = (
-    "another token's updates",
-    "random directions",
-    "another token at each layer",
-    "Gaussian vectors",
-)
-layers = table("layers")
 draw.beside(
-    layers[layers.of.isin(["measured", *nulls])],
+    layers[layers.of.isin(own)],
     ("layers", "Layers at which the latent is active at the token"),
     ("share", "Share of the pairs (token, latent)"),
     "of",
@@ -82,9 +78,8 @@ draw.beside(
 # whose layers follow each other:
 
 # %% tags=["hide-input"]
-pairs = table("pairs")
 columns = ["l0", "single", "single_low", "single_high", "mean", "contiguous"]
-pairs[pairs.of.isin(["measured", *nulls])].set_index(["case", "of"])[columns].round(3)
+pairs[pairs.of.isin(own)].set_index(["case", "of"])[columns].round(3)
 
 # %% [markdown]
 # ## Or is it the margin of TopK?
@@ -94,9 +89,9 @@ pairs[pairs.of.isin(["measured", *nulls])].set_index(["case", "of"])[columns].ro
 # latent goes on when it is among the $k$ largest, and stays on over the layers around as long as it is among the $4k$ largest.
 
 # %% tags=["hide-input"]
-margins = pairs[~pairs.of.isin([*nulls, "measured"])]
+margins = pairs[~pairs.of.isin(own)].assign(what="dictionary")
 draw.beside(
-    margins.rename(columns={"single_low": "low", "single_high": "high"}).assign(what="dictionary"),
+    margins.rename(columns={"single_low": "low", "single_high": "high"}),
     ("of", "Which latents count as active"),
     ("single", "Share of the pairs active at one layer"),
     "what",
@@ -113,7 +108,6 @@ draw.beside(
 # the better of the neighbouring layers:
 
 # %% tags=["hide-input"]
-ranks = table("ranks")
 carried.rank_classes(ranks[ranks.case == "default"]).round(3)
 
 # %% [markdown]
@@ -135,7 +129,6 @@ carried.rank_classes(ranks[ranks.case == "default"]).round(3)
 # equal to it, and the stream merely passes latents through; above it, and blocks write them again; below, and they erase them.
 
 # %% tags=["hide-input"]
-survival = table("survival")
 draw.beside(
     survival.assign(gap=survival.gap.map("{} block(s)".format)),
     ("layer", "Layer at which the latent is active"),
@@ -166,7 +159,6 @@ excess.set_index(["case", "layer"])[columns].round(3)
 # than with another token's update, beyond two standard errors (chance alone would give 0.02 each):
 
 # %% tags=["hide-input"]
-latents = table("latents")
 latents = latents[(latents.of == "another token's updates") & (latents.case == "default")]
 latents.set_index("layer")[["latents", "more", "less", "q05", "q50", "q95"]].round(3)
 
@@ -239,7 +231,6 @@ toys.signatures().set_index("blocks").round(2)
 # The two ratios of the same codes and null models (corrected for the bias of few tokens, $P(J)$ uniform over latents):
 
 # %% tags=["hide-input"]
-ratios = table("ratios")
 both = ratios[ratios.corrected & (ratios.weighting == "latents")]
 draw.beside(
     both,
@@ -268,18 +259,10 @@ draw.beside(
 
 # %% tags=["hide-input"]
 equal = load_experiment("experiments/equal.yml")
-runs = {labels["case"]: run for labels, run in equal.runs}
-session = pipeline.Session()
-sets = {
-    "one for all layers": [runs["shared"]],
-    "one for each, 2048 latents": [runs[f"layer {layer}"] for layer in range(6)],
-    "one for each, 384 latents": [runs[f"layer {layer}, a sixth"] for layer in range(6)],
-}
-parts = [
-    ({"dictionary": name}, stages.together(session, chosen, equal.evaluate))
-    for name, chosen in sets.items()
-]
-together = experiments.tables(parts, "together.csv")
+sets = experiments.budgets(equal)
+together = experiments.tables(experiments.together(sets, equal.evaluate), "together.csv")
+
+# %% tags=["hide-input"]
 draw.beside(
     at_once.from_the_first(together[together.of == "reconstruction"]),
     ("layers", "Layers that are reconstructed at once, from the first on"),
@@ -310,9 +293,9 @@ together.pivot_table(
 # tokens, correlate best with the other's (as {cite:t}`li2016` match networks); a chain of matches is a lifetime.
 
 # %% tags=["hide-input"]
-own = [runs[f"layer {layer}"] for layer in range(6)]
-again = {2: runs["layer 2, seed 1"]}
-lives = stages.lifetimes(session, runs["shared"], own, again, equal.evaluate)
+again = {2: experiments.by_case(equal)["layer 2, seed 1"]}
+[shared], each, _ = sets.values()
+lives = stages.lifetimes(pipeline.Session(), shared, each, again, equal.evaluate)
 matches = experiments.tables([({}, lives)], "matches.csv")
 matches[matches.least == 0.5].set_index(["of", "layer"])[
     ["latents", "share", "correlation", "same"]

@@ -91,11 +91,12 @@ drift_charts.cosines(
 # of the table.
 
 # %% tags=["hide-input"]
-random = experiments.measure(load_experiment("experiments/random.yml"), "drift")
-untrained = [(labels | {"model": labels["case"]}, a) for labels, a in random][1:]
-every = [experiments.tables(made + [({"model": "random weights"}, a) for _, a in untrained], file)
-         for file in ("layers.csv", "pairs.csv")]  # fmt: skip
-drift.beside_sums(*every).set_index(["model", "layer", "other"]).round(3)
+_, random = experiments.measure(
+    load_experiment("experiments/random.yml"), "drift", model="random weights"
+)
+every = [*made, random]
+of_all = experiments.tables(every, "layers.csv"), experiments.tables(every, "pairs.csv")
+drift.beside_sums(*of_all).set_index(["model", "layer", "other"]).round(3)
 
 # %% [markdown]
 # **What to see.** *perpendicular* is the ratio of the mean norms, *more* what the measured cosine (not centred) is above it. The first four

@@ -80,17 +80,8 @@ charts.metric_by_layer(
 # The same numbers as a table:
 
 # %% tags=["hide-input"]
-columns = [
-    "layer",
-    "fvu_global",
-    "fvu_per_dimension",
-    "offset",
-    "mse",
-    "l1",
-    "l0",
-    "delta_ce",
-    "kl",
-]
+columns = ["layer", "fvu_global", "fvu_per_dimension", "offset", "mse"]
+columns += ["l1", "l0", "delta_ce", "kl"]
 shown = table.assign(offset=1 - table.fvu_global / table.fvu_per_dimension)
 shown[columns].set_index("layer").round(4)
 

@@ -231,23 +231,3 @@ def test_results_are_kept_under_the_key_of_their_spec(data, monkeypatch):
 def test_wrong_settings_are_refused(change, message):
     with pytest.raises(SpecError, match=message):
         dataclasses.replace(SMALL, **change)
-
-
-def test_handovers_are_the_diagnostic_of_a_world(data, monkeypatch):
-    def learn(spec):
-        world = World(spec)
-        sae = planted.train.build_sae(spec.run, world)
-        with torch.no_grad():
-            rows = planted._all_directions(world)
-            sae.decoder[: len(rows)] = sae.encoder[: len(rows)] = rows
-        return world, sae
-
-    monkeypatch.setattr(planted, "learn", learn)
-    spec = dataclasses.replace(SMALL, expansion_factor=3, persistence=1)
-    table = planted.handovers(spec, [90])
-    assert list(table.drift) == [90]
-    made = planted.handover(dataclasses.replace(spec, drift=90), "read-only")
-    duplicates = pd.read_csv(made.file("duplicates.csv"))
-    assert table.latents.item() == (duplicates.peak >= 0.5).sum()
-    with pytest.raises(store.StoreError, match=r"planted\.handover\(spec\)"):
-        planted.handover(spec, "read-only")

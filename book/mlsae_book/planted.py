@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mlsae_book.tables import latents
 from mlsae_core import analysis, metrics, store, train
 from mlsae_core.activations import Batch
 from mlsae_core.keys import keyed
@@ -425,71 +424,38 @@ def learn(spec: PlantedSpec) -> tuple[World, MLSAE]:
     return world, train.train(spec.run, world, description="planted").sae.eval()
 
 
-store.STAGES |= {"planted": 1, "handover": 1}
-Mode = Literal["cached", "read-only"]
+store.STAGES["planted"] = 1
 
 
-def find_or_compute(spec: PlantedSpec, mode: Mode = "cached") -> store.Artefact:
+def find_or_compute(
+    spec: PlantedSpec, mode: Literal["cached", "read-only"] = "cached"
+) -> store.Artefact:
     """The result of a world: `estimators.csv` and `features.csv`, see `score`.
 
     Raises:
         StoreError: with ``read-only``, where it does not exist.
     """
-
-    def tables() -> dict[str, pd.DataFrame]:
-        return dict(zip(("estimators", "features"), score(*learn(spec)), strict=True))
-
-    return _kept("planted", spec, mode, tables, "find_or_compute")
-
-
-def handover(spec: PlantedSpec, mode: Mode = "cached") -> store.Artefact:
-    """Whether similar latents of a world take over from each other: `duplicates.csv`.
-
-    It is `tables.latents.duplicates`, whose answer is known here: features turn by `drift`.
-    """
-
-    def tables() -> dict[str, pd.DataFrame]:
-        world, sae = learn(spec)
-        return {"duplicates": latents.duplicates(world, sae, EVALUATION_SEQUENCES, progress=False)}
-
-    return _kept("handover", spec, mode, tables, "handover")
-
-
-def handovers(spec: PlantedSpec, angles: Sequence[float], mode: Mode = "cached") -> pd.DataFrame:
-    """`handover` of several angles as `tables.latents.drift_summary` has it, all cosines together;
-    one row per ``drift``."""
-    rows = []
-    for angle in angles:
-        artefact = handover(dataclasses.replace(spec, drift=angle), mode)
-        table = pd.read_csv(artefact.file("duplicates.csv"))
-        rows.append(latents.drift_summary(table, [0.0]).assign(drift=angle))
-    return pd.concat(rows, ignore_index=True)
-
-
-def _kept(
-    stage: str, spec: PlantedSpec, mode: Mode, tables: Callable[[], dict], function: str
-) -> store.Artefact:
-    """A result of a world, found or computed by the function of that name."""
     content = to_dict(spec)
-    identity = store.key(stage, keyed(spec), {})
-    if found := store.find(stage, identity):
+    identity = store.key("planted", keyed(spec), {})
+    if found := store.find("planted", identity):
         return found
     if mode == "read-only":
         raise store.StoreError(
-            f"{stage} {identity} does not exist: expected the result of {content}; "
-            f"`planted.{function}(spec)` computes it in about a minute"
+            f"planted {identity} does not exist: expected the result of {content}; "
+            "`planted.find_or_compute(spec)` computes it in about a minute"
         )
 
     def fill(folder: Path) -> dict:
-        for name, table in tables().items():
+        tables = dict(zip(("estimators", "features"), score(*learn(spec)), strict=True))
+        for name, table in tables.items():
             table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
         return {"tokens": spec.training_tokens}
 
-    return store.write(stage, identity, content, {}, fill)
+    return store.write("planted", identity, content, {}, fill)
 
 
 def sweep(
-    spec: PlantedSpec, angles: Sequence[float], mode: Mode = "cached"
+    spec: PlantedSpec, angles: Sequence[float], mode: Literal["cached", "read-only"] = "cached"
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """The worlds of several angles of drift as tables: estimators, features, provenance.
 
