@@ -223,6 +223,8 @@ homes[homes.gap == 1].set_index(["case", "home"])[columns].round(3)
 toys.signatures().set_index("blocks").round(2)
 
 # %% [markdown]
+# *total* is $\rho$ and *direct* $\delta$, of latents that are still active one block later.
+#
 # **What to see.** Each kind of block has its signature. Where features are *carried*, survival is that of the null model and $\rho = \delta$. *Amplified*: an excess, and $\rho > \delta$.
 # *Erased*: far fewer survive. *Recomputed*: $\rho = 0$. *Rewritten*, handed over to other features: few survive, and a good part of the one-layer share stays with hysteresis.
 #
@@ -303,11 +305,11 @@ matches[matches.least == 0.5].set_index(["of", "layer"])[
 
 # %% tags=["hide-input"]
 chains = experiments.tables([({}, lives)], "chains.csv")
-chains = chains.assign(least=chains.least.fillna(""))
+chains = chains.fillna({"least": 0})
 chains.pivot_table(index=["of", "least", "mean"], columns="layers", values="share").round(3)
 
 # %% [markdown]
-# **What to see.** *least* is the correlation that a match must have, *same* the share of an MLSAE's matches that are the latent itself. At 0.5, 11 % to 21 % of the latents have a match at the next layer, where other tokens give 1 %. So most chains are
+# **What to see.** *least* is the correlation that a match must have (0: not asked), *same* the share of an MLSAE's matches that are the latent itself. At 0.5, 11 % to 21 % of the latents have a match at the next layer, where other tokens give 1 %. So most chains are
 # of one layer, while most latents of the MLSAE live at four or more (at more than a tenth of the tokens of their best layer). But the ceiling is as low: of one and the same layer, dictionaries of two seeds share 12 %. Short chains then say
 # that dictionaries trained so briefly are not found again, not that features are short-lived. (Those of adjacent layers have one seed, so their first weights in common, and still share little.) Within the MLSAE 44 % to 68 % are
 # matched, nearly always with themselves. This experiment decides nothing yet.
