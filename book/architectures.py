@@ -121,8 +121,9 @@ ratios.pivot(index="run", columns="ratio", values=["low", "value", "high"]).roun
 
 # %% [markdown]
 # **What to see.** Eq. 11 is 0.54 in GPT-2, 0.59 in Llama, 0.62 in GPT-NeoX and 0.63 in Gemma 2; Eq. 12 is 0.18, 0.23,
-# 0.21 and 0.19. No two intervals overlap, so on this text the models differ. But each is one model with one dictionary,
-# and what another seed of either would do the intervals do not say. Over $k$ alone the first ratio goes from 0.50 to
+# 0.21 and 0.19. No two intervals overlap, but the intervals cover the text alone: two dictionaries of one model that differ in their seed
+# have disjoint ones, too ({doc}`variance`). Beside the range over seeds, GPT-2 stands apart from the rest; Gemma 2 and GPT-NeoX,
+# one run each, do not. Over $k$ alone the first ratio goes from 0.50 to
 # 0.80, over $R$ from 0.56 to 0.75 ({doc}`variance`).
 #
 # **What would contradict it.** A ratio outside of what $k$ does to that of GPT-NeoX, or one at its null models.

@@ -49,8 +49,9 @@ definitions.shown(definitions.differences(seed=0))
 # %% [markdown]
 # **What to see.** Most of these are not roundings. In a world whose Eq. 12 is one half by construction
 # our estimator gives 0.50 and the released one 0.09; Eq. 11, in truth 0.44, becomes 0.97. The paper's ranges,
-# 54 to 88 % for Eq. 11 and 1 to 10 % for Eq. 12, were computed in that way, so they should be compared
-# with ours only with this table in mind.
+# 54 to 88 % for Eq. 11 and 1 to 10 % for Eq. 12, may have been computed in that way, so they should be compared
+# with ours only with this table in mind. (The snapshot of the code that we read loads GPT-NeoX alone; the numbers for GPT-2, Gemma 2 and
+# Llama came from some other state of it.)
 #
 # **What would contradict it.** Factors near one. There are some: averaging the FVU over batches, the
 # direction of KL and half of the pairs in MMCS change a number by less than a fifth, here.

@@ -128,9 +128,13 @@ experiments.tables(single, "spread.csv").set_index(["prompt", "of"]).round(3)
 # %% [markdown]
 # **What to see.** About half of a prompt's latents are active at one layer only (44 % to 53 %), as against three of 2048 over many
 # tokens: the paper's observation holds here. But most of that is the size of the sample. With layers
-# permuted it is still around two fifths (35 % to 49 %), since a latent that is active once is at one layer however layers are dealt; what
-# is left for the latents, 4 % to 9 % of them, is that those which are active more than once come back at the same
+# permuted it is still around two fifths (35 % to 49 %), since a latent that is active once is at one layer however layers are dealt. The
+# difference, 4 to 9 points in these four prompts, which have no interval, is what is left for latents that come back at the same
 # layer. So the step from Figure 2 to Figure 3 is first a step from many tokens to few, and only then a fact about latents.
+#
+# What neither picture shows is a latent at *one token*: at how many layers is it active there? More than half of the pairs of a
+# token and a latent are active at one layer; but most of these latents are not gone at the next layer, they fall out of the
+# $k$ largest. {doc}`carried` counts both.
 #
 # **What would contradict it.** Prompts whose latents are no more concentrated than in the aggregate: then
 # being spread over layers would be a property of the latent, not of the mixture of tokens.

@@ -64,7 +64,7 @@ drift_charts.norms(
 # %% tags=["hide-input"]
 drift_charts.cosines(
     drift.adjacent(pairs),
-    title="Adjacent layers are alike, about their means too",
+    title="Adjacent layers are alike, about their means too; so are sums and their parts",
     subtitle="Mean over tokens at layers ℓ and ℓ + 1; ± 2 standard errors. The axis begins at 0.5.",
 )
 
@@ -76,6 +76,35 @@ drift_charts.cosines(
 #
 # **What would contradict it.** Similarities near zero after centring: then nothing but a common offset
 # would be shared, and a dictionary for all layers would be as many dictionaries as there are layers.
+#
+# ## As alike as a sum and its part
+#
+# A block adds to what it reads, so the two are alike whatever it adds. If a block's update were perpendicular to the stream, the
+# cosine would be the ratio of the two lengths,
+#
+# $$
+# \mathbf{u} \perp \mathbf{x} \quad\Rightarrow\quad
+# \cos(\mathbf{x}, \mathbf{x} + \mathbf{u}) = \frac{\lVert \mathbf{x} \rVert}{\lVert \mathbf{x} + \mathbf{u} \rVert} .
+# $$ (eq-perpendicular)
+#
+# So this ratio, and not zero, is what similarity has to be held against. The same model with random weights stands at the end
+# of the table.
+
+# %% tags=["hide-input"]
+_, random = experiments.measure(
+    load_experiment("experiments/random.yml"), "drift", model="random weights"
+)
+every = [*made, random]
+of_all = experiments.tables(every, "layers.csv"), experiments.tables(every, "pairs.csv")
+drift.beside_sums(*of_all).set_index(["model", "layer", "other"]).round(3)
+
+# %% [markdown]
+# **What to see.** *perpendicular* is the ratio of the mean norms, *more* what the measured cosine (not centred) is above it. The first four
+# pairs of neox-6l-128d are *less* alike than perpendicular updates would leave them: their blocks take away as well as add. In Llama and
+# in the later layers of neox-8l-192d it is the other way. (A ratio above 1, as in GPT-2, belongs to vectors that shrink, which no
+# perpendicular update makes them do.) So that neighbours are alike is what a sum is, and no fact about what a model has learnt.
+#
+# **What would contradict it.** Cosines far above the ratio at every pair: then blocks would mostly lengthen what is there.
 #
 # ## All pairs
 #

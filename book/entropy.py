@@ -55,10 +55,12 @@ sweep_charts.points(
 # **What would contradict it.** An entropy as high as the permuted one: latents without a layer; or one
 # near 0: six dictionaries in one.
 #
-# The same as a table:
+# The same as a table. *permuted* is the mean with layers permuted at each token. *often* is the mean over the latents that are active at 100 tokens
+# or more: of few tokens an entropy comes out too small, and at large $R$ there are many such latents.
 
 # %% tags=["hide-input"]
-table.set_index(["sweep", "run"])[["entropy", "q05", "q25", "q50", "q75", "q95"]].round(3)
+quantiles = ["q05", "q25", "q50", "q75", "q95"]
+table.set_index(["sweep", "run"])[["entropy", "often", "permuted", *quantiles]].round(3)
 
 # %% [markdown]
 # ## The distribution behind the mean

@@ -34,10 +34,11 @@
 # $$ (eq-fvu-delta-ce)
 
 # %% tags=["remove-cell"]
-from mlsae_book import charts, experiments, widgets
+from mlsae_book import charts, experiments, stages, widgets
 from mlsae_book.charts import fidelity as fidelity_charts
 from mlsae_book.tables import fidelity, sweeps
-from mlsae_core.spec import load_experiment
+from mlsae_core import pipeline
+from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
 results = experiments.materialise(load_experiment("experiments/default.yml"))
@@ -64,8 +65,14 @@ charts.metric_by_layer(
 # %% [markdown]
 # **What to see.** FVU grows with every layer, from about 0.05 to 0.2, and the per-dimension FVU is always
 # the larger of the two. Delta CE grows too, from 0.1 to 0.4 nats, but not at every step: layer 4 is
-# reconstructed worse than layer 3 and costs less. So FVU ranks the layers nearly as the
-# model's loss does: a good proxy for what the model needs, not an exact one.
+# reconstructed worse than layer 3 and costs less. So FVU ranks these six layers nearly as the
+# model's loss does. That is little evidence that it is a proxy for what the model needs: both rise with depth, and between
+# models the two give different orders ({doc}`architectures`).
+#
+# The two FVU differ by a constant. Where the layers' mean vector is long, a good part of the *global* variance is that of one
+# vector which all tokens share, and a bias would do for it. The bias of an MLSAE is one for all layers. The column *offset* of
+# the table is that part: half of the variance of the first layer, a twentieth of the last. So the first layers' low global FVU
+# is in part an easy half.
 #
 # **What would contradict it.** Layers that the two rank in different orders throughout. The one
 # exchange here, of 0.015 nats, is no accident of this run: it is found at each of the five $k$ and the seven $R$ below.
@@ -73,8 +80,10 @@ charts.metric_by_layer(
 # The same numbers as a table:
 
 # %% tags=["hide-input"]
-columns = ["layer", "fvu_global", "fvu_per_dimension", "mse", "l1", "l0", "delta_ce", "kl"]
-table[columns].set_index("layer").round(4)
+columns = ["layer", "fvu_global", "fvu_per_dimension", "offset", "mse"]
+columns += ["l1", "l0", "delta_ce", "kl"]
+shown = table.assign(offset=1 - table.fvu_global / table.fvu_per_dimension)
+shown[columns].set_index("layer").round(4)
 
 # %% [markdown]
 # ## What a layer is worth
@@ -98,6 +107,22 @@ table.set_index("layer")[columns].round(3)
 widgets.metric_by_layer(table, list(charts.METRICS), "One metric by layer")
 
 # %% [markdown]
+# ## Text that was seen before
+#
+# A part of the test text stands in the training text ({doc}`setup`). Does that flatter the dictionary? On 65,536 tokens of the test
+# split, *repeated* are those in spans of 32 that the training split has too:
+
+# %% tags=["hide-input"]
+settings = EvaluateSpec(tokens=65_536)
+overlapping = stages.overlap(pipeline.Session(), results.runs[0][1], settings)
+experiments.tables([({}, overlapping)], "apart.csv").set_index("text").round(3)
+
+# %% [markdown]
+# **What to see.** The *language model* predicts repeated text better by far: it has learnt some by heart, so its loss on the whole split flatters it. The
+# dictionary's FVU is the same on both. So what this book measures of reconstructions does not depend on it.
+#
+# **What would contradict it.** An FVU that is lower on repeated text.
+#
 # ## How much of it is chance?
 #
 # Three dictionaries that differ in their seed alone, so in their initial weights and the order of the

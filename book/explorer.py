@@ -29,10 +29,10 @@ from IPython.display import HTML
 
 from mlsae_book import charts, experiments, widgets
 from mlsae_book.charts import latents as latent_charts
-from mlsae_book.tables import cards, examples, interventions, latents
+from mlsae_book.tables import cards, examples, importance, interventions, latents
 from mlsae_core import pipeline
 from mlsae_core.lens import Lens
-from mlsae_core.spec import load_experiment
+from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
 default = experiments.materialise(load_experiment("experiments/default.yml"))
@@ -182,7 +182,7 @@ latent_charts.promoted(
 # %% tags=["hide-input", "nbval-ignore-output"]
 latent_charts.later_layers(
     interventions.later_layers(steered, sae, lens),
-    title="Later layers do not simply carry on what was written",
+    title="What was written stays in the stream; the latent falls out of the k largest",
     subtitle="Means over all steered tokens, as the dictionary reads them; the first layer is the changed one.",
 )
 
@@ -196,9 +196,10 @@ one.pivot(index="layer", columns="rank", values="latent")
 
 # %% [markdown]
 # **What to see.** At the changed layer the steered latent comes first. At later layers, others take its
-# place, or do not. A latent that is concentrated at one layer although its direction stays in the residual stream must be
-# pushed out by something: by blocks that write against it, or by vectors that grow around it until it
-# is no longer among the $k$ largest.
+# place, or do not. The change of the whole vector hardly shrinks relative to it, while the latent's activation falls to
+# nothing. Earlier versions of this page read that as blocks that do not carry on what was written. We withdraw it: the latent was chosen
+# because it is active at one layer, so that it fades at the next is how it was found, and a threshold alone would do the same.
+# Over latents drawn at random, most of an activation at the next layer *is* what was carried there ({doc}`carried`).
 #
 # ### Ablation
 #
@@ -238,20 +239,21 @@ summary.set_index("cosine")[columns].round(3)
 # %% tags=["hide-input"]
 latent_charts.handover(
     latents.handover_table(summary),
-    title="Similar latents share tokens, at the same layer as often as at the next",
+    title="Similar latents share tokens, at the same layer as often as at the next: it decides nothing",
     subtitle="Means over latents concentrated at one layer. Choose where the other is looked for.",
 )
 
 # %% [markdown]
 # **What to see.** Two similar latents meet at the same tokens some ten times as often as chance, and more often the more
 # similar they are. But they do so at the same layer as often as at the next or the one before, and most similar latents peak at
-# the *same* layer (0.54 to 0.68; by chance 0.24 to 0.30). That is feature splitting, two readings of one thing at one
-# place. It is not what a feature would do that turns from layer to layer and changes its number on the way. And in
+# the *same* layer (0.54 to 0.68; by chance 0.24 to 0.30). We once took that for feature splitting, and against features that turn
+# from layer to layer and change their number on the way. We withdraw it, for want of a positive control: nothing shows that
+# this diagnostic would find features that turn. In
 # absolute terms the hand-overs are few, about 8 % for nine in ten of these latents: they cannot explain why a latent
 # stops. No two rows are really alike: the largest cosine similarity is 0.62, the last class is empty, and the one before has 19 latents.
 #
-# **What would contradict it.** A column *neighbouring* well above its null, and hand-overs to the next layer that are more frequent than
-# meetings at the same one. A direction that turns by much between two layers would escape us, since its two
+# **What would contradict it.** The diagnostic has one side only: a column *neighbouring* well above its null, and hand-overs to the next layer that are more frequent than
+# meetings at the same one, would show features that turn; their absence shows nothing. A direction that turns by much between two layers would escape us, since its two
 # latents would not be similar; only the text that they share could show it.
 #
 # The pairs with the highest similarity, all latents. One of them does look like a feature that changes its number:
@@ -287,10 +289,20 @@ latent_charts.uniformity(
 
 # %% [markdown]
 # **What to see.** $r_{L0}$ is between 0.54 and 0.69: of the active latents, so many would have to share the
-# effect equally. At every layer that is less even than the activations are, so the gradient sets latents apart that
-# are equally active, and a large activation alone does not make a latent matter.
+# effect equally. At every layer that is less even than the activations are. What does that owe to the prediction? The same on
+# a sixteenth of the sequences, with the gradient of another token in the place of the vector's own, and with a random direction:
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+source = session.source(run, EvaluateSpec(tokens=8192))
+importance.beside_null_models(source, sae).round(2)
+
+# %% [markdown]
+# **What to see.** The null models rise with the layer in the same way, and at the later layers have the same values; at the first, the vector's own gradient
+# makes effects a little less even. A product of activations with *any* direction is
+# less even than the activations. So we withdraw what this page concluded before, that the gradient sets latents apart and that
+# a large activation does not make a latent matter: the measure cannot tell.
 #
-# **What would contradict it.** Intervals that reach the line of the activations.
+# **What would contradict it.** A column *own* far below the other two at every layer.
 #
 # {cite:t}`lieberum2024` show the same measure in their Figure 16, for single-layer autoencoders of much
 # larger models, and give no numbers to set beside ours; they find that the effect spreads further as more latents are

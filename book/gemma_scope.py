@@ -116,14 +116,15 @@ fidelity.means(sparsity.evaluation, "k", columns).round(4)
 # %% tags=["hide-input"]
 latent_charts.uniformity(
     experiments.tables(latents.artefacts["importance"], "importance.csv"),
-    title="More of the active latents matter at later layers: 54 to 69 %",
+    title="The measure grows with the layer, and would with gradients that know of no prediction",
     subtitle="Means and 95 % intervals over 512 sequences, four random positions in each. k = 16.",
 )
 
 # %% [markdown]
 # **What to see.** $r_{L0}$ grows at every step, from 0.54 after the first layer to 0.69 after the last, and the
-# intervals of no two layers overlap. It is below the same measure of the activations alone throughout: the
-# gradient sets latents apart that are about equally active.
+# intervals of no two layers overlap. It is below the same measure of the activations alone throughout. We once concluded that more
+# latents matter at later layers, and that the gradient sets them apart. Neither stands: with gradients of another token, or random
+# ones, the measure rises in the same way ({doc}`explorer`), so the rise says nothing of the prediction.
 #
 # **What would contradict it.** A later layer with an interval below that of an earlier one. Gemma Scope finds
 # that effects spread over more latents as L0 grows; with one $k$ this chart cannot say.

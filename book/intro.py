@@ -94,8 +94,8 @@ tables.variance_table(numbers).set_index("quantity")
 # The first ratio says that more than half of the spread over layers is found *within* single latents. It
 # lies at the lower end of the paper's range. The 1 of both null models says nothing against it or for it:
 # where layers are permuted, or the input is noise, no latent prefers a layer, so all of the spread lies
-# within latents by construction. The null model that counts is a language model with random weights: in
-# a shorter training its first ratio is 0.55, where that of the trained model is 0.62.
+# within latents by construction. The null models that count have a residual stream: a language model with random weights, and streams to
+# which each block adds what it computed for *another* token. Both come near the measured number ({doc}`carried`).
 #
 # The second does not agree with the paper: more than a quarter of a latent's spread is left at a single
 # token, where the paper reports at most a tenth. The model, $R$, $k$ and the length of training all differ
@@ -116,6 +116,7 @@ tables.variance_table(numbers).set_index("quantity")
 # | {doc}`drift` | How much does the residual stream change from layer to layer? |
 # | {doc}`distributions` | At which layers are latents active, over much text and at a single prompt? |
 # | {doc}`variance` | How much of the spread over layers is within a latent, how much at one token? |
+# | {doc}`carried` | Is what is active at several layers carried, rewritten or shared? |
 # | {doc}`tuned_lens` | Does the picture change in a basis that follows the drift? |
 # | {doc}`single_layer` | Is one dictionary for all layers as good as one for each? |
 # | {doc}`explorer` | What does a single latent stand for, and what does it do? |

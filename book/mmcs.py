@@ -33,6 +33,8 @@
 from mlsae_book import charts, experiments, widgets
 from mlsae_book.charts import sweeps as sweep_charts
 from mlsae_book.tables import geometry, sweeps
+from mlsae_core import pipeline
+from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
 made = experiments.swept("geometry")
@@ -72,6 +74,23 @@ sweep_charts.points(
 # 0.35, as with trained ones.
 #
 # **What would contradict it.** An MMCS that rises with $k$, or does not leave the control at any $k$.
+#
+# ## Rows that point where the activations do
+#
+# Activations do not fill their space evenly, and a dictionary that reconstructs them cannot either. So a control of isotropic rows is
+# too easy to beat. A harder one has the second moments of the standardised activations and nothing else of them, for the default run:
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+_, run = load_experiment("experiments/default.yml").runs[0]
+session = pipeline.Session()
+beside = geometry.anisotropic(session.source(run, EvaluateSpec(tokens=8192)), session.sae(run))
+beside.set_index("rows").round(3)
+
+# %% [markdown]
+# **What to see.** Rows that merely point where the activations point have 0.50, the dictionary 0.38. So beside *this* control its rows are not near to one another
+# but keep apart, and being above the isotropic one, at small $k$ or large $R$, is no sign of features that were learnt more than once.
+#
+# **What would contradict it.** A dictionary whose rows are nearer to one another than these.
 #
 # ## Table 2
 #

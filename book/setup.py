@@ -26,9 +26,9 @@
 # %% tags=["remove-cell", "nbval-ignore-output"]
 from pathlib import Path
 
-from mlsae_book import charts, experiments, tables, widgets
+from mlsae_book import charts, experiments, stages, tables, widgets
 from mlsae_core import pipeline
-from mlsae_core.spec import load_experiment
+from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
 experiment = load_experiment("experiments/default.yml")
@@ -65,20 +65,35 @@ charts.loss_curve(
 # are for its own text of questions and answers.)
 #
 # **What would contradict it.** A validation loss that rises while the training loss falls: the
-# model would be learning its text by heart.
+# model would be learning its text by heart, and not even what the splits have in common. A curve that falls does not exclude that it
+# has learnt much by heart, since much of the validation text stands in the training text, too.
 #
 # ## The text
 #
 # The embedded corpus is the docstrings of the packages that the book itself needs, read from their
 # sources without importing them. So every reader already has it, and it can be rebuilt
 # from the pinned releases in `data/docstrings.yml`. A document belongs to the train, validation or
-# test split by its own hash: the splits share no document. Documents are joined by an end-of-text
+# test split by its own hash: the splits share no document. They do share text, since functions of a package are documented in the same words
+# (next section). Documents are joined by an end-of-text
 # token, 1024 at a time, and cut into sequences of 256 tokens, as in Appendix A of the paper.
 
 # %% tags=["hide-input"]
 experiments.corpus(session, run).set_index("split")
 
 # %% [markdown]
+# And of the test split, the share of the tokens that lie in a span which stands word for word in the training split, by the length of
+# the span in tokens:
+
+# %% tags=["hide-input"]
+overlapping = stages.overlap(session, run, EvaluateSpec(tokens=65_536))
+experiments.tables([({}, overlapping)], "shares.csv").set_index("span").round(3)
+
+# %% [markdown]
+# **What to see.** More than a quarter of the tokens stand in spans of 32 that the model was trained on. {doc}`evaluation` shows what is measured
+# on these and on the rest.
+#
+# **What would contradict it.** Shares near zero: then the splits would be as different as two texts can be.
+#
 # Vectors at end-of-text tokens are *excluded*: from training, and from every mean and count over
 # activations. (The code released with the paper sets them to zero, so that they still count.)
 #

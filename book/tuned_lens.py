@@ -194,10 +194,14 @@ ratios.pivot(index="run", columns="ratio", values=["low", "value", "high"]).roun
 
 # %% [markdown]
 # **What to see.** The first ratio *rises* with the aligned lens, from 0.62 to 0.75: the opposite of what the paper
-# finds. As released it falls, to 0.59, the paper's direction if not its size. Which translator is applied after
-# which layer thus decides the sign of the effect in our model; whether it does so in the paper's, whose
-# released code has that alignment, cannot be told from here. The second ratio hardly moves when aligned (0.21 to 0.22; the
+# finds. As released it falls, to 0.59, the paper's direction if not its size. The two lenses differ in more than their alignment: as
+# released, the first layer goes through a translator that stretches some directions 320 times more than others. So it is not the alignment alone
+# that decides the sign. The second ratio hardly moves when aligned (0.21 to 0.22; the
 # paper's grows) and falls to 0.17 as released.
+#
+# There is a third possibility. The scripts of the released code that measure these ratios load a dictionary that was trained through
+# the lens, and read activations *without* it (`analysis/variances.py`, `analysis/dists.py` and `figures/prompt_heatmaps.py` at
+# commit ba90c51). So the paper's numbers may be those of a dictionary on vectors that it has not learnt. `stages.distributions_of` measures that; it is not shown yet.
 #
 # Some intervals reach further to one side of the estimate than to the other; one could even exclude it. They are *basic*
 # intervals, which turn the replicates' distribution around the estimate and so correct for bias: a rare

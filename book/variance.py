@@ -54,25 +54,25 @@ ratios = layers.variance_sweeps(made)
 #
 # Choose what is swept; $R = 16$ and $k = 16$ where they do not vary, after 1 M tokens of training (4 M in *Default run*). Beside each run
 # stand its null models (explained in {doc}`distributions`): the same codes with layers permuted at each token, and
-# the codes of Gaussian vectors.
+# the codes of Gaussian vectors. Both make layers exchangeable, so of the *first* ratio both are 1 by construction, whatever the dictionary
+# is like: to be below them says no more than that layers differ. Null models that contain a residual stream are in {doc}`carried`.
 
 # %% tags=["hide-input"]
 layer_charts.variance_ratios(
     ratios,
-    title="In every run latents prefer layers: the first ratio is well below its null models",
+    title="The first ratio is below 1 in every run, with random weights too",
     subtitle="Lines: 95 % bootstrap intervals over blocks of sequences, mostly smaller than a point.",
 )
 
 # %% [markdown]
-# **What to see.** The first ratio rises with $k$, from 0.50 at 4 to 0.80 at 64; both null models stay between 0.98
-# and 1. So latents do prefer layers, the more so the fewer are active. The second falls, from 0.33 to 0.10. With Gaussian
+# **What to see.** The first ratio rises with $k$, from 0.50 at 4 to 0.80 at 64. So latents do prefer layers, the more so the fewer are active. The second falls, from 0.33 to 0.10. With Gaussian
 # input it is 0.003 to 0.045: at one token a latent is active at several layers far more than vectors without a
 # common origin would make it. With layers permuted it is 0.33 at $k = 4$, as measured, and 0.20 to 0.33 after that,
 # more than measured: from $k = 8$ on, the layers of a latent at one token are nearer to each other than chance would
 # place them.
 #
-# With $R$ from 1 to 64 the first ratio falls, from 0.75 to 0.56, and the second from 0.36 to 0.16. The null models of the
-# first stay above 0.96; of the second the Gaussian one falls from 0.19 to 0.003, the permuted one from 0.52 to 0.24. The paper has the
+# With $R$ from 1 to 64 the first ratio falls, from 0.75 to 0.56, and the second from 0.36 to 0.16. Part of that is the sample: at $R = 64$ many
+# latents are active at ten tokens or fewer, which make their spread look small (next section). Of the second ratio the Gaussian null model falls from 0.19 to 0.003, the permuted one from 0.52 to 0.24. The paper has the
 # first rise with the number of latents; ours does not. Over the models
 # the first is 0.54 (GPT-2) to 0.65 (neox-4l-64d), the second 0.15 (neox-4l-64d) to 0.24 (neox-8l-192d). With the size of
 # GPT-NeoX the first *falls*, 0.65, 0.62 and 0.59, where the paper's broadly rises with that of Pythia; the second rises, 0.15,
@@ -80,24 +80,65 @@ layer_charts.variance_ratios(
 #
 # A lens at its own layers raises the first ratio, from 0.62 to 0.75; with the alignment of the released code it is
 # 0.59. The paper reports that a lens lowers it, to 0.37 to 0.41: of ours only the released alignment goes that
-# way, and not so far. For the default run (4 M training tokens, 1 M test tokens) the ratios are 0.563 [0.562, 0.564]
+# way, and not so far. (And only with activations through the lens: {doc}`tuned_lens`.) For the default run (4 M training tokens, 1 M test tokens) the ratios are 0.563 [0.562, 0.564]
 # and 0.274 [0.273, 0.276]: longer training makes latents keep more to their layers.
 #
 # **Random weights.** The last sweep is a null model of another kind: an MLSAE trained in the same way on a copy of
-# `neox-6l-128d` whose weights were drawn at random and never trained. Its first ratio is 0.55, *below* the trained
+# `neox-6l-128d` whose weights were drawn at random and never trained. Its first ratio is 0.55, below the trained
 # model's 0.62, and the second 0.17 against 0.21. So that latents prefer layers is no sign of anything that was learnt: each
-# block adds something of its own, random or not, and a dictionary that has to reconstruct it deals its latents out. What
-# training adds is, if anything, the other way: latents that serve more layers. ({cite:t}`heap2025` find that other
-# measures of autoencoders, too, say much the same of random transformers. Ours is one model and one seed.)
+# block adds something of its own, random or not, and a dictionary that has to reconstruct it deals its latents out.
+# ({cite:t}`heap2025` find that other
+# measures of autoencoders, too, say much the same of random transformers.) This page once concluded that training makes latents serve more layers. We withdraw
+# that: with the other choice of $P(J)$ the order is reversed (next section), and the two models differ in how far their layers turn
+# and in how well they are reconstructed. {doc}`carried` has random weights that turn as far.
 #
 # An interval can lie beside its own estimate, as at $k = 4$, where 0.497 goes with [0.499, 0.507], at
 # $k = 8$ and 64, and at $R = 32$ and 64: a latent that was
 # active at few tokens is too narrow in the sample, a resample leaves out some of its tokens and makes it narrower
 # still, and a *basic* interval corrects for that bias by reflecting it about the estimate.
 #
-# **What would contradict it.** A null model's value within the interval of a measured first ratio. With layers permuted the first
-# ratio must be near 1, since no latent prefers a layer. And for the reading that preferring layers is something learnt, a
-# first ratio near 1 with random weights, which is not what we find.
+# **What would contradict it.** For the reading that preferring layers is something learnt, a
+# first ratio near 1 with random weights. It is not what we find.
+#
+# ## Which latents count, and how sure the numbers are
+#
+# Eq. 11 takes $P(J)$ as uniform, so that a latent active at three tokens counts as much as one active at thousands. The other choice is
+# in proportion to the tokens at which it is active, $P(J = j) \propto n_j$. Neither is wrong; a conclusion should not depend on it.
+
+# %% tags=["hide-input"]
+read = experiments.swept_distributions()
+weighted = sweeps.across(layers.weighted_ratio, read)
+weighted.pivot(index=["sweep", "position", "run"], columns="weighting", values="value").round(3)
+
+# %% [markdown]
+# **What to see.** Weighted by tokens, every ratio is smaller: busy latents keep more to their layers. Over $k$ and $R$ the order of the runs stays. Between
+# trained and random weights it does not: 0.62 and 0.55 become 0.48 and 0.50. So the sign of that difference belongs to $P(J)$.
+#
+# There are two more reasons for caution. The variance between the tokens of a latent is estimated from the $n_j$ of them in the sample,
+# which makes it too small by $(n_j - 1)/n_j$. The intervals above allow for it in their place, not in the estimate; the estimate
+# without that bias stands beside it here, for the runs whose dictionaries are at hand, on fewer tokens:
+
+# %% tags=["hide-input"]
+carried = load_experiment("experiments/carried.yml")
+corrected = experiments.tables(experiments.measure(carried, "persistence"), "ratios.csv")
+corrected = corrected[(corrected.of == "measured") & (corrected.ratio == "Eq. 11")]
+shown = corrected.assign(corrected=corrected.corrected.map({False: "plug-in", True: "corrected"}))
+shown.pivot(index="case", columns=["weighting", "corrected"], values="value").round(3)
+
+# %% [markdown]
+# And intervals over the text are not all of the uncertainty. Three dictionaries of one model that differ in nothing but the seed of their
+# training:
+
+# %% tags=["hide-input"]
+seeds = experiments.measure(load_experiment("experiments/seeds.yml"), "distributions")
+of_seeds = layers.variance_sweep(seeds).set_index(["ratio", "seed"])[["low", "value", "high"]]
+of_seeds.sort_index().round(4)
+
+# %% [markdown]
+# **What to see.** Two of the three intervals of the first ratio do not even meet. Seeds differ by 0.004, which is as much again as the text
+# contributes. So a difference between two single runs means nothing below about 0.01, however narrow their intervals.
+#
+# **What would contradict it.** Seeds that differ by less than the intervals are wide.
 #
 # ## The three parts
 #

@@ -55,6 +55,20 @@ def test_means_are_those_of_a_loop_over_tokens(site, lens):
             assert value == pytest.approx(sum(cosines) / len(cosines))
 
 
+def test_perpendicular_updates_give_the_ratio_of_lengths():
+    layers, pairs = measured()
+    both = [frame.assign(model=name) for name in "ab" for frame in (layers,)]
+    frames = pd.concat(both), pd.concat([pairs.assign(model=name) for name in "ab"])
+    table = drift.beside_sums(*frames)
+    assert list(table.model) == ["a"] * (N_LAYERS - 1) + ["b"] * (N_LAYERS - 1)
+    for row in table[table.model == "b"].itertuples():
+        before, after = layers.norm[row.layer], layers.norm[row.layer + 1]
+        assert row.perpendicular == pytest.approx(before / after)
+        pair = pairs[(pairs.layer == row.layer) & (pairs.other == row.layer + 1)]
+        assert row.raw == pytest.approx(pair.raw.item())
+        assert row.more == pytest.approx(row.raw - row.perpendicular)
+
+
 def test_adjacent_pairs_agree_with_the_accumulator():
     x = activations()
     moments = LayerMoments(N_LAYERS, D_MODEL)

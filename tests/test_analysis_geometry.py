@@ -6,9 +6,19 @@ import pandas as pd
 import pytest
 import torch
 from test_pipeline import SETTINGS, run_of
+from tiny_lm import D_MODEL, reading, tiny_lm, tiny_tokens
 
-from mlsae_book.tables.geometry import QUANTILES, above, densities, dictionaries, geometry
+from mlsae_book.tables.geometry import (
+    QUANTILES,
+    above,
+    anisotropic,
+    densities,
+    dictionaries,
+    geometry,
+)
 from mlsae_core import pipeline, text
+from mlsae_core.metrics import mmcs
+from mlsae_core.sae import MLSAE
 
 
 def brute_force(rows):
@@ -55,6 +65,20 @@ def test_every_column_agrees_with_brute_force():
                 for low, high in zip(table["low"], table["high"], strict=True)
             ]
             assert table[column].tolist() == expected
+
+
+@torch.no_grad()
+def test_anisotropic_rows_are_as_alike_as_what_they_are_drawn_from():
+    sae = MLSAE(D_MODEL, 64, 2, generator=torch.Generator().manual_seed(0))
+    source = reading(tiny_lm(), [tiny_tokens(4, seed=0)])
+    table = anisotropic(source, sae).set_index("rows").mmcs
+    assert table["dictionary"] == pytest.approx(mmcs(sae.decoder).mean)
+    [batch] = source.batches(4)
+    x = sae.standardise(batch.source)[0].flatten(0, 1).double()
+    noise = torch.randn(4000, len(x), generator=torch.Generator().manual_seed(1)).double()
+    drawn = mmcs((noise @ x)[:64]).mean  # N(0, XᵀX), drawn in another way
+    assert table["as activations"] == pytest.approx(drawn, abs=0.06)
+    assert table["as activations"] > table["independent"] + 0.05
 
 
 def test_duplicates_by_hand():

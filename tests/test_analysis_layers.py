@@ -40,6 +40,20 @@ def exact():
     return [part.compute() for part in parts]
 
 
+def test_ratios_under_both_weightings_follow_from_what_is_stored(measured):
+    arrays = layers.derived(measured[0])
+    sums = LayerDistribution(N_LAYERS, 64)
+    for batch in read(tiny_lm(), BATCHES):
+        values, indices = tiny_sae().encode(batch.source)
+        sums.update(indices, values)
+    table = layers.weighted_ratio([({"k": 4}, arrays, {})]).set_index("weighting")
+    for weighting in ("latents", "tokens"):
+        expected = sums.variances(weighting).ratio_latent.item()
+        assert table.value[weighting] == pytest.approx(expected, abs=1e-3)
+    assert (table.k == 4).all()
+    assert abs(table.value["latents"] - table.value["tokens"]) > 0.01
+
+
 def test_what_is_stored_small_gives_everything_to_three_digits(measured):
     arrays, _ = measured
     found, permuted, gaussian = exact()

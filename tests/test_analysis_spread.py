@@ -22,7 +22,10 @@ def read(seed=0, n_layers=3, n_latents=20):
     sums.update(indices, values * (values > 0.01))
     result = sums.compute()
     names = ("probs", "counts", "active_tokens", "mean_layer", "entropy")
-    return {name: getattr(result, name) for name in names}, {"tokens": 400}, result
+    arrays = {name: getattr(result, name) for name in names}
+    null = torch.ones(n_layers, n_latents, dtype=torch.float64) / n_layers  # a known entropy
+    null[:, 0] = torch.nan
+    return arrays | {"probs_permuted": null}, {"tokens": 400}, result
 
 
 def test_active_layers_by_hand():
@@ -58,6 +61,10 @@ def test_entropies_are_over_live_latents():
     assert table["entropy"].item() == pytest.approx(sum(plain) / len(plain))
     assert table["entropy"].item() == pytest.approx(result.mean_entropy)
     assert table["q50"].item() == pytest.approx(statistics.median(plain))
+    assert table["permuted"].item() == pytest.approx(1)
+    often = result.entropy[result.active_tokens >= spread.OFTEN]
+    assert 0 < len(often) < len(plain)
+    assert table["often"].item() == pytest.approx(often.mean().item())
     histogram = spread.entropy_histogram([({"k": 1}, arrays, {})], n_bins=5)
     counts = [sum(low / 5 <= x < (low + 1) / 5 for x in plain) for low in range(5)]
     assert histogram["share"].tolist() == pytest.approx([c / len(plain) for c in counts])

@@ -26,6 +26,17 @@ def encoded(lm, sae, lens, layer, tokens=TOKENS):
     return dense.view(*tokens.shape, -1).detach()
 
 
+def test_null_models_of_importance_take_another_gradient():
+    lm, sae = tiny_lm(), tiny_sae()
+    source = reading(lm, [TOKENS], SiteSpec())
+    table = importance.beside_null_models(source, sae, sequences=3)
+    assert list(table.columns) == ["own", "another", "random"]
+    own = importance.importance(source, sae, sequences=3, progress=False)
+    assert table.own.tolist() == own.r_l0.tolist()
+    assert ((table > 0) & (table <= 1)).all(axis=None)
+    assert table.nunique(axis=1).min() == 3
+
+
 def busiest(lm, sae, lens, layer):
     return int(encoded(lm, sae, lens, layer).gt(0).sum((0, 1)).argmax())
 

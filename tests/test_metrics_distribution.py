@@ -13,7 +13,9 @@ from mlsae_core.metrics import (
     basic_interval,
     gaussian_like,
     permute_layers,
+    permute_tokens,
 )
+from mlsae_core.metrics.distribution import _variances
 
 quick = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -313,6 +315,65 @@ def test_permuting_layers_keeps_each_token_and_loses_the_preference():
     )
     assert result.ratio_latent > 0.99
     assert result.ratio_token == 0
+
+
+def test_weights_by_tokens_are_what_listing_every_token_gives():
+    indices, values = codes(5, tokens=60)
+    found = accumulate(indices, values, 60)
+    h, per_latent, _ = dense(indices, values)
+    tokens = {j: int((h[..., j].sum(0) > 0).sum()) for j in per_latent}
+    every = sum(tokens.values())
+    latent = sum(n * variance(per_latent[j]) for j, n in tokens.items()) / every
+    total = variance(sum(n * per_latent[j] for j, n in tokens.items()) / every)
+    within = [variance(p / p.sum()) for p in h.permute(2, 1, 0).flatten(0, 1) if p.sum() > 0]
+    got = found.variances("tokens")
+    assert got.var_l.item() == pytest.approx(total)
+    assert got.exp_var_l_given_j.item() == pytest.approx(latent)
+    assert got.exp_var_l_given_jt.item() == pytest.approx(sum(within) / len(within))
+    assert len(within) == every
+    assert got.ratio_latent != pytest.approx(found.variances().ratio_latent.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("weighting", ["latents", "tokens"])
+def test_corrected_variances_do_not_depend_on_the_number_of_tokens(weighting):
+    """Latents that are active at one layer at a time, with known chances: samples of 6 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    chances = torch.rand(LATENTS, LAYERS, generator=generator, dtype=torch.float64) ** 3
+    chances /= chances.sum(1, keepdim=True)
+    truth = sum(variance(p) for p in chances) / LATENTS, variance(chances.mean(0))
+    samples = 4000
+    layer = torch.multinomial(chances, 6 * samples, True, generator=generator).T
+    indices = torch.arange(LATENTS).expand(LAYERS, *layer.shape)
+    values = torch.nn.functional.one_hot(layer, LAYERS).permute(2, 0, 1).double()
+    total = LayerDistribution(LAYERS, LATENTS, samples)  # each block is a sample
+    total.update(indices, values, torch.arange(6 * samples) // 6)
+    found = {c: _variances(total.sums, weighting, c) for c in (False, True)}
+    means = {c: v.exp_var_l_given_j.mean().item() for c, v in found.items()}
+    assert means[True] == pytest.approx(truth[0], rel=0.005)
+    assert means[False] == pytest.approx(truth[0] * 5 / 6, rel=0.005)
+    assert found[True].var_l.mean().item() == pytest.approx(truth[1], rel=0.005)
+    assert (found[True].ratio_token == 0).all()
+
+
+def test_a_latent_with_one_token_has_no_variance_between_tokens():
+    indices = torch.tensor([[[0]], [[0]]])
+    total = LayerDistribution(2, 1)
+    total.update(indices, torch.ones(2, 1, 1))
+    assert [x.item() for x in total.variances(corrected=True)] == [0.25, 0.25, 0.25, 1, 1]
+
+
+def test_permuting_tokens_keeps_each_layer_and_loses_the_token():
+    indices, values = codes(2, tokens=500)
+    got = permute_tokens(indices, values, torch.Generator().manual_seed(0))
+    for layer in range(LAYERS):
+        rows = [sorted(zip(i[layer].tolist(), v[layer].tolist(), strict=True))
+                for i, v in ((indices, values), got)]  # fmt: skip
+        assert rows[0] == rows[1]
+    together = [
+        torch.stack([(i[0, :, :, None] == i[1, :, None]).any(-1)]).double().mean()
+        for i in (indices, got[0])
+    ]
+    assert together[0] > 1.2 * together[1]
 
 
 def test_equal_draws_leave_the_layers_in_their_order(monkeypatch):

@@ -13,7 +13,9 @@ from mlsae_core.metrics import (
     Persistence,
     Survival,
     basic_interval,
+    drifted,
     hysteresis,
+    of_batch,
     random_updates,
     shuffled_updates,
 )
@@ -172,6 +174,41 @@ def test_null_updates_keep_what_they_say():
     along = x[:-1] / torch.linalg.vector_norm(x[:-1], dim=-1, keepdim=True)
     across = [u - (u * along).sum(-1, keepdim=True) * along for u in unit]
     assert (across[0] * across[1]).sum(-1).mean().abs() < 0.01
+
+
+def test_null_updates_over_several_blocks_are_the_sum_of_their_updates():
+    x = stream("carry").double()
+    generator = torch.Generator().manual_seed(0)
+    for null in (shuffled_updates, random_updates):
+        drawn = null(x, generator, gap=2) - x[:-2]
+        assert drawn.shape == x[2:].shape
+        norms = [
+            torch.linalg.vector_norm(u, dim=-1).sort(1).values for u in (drawn, x[2:] - x[:-2])
+        ]
+        torch.testing.assert_close(*norms)
+
+
+def test_a_drifted_stream_starts_as_measured_and_takes_nothing_but_null_updates():
+    x, generator = stream("carry").double(), torch.Generator().manual_seed(0)
+    got = drifted(x, lambda pair: shuffled_updates(pair, generator))
+    assert torch.equal(got[0], x[0])
+    for block in range(len(x) - 1):
+        updates = [(y[block + 1] - y[block]).sort(0).values for y in (x, got)]
+        torch.testing.assert_close(*updates)
+    assert (got[1:] - x[1:]).abs().mean() > 0.05
+    again = drifted(x, lambda pair: pair[1:])  # the stream's own updates
+    torch.testing.assert_close(again, x)
+
+
+def test_one_threshold_keeps_as_many_latents_as_topk_and_the_largest():
+    _, values = codes(1, tokens=50, k=6)
+    values = values.sort(-1, descending=True).values
+    _, got = of_batch(torch.arange(6).expand_as(values), values, 2)
+    kept = got > 0
+    assert int(kept.sum()) == 2 * LAYERS * 50
+    assert values[kept].min() > values[~kept].max()
+    assert torch.equal(got[kept], values[kept])
+    assert kept.sum(-1).double().var() > 0.1  # not the same number everywhere
 
 
 def test_hysteresis_keeps_a_latent_on_between_and_around_layers_where_it_is_on():

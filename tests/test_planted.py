@@ -189,6 +189,19 @@ def test_a_planted_dictionary_is_recovered_whole_and_split_by_drift():
     assert (features[features.kind == "single"].latents == 1).all()
 
 
+def test_ratios_of_known_directions_are_right_only_of_the_true_codes():
+    world = World(SMALL)
+    table = planted.mechanism(world).set_index("codes")
+    truth, k = world.truth(), SMALL.k
+    for name, ratio in (("Eq. 11", "ratio_latent"), ("Eq. 12", "ratio_token")):
+        assert table[name]["true"] == pytest.approx(truth[ratio], abs=0.04)
+    assert table.l0["true"] == pytest.approx(truth["l0"], rel=0.05)
+    assert table.l0["true directions, k latents"] <= k
+    assert table.l0["true, the k largest"] <= min(k, table.l0["true"])
+    number = table.l0["true directions, the true number"]
+    assert number == pytest.approx(table.l0["true"], rel=0.05)
+
+
 def test_results_are_kept_under_the_key_of_their_spec(data, monkeypatch):
     monkeypatch.setattr(planted, "learn", lambda spec: (World(spec), None))
     frame = pd.DataFrame({"estimator": ["fvu"], "truth": [0.0]})

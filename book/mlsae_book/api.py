@@ -64,6 +64,8 @@ PACKAGES = {
             "planted",
             "tune",
             "tables",
+            "toys",
+            "surrogates",
             "stages",
             "offline",
             "experiments",

@@ -96,6 +96,33 @@ def swept(
     return {name: measure(load_experiment(path), stage) for name, path in experiments.items()}
 
 
+def by_case(experiment: Experiment) -> dict[str, SubjectSpec]:
+    """The runs of an experiment that declares cases, by their names."""
+    return {labels["case"]: run for labels, run in experiment.runs}
+
+
+def budgets(experiment: Experiment) -> dict[str, list[SubjectSpec]]:
+    """The dictionaries of `experiments/equal.yml`: one for all layers, or one for each."""
+    runs = by_case(experiment)
+    layers = range(sum("a sixth" in case for case in runs))
+    return {
+        "one for all layers": [runs["shared"]],
+        "one for each, as many latents": [runs[f"layer {layer}"] for layer in layers],
+        "one for each, a sixth of them": [runs[f"layer {layer}, a sixth"] for layer in layers],
+    }
+
+
+def together(
+    sets: dict[str, list[SubjectSpec]], settings: EvaluateSpec, mode: Mode = "cached"
+) -> list[tuple[dict, Artefact]]:
+    """`stages.together` of several sets of dictionaries: (label, artefact) for :func:`tables`."""
+    session = pipeline.Session(mode)
+    return [
+        ({"dictionary": name}, stages.together(session, runs, settings))
+        for name, runs in sets.items()
+    ]
+
+
 def stages_of(experiment: Experiment, run: SubjectSpec) -> list[str]:
     """The stages of one run of an experiment; an unknown one is refused."""
     found = status.stages(experiment, run)

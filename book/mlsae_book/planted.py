@@ -323,6 +323,46 @@ def score(world: World, sae: MLSAE) -> tuple[pd.DataFrame, pd.DataFrame]:
     return table.rename_axis("estimator").reset_index(), features
 
 
+@torch.no_grad()
+def mechanism(world: World) -> pd.DataFrame:
+    """Where Eq. 11 and 12 go wrong when the directions are known: no dictionary is trained.
+
+    Returns:
+        One row per ``codes``: the true ones; these cut to the k largest of each vector; what a
+        linear encoder with the true directions makes of the vectors, k of them or as many as are
+        truly active; with ``Eq. 11``, ``Eq. 12`` and ``l0``.
+    """
+    spec, n = world.spec, world.n_layers
+    encoder = MLSAE(spec.d_model, spec.n_features, spec.k)
+    found, active, tokens = {}, {}, 0
+    for numbers in world.tokens(EVALUATION_SEQUENCES):
+        codes, x, _ = (part.flatten(1, 2) for part in world.draw(numbers))
+        tokens += x.shape[1]
+        scaled = encoder.standardise(x)[0]
+        scores = torch.bmm(scaled, world.directions.transpose(1, 2)).relu()
+        order = scores.argsort(-1, descending=True)
+        rank = torch.empty_like(order).scatter_(
+            -1, order, torch.arange(spec.n_features).expand_as(order)
+        )
+        truly = (codes > 0).sum(-1, keepdim=True)
+        ways = {
+            "true": codes,
+            "true, the k largest": codes * (codes >= codes.topk(spec.k)[0][..., -1:]),
+            "true directions, k latents": scores * (rank < spec.k),
+            "true directions, the true number": scores * (rank < truly),
+        }
+        for way, dense in ways.items():
+            total = found.setdefault(way, metrics.LayerDistribution(n, spec.n_features))
+            total.update(*top_codes(dense))
+            active[way] = active.get(way, 0) + int((dense > 0).sum())
+    rows = []
+    for way, total in found.items():
+        result = total.compute()
+        row = {"codes": way, "Eq. 11": result.ratio_latent, "Eq. 12": result.ratio_token}
+        rows.append(row | {"l0": active[way] / (n * tokens)})
+    return pd.DataFrame(rows)
+
+
 def _numbers(found: metrics.DistributionResult) -> dict[str, float]:
     by_total = found.probs_by_total[:, found.live].T
     mean, variance = metrics.layer_moments(by_total)

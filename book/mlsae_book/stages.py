@@ -6,7 +6,7 @@ imported where something is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from mlsae_book import corpus  # noqa: F401 (so that its text is known)
 from mlsae_core import architecture, models, pipeline, store
 from mlsae_core.keys import keyed, later, run_settings
 from mlsae_core.pipeline import Keyed, Session, Stage, Subject
-from mlsae_core.spec import EvaluateSpec, SubjectSpec, flat, to_dict
+from mlsae_core.spec import EvaluateSpec, RunSpec, SubjectSpec, flat, to_dict
 from mlsae_core.store import Artefact
 
 if TYPE_CHECKING:
@@ -212,6 +212,165 @@ def _duplicates(folder: Path, subject: Subject) -> dict:
     return {"tokens": int(table.tokens.iloc[0])}
 
 
+def _persistence(folder: Path, subject: Subject) -> dict:
+    """At how many layers a latent is active at a token, and survives: a table each."""
+    from mlsae_book.tables import carried
+
+    tables = carried.persistence(subject.source, subject.sae, subject.size)
+    for name, table in tables.items():
+        table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+    return {"tokens": subject.source.n_sequences * subject.run.data.context_length}
+
+
+def _effects(folder: Path, subject: Subject) -> dict:
+    """What becomes of a latent that is taken out: `effects.csv`."""
+    from mlsae_book.tables import carried
+
+    source, sae, size = subject.source, subject.sae, subject.size
+    samples = carried.text_samples(source, size)
+    table = carried.effects(samples, sae, carried.mean_layers(source, sae, size))
+    table.to_csv(folder / "effects.csv", index=False, float_format="%.6g")
+    return {"tokens": source.n_sequences * subject.run.data.context_length}
+
+
+def distributions_of(
+    session: Session, run: SubjectSpec, read: SubjectSpec, settings: EvaluateSpec
+) -> Artefact:
+    """Distributions of a run's dictionary on the activations of another: see `distributions`.
+
+    read: such as a run without the lens that the dictionary was trained with.
+    """
+
+    def key(run: SubjectSpec, settings: EvaluateSpec) -> Keyed:
+        own, parents = pipeline.measured(run)
+        inputs = {f"read {name}": value for name, value in pipeline.input_parents(read).items()}
+        own = own | keyed(settings) | {"read": run_settings(read)}
+        spec = {"run": flat(run), "read": flat(read), "distributions": to_dict(settings)}
+        return store.key("distributions", own, parents | inputs), spec, parents | inputs
+
+    return session.make("distributions", run, settings, key=key, read=read)
+
+
+def of_layers_key(stage: str, runs: Sequence[SubjectSpec]) -> Callable[..., Keyed]:
+    """Key, spec and parents of what is measured of several runs' dictionaries together."""
+
+    def key(run: SubjectSpec, settings: EvaluateSpec) -> Keyed:
+        own, parents = keyed(settings), {}
+        for number, one in enumerate(runs):
+            fields, needed = pipeline.measured(one)
+            own |= {f"{name} {number}": value for name, value in fields.items()}
+            parents |= {f"{name} {number}": value for name, value in needed.items()}
+        spec = {"run": flat(run), "runs": [flat(one) for one in runs], stage: to_dict(settings)}
+        return store.key(stage, own, parents), spec, parents
+
+    return key
+
+
+def together(session: Session, runs: Sequence[SubjectSpec], settings: EvaluateSpec) -> Artefact:
+    """Several layers reconstructed at once: `together.csv`.
+
+    runs: of the MLSAE, or of a dictionary for each layer.
+    """
+    key = of_layers_key("together", runs)
+    measure = partial(_together, session=session, runs=runs)
+    return session.make("together", runs[0], settings, measure=measure, key=key)
+
+
+def _together(
+    folder: Path, subject: Subject, session: Session, runs: Sequence[SubjectSpec]
+) -> dict:
+    from mlsae_book.tables.together import together
+
+    source = subject.source
+    saes, means = [session.sae(run) for run in runs], None
+    if len(saes) == 1:  # of an MLSAE; means are the same beside any dictionary
+        saes, means = saes * source.n_layers, 8192
+    whole = replace(source, site=replace(source.site, layers="all"))
+    table = together(whole, saes, subject.size, mean_tokens=means)
+    table.to_csv(folder / "together.csv", index=False, float_format="%.6g")
+    return {"tokens": source.n_sequences * subject.run.data.context_length}
+
+
+def lifetimes(
+    session: Session,
+    shared: SubjectSpec,
+    runs: Sequence[SubjectSpec],
+    others: dict[int, SubjectSpec],
+    settings: EvaluateSpec,
+) -> Artefact:
+    """Chains of latents of single layers: `matches.csv` and `chains.csv`.
+
+    shared: of the MLSAE. runs: of a dictionary for each layer. others: of some layers, of another
+    seed.
+    """
+    every = [shared, *runs, *others.values()]
+    measure = partial(_lifetimes, session=session, runs=runs, others=others)
+    key = of_layers_key("lifetimes", every)
+    return session.make("lifetimes", shared, settings, measure=measure, key=key)
+
+
+def _lifetimes(
+    folder: Path,
+    subject: Subject,
+    session: Session,
+    runs: Sequence[SubjectSpec],
+    others: dict[int, SubjectSpec],
+) -> dict:
+    from mlsae_book.tables.lifetimes import lifetimes
+
+    saes = [session.sae(run) for run in runs]
+    again = {layer: session.sae(run) for layer, run in others.items()}
+    tables = lifetimes(subject.source, saes, again, subject.sae, subject.size)
+    for name, table in tables.items():
+        table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+    return {"tokens": subject.source.n_sequences * subject.run.data.context_length}
+
+
+def overlap(session: Session, run: SubjectSpec, settings: EvaluateSpec) -> Artefact:
+    """Test text that stands in the training text: `shares.csv`, and apart from it `apart.csv`."""
+    return session.make("overlap", run, settings, measure=partial(_overlap, session=session))
+
+
+def _overlap(folder: Path, subject: Subject, session: Session) -> dict:
+    from mlsae_book.tables import overlap
+
+    train, test = (session.blocks(subject.run, split).blocks for split in ("train", "test"))
+    overlap.shares(train, test).to_csv(folder / "shares.csv", index=False, float_format="%.6g")
+    flags = overlap.repeated(train, test[: subject.source.n_sequences], 32)
+    table = overlap.apart(subject.source, subject.sae, flags, subject.size)
+    table.to_csv(folder / "apart.csv", index=False, float_format="%.6g")
+    return {"tokens": subject.source.n_sequences * subject.run.data.context_length}
+
+
+def surrogate(session: Session, run: RunSpec, settings: EvaluateSpec, condition: str) -> Artefact:
+    """A dictionary trained as the run's on something else, and measured: `surrogate.csv`.
+
+    condition: one of `surrogates.CONDITIONS`.
+    """
+
+    def key(run: RunSpec, settings: EvaluateSpec) -> Keyed:
+        parents = pipeline.input_parents(run)
+        own = run_settings(run) | {"condition": condition} | keyed(settings)
+        spec = {"run": flat(run), "condition": condition, "surrogate": to_dict(settings)}
+        return store.key("surrogate", own, parents), spec, parents
+
+    measure = partial(_surrogate, session=session, condition=condition)
+    return session.make("surrogate", run, settings, measure=measure, key=key)
+
+
+def _surrogate(folder: Path, subject: Subject, session: Session, condition: str) -> dict:
+    from mlsae_book import surrogates
+
+    run, source = subject.run, subject.source
+    if condition == surrogates.REAL:  # its own dictionary is there, or wanted anyway
+        table = surrogates.measured(source, session.sae(run))
+    else:
+        blocks = session.blocks(run, "train")
+        table = surrogates.surrogate(condition, run, source, blocks, source.blocks)
+    table.to_csv(folder / "surrogate.csv", index=False, float_format="%.6g")
+    return {"tokens": run.train.tokens}
+
+
 _BY_LAYER = {"by_layer": True, "any_batch": True}
 pipeline.register(
     Stage("drift", 1, _drift, ("text",), any_batch=True, key=drift_key),
@@ -222,6 +381,12 @@ pipeline.register(
     Stage("everywhere_matched", 1, partial(_everywhere, match=True), by_layer=True, shared=True),
     Stage("examples", 1, _examples, **_BY_LAYER),
     Stage("cards", 1, _cards, by_layer=True),
+    Stage("persistence", 1, _persistence, by_layer=True),
+    Stage("effects", 1, _effects, by_layer=True),
+    Stage("together", 1, _together),
+    Stage("lifetimes", 1, _lifetimes),
+    Stage("surrogate", 1, _surrogate, ("text",)),
+    Stage("overlap", 1, _overlap, by_layer=True),
     Stage("importance", 1, _importance),
     Stage("duplicates", 1, _duplicates, **_BY_LAYER),
     Stage(

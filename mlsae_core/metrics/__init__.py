@@ -9,10 +9,12 @@ from mlsae_core.metrics.distribution import (
     DistributionResult,
     LayerDistribution,
     Variances,
+    Weighting,
     basic_interval,
     gaussian_like,
     layer_moments,
     permute_layers,
+    permute_tokens,
 )
 from mlsae_core.metrics.downstream import (
     Downstream,
@@ -25,6 +27,7 @@ from mlsae_core.metrics.downstream import (
     logit_mse,
     uniformity,
 )
+from mlsae_core.metrics.effects import Effects, EffectsResult
 from mlsae_core.metrics.examples import Examples, TopExamples
 from mlsae_core.metrics.geometry import (
     CosineHistogram,
@@ -46,8 +49,10 @@ from mlsae_core.metrics.persistence import (
     PersistenceResult,
     Survival,
     SurvivalResult,
+    drifted,
     hysteresis,
     layers_of_pairs,
+    of_batch,
     random_updates,
     shuffled_updates,
 )

@@ -8,12 +8,16 @@ active at least once. L counts the layers given, from 0; variances are in square
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from mlsae_core.metrics.reconstruction import _check_same
+
+#: P(J), of the latents that are active at least once: uniform, or proportional to the tokens at
+#: which each is active.
+Weighting = Literal["latents", "tokens"]
 
 
 class Variances(NamedTuple):
@@ -195,14 +199,33 @@ class LayerDistribution:
             mean_entropy=entropy[live].mean().item(),
         )
 
-    def bootstrap(self, n_replicates: int, generator: torch.Generator | None = None) -> Variances:
+    def variances(self, weighting: Weighting = "latents", corrected: bool = False) -> Variances:
+        """The variances under another P(J), or without the bias of few tokens.
+
+        Args:
+            weighting: P(J). The paper's is ``latents``; with ``tokens``, latents that are seldom
+                active, whose variance is least certain, count for little.
+            corrected: The variance between the n tokens of a latent in a sample is too small by
+                (n − 1) / n, and the sample means of latents vary by a part of it; both are taken
+                off. A latent with one token has no such variance, as without the correction.
+        """
+        return _variances(self.sums.sum(0), weighting, corrected)
+
+    def bootstrap(
+        self,
+        n_replicates: int,
+        generator: torch.Generator | None = None,
+        weighting: Weighting = "latents",
+        corrected: bool = False,
+    ) -> Variances:
         """The variances of resampled data, each field (n_replicates,), for `basic_interval`.
 
         Each replicate draws n_blocks blocks of sequences with replacement (Efron 1979) and
         computes everything again from their sums, the set of live latents too.
         """
         weights = _resampled(len(self.sums), n_replicates, generator).to(self.sums.device)
-        parts = [_variances(torch.einsum("rb,bsj->rsj", w, self.sums)) for w in weights.split(32)]
+        drawn = (torch.einsum("rb,bsj->rsj", w, self.sums) for w in weights.split(32))
+        parts = [_variances(sums, weighting, corrected) for sums in drawn]
         return Variances(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
 
@@ -228,16 +251,23 @@ def _resampled(n_blocks: int, n_replicates: int, generator: torch.Generator | No
     return weights.scatter_add_(1, chosen, torch.ones_like(weights))
 
 
-def _variances(sums: Tensor) -> Variances:
+def _variances(
+    sums: Tensor, weighting: Weighting = "latents", corrected: bool = False
+) -> Variances:
     """Variances from Σ1, Σm, Σm², Σv, (…, 4, n_latents), over the latents with Σ1 > 0."""
     n = sums[..., 0, :]
-    live = n > 0
-    n_live = live.sum(-1)
+    chance = n if weighting == "tokens" else (n > 0).to(n)
+    chance = chance / chance.sum(-1, keepdim=True)
     mean, mean_square, within = (sums[..., i, :] / n.clamp(min=1) for i in (1, 2, 3))
-    given_j = within + mean_square - mean**2
-    centre = mean.sum(-1, keepdim=True) / n_live[..., None]
-    between = torch.where(live, (mean - centre) ** 2, 0).sum(-1) / n_live
-    token, latent = within.sum(-1) / n_live, given_j.sum(-1) / n_live
+    tokens = mean_square - mean**2
+    if corrected:
+        tokens = tokens * n / (n - 1).clamp(min=1)
+    given_j = within + tokens
+    centre = (chance * mean).sum(-1, keepdim=True)
+    between = (chance * (mean - centre) ** 2).sum(-1)
+    if corrected:
+        between = between - (chance * (1 - chance) * tokens / n.clamp(min=1)).sum(-1)
+    token, latent = (chance * within).sum(-1), (chance * given_j).sum(-1)
     total = latent + between
     return Variances(total, latent, token, latent / total, token / latent)
 
@@ -278,6 +308,20 @@ def permute_layers(
     order = chance.argsort(dim=0, stable=True)
     order = order.to(indices.device)[..., None].expand_as(indices)
     return indices.gather(0, order), values.gather(0, order)
+
+
+def permute_tokens(
+    indices: Tensor, values: Tensor, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Null model: at each layer the codes of another token, dealt anew within the batch.
+
+    Which latents fire at a layer, and how often, stays; that layers see the same token goes. The
+    arguments and the result are those of `permute_layers`.
+    """
+    chance = torch.rand(indices.shape[:2], generator=generator, device=_drawn_on(generator))
+    order = chance.argsort(dim=1, stable=True)
+    order = order.to(indices.device)[..., None].expand_as(indices)
+    return indices.gather(1, order), values.gather(1, order)
 
 
 def gaussian_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

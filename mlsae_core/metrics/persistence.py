@@ -8,6 +8,8 @@ blocks of sequences.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import torch
@@ -198,34 +200,69 @@ class Survival:
 # --- null models of a block, and activity without sharp edges -----------------------------------
 
 
-def shuffled_updates(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Null model: each token's stream plus the update that the block makes at another token.
+def shuffled_updates(x: Tensor, generator: torch.Generator | None = None, gap: int = 1) -> Tensor:
+    """Null model: each token's stream plus the update that the blocks make at another token.
 
     What an update does on average stays, and so does its size; that it answers this token goes.
 
     Args:
         x: the residual stream, (layer, token, d_model).
         generator: on any device, where the numbers are drawn; by default the CPU's.
+        gap: blocks whose updates are taken together.
 
     Returns:
-        (layer − 1, token, d_model), in the place of x[1:].
+        (layer − gap, token, d_model), in the place of x[gap:].
     """
     order = torch.rand(x.shape[1], generator=generator, device=_drawn_on(generator)).argsort()
-    return x[:-1] + (x[1:] - x[:-1])[:, order.to(x.device)]
+    return x[:-gap] + (x[gap:] - x[:-gap])[:, order.to(x.device)]
 
 
-def random_updates(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def random_updates(x: Tensor, generator: torch.Generator | None = None, gap: int = 1) -> Tensor:
     """Null model: each token's stream plus an update in a random direction, whose part along the
-    stream and whose norm are those of the block's. Arguments and result as of `shuffled_updates`.
+    stream and whose norm are those of the blocks'. Arguments and result as of `shuffled_updates`.
     """
-    update = x[1:] - x[:-1]
-    along = x[:-1] / torch.linalg.vector_norm(x[:-1], dim=-1, keepdim=True)
+    first = x[:-gap]
+    update = x[gap:] - first
+    along = first / torch.linalg.vector_norm(first, dim=-1, keepdim=True)
     radial = (update * along).sum(-1, keepdim=True)
     across = torch.linalg.vector_norm(update - radial * along, dim=-1, keepdim=True)
     noise = torch.randn(update.shape, generator=generator, device=_drawn_on(generator)).to(x)
     noise -= (noise * along).sum(-1, keepdim=True) * along
     noise /= torch.linalg.vector_norm(noise, dim=-1, keepdim=True)
-    return x[:-1] + radial * along + across * noise
+    return first + radial * along + across * noise
+
+
+def drifted(x: Tensor, update: Callable[[Tensor], Tensor]) -> Tensor:
+    """Null model of the whole stream: from the first layer on, nothing but such updates.
+
+    Args:
+        x: the residual stream, (layer, token, d_model).
+        update: `shuffled_updates` or `random_updates`; it is asked once for each block.
+
+    Returns:
+        (layer, token, d_model): x[0], and each layer the one before it plus the update that the
+        null model makes of the block's own.
+    """
+    stream = [x[0]]
+    for before, after in itertools.pairwise(x):
+        pair = torch.stack([stream[-1], stream[-1] + after - before])
+        stream.append(update(pair)[0])
+    return torch.stack(stream)
+
+
+def of_batch(indices: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Codes by a threshold in the place of TopK: of all vectors together, as many latents as TopK
+    would keep, the largest (BatchTopK, Bussmann et al. 2024).
+
+    Args:
+        indices, values: (layer, token, more than k).
+
+    Returns:
+        The same indices, and values that are 0 where a latent is below the threshold.
+    """
+    most = k * values.shape[0] * values.shape[1]
+    least = values.flatten().topk(most).values[-1]
+    return indices, torch.where(values >= least, values, 0)
 
 
 def hysteresis(indices: Tensor, values: Tensor, k: int, n_layers: int) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,30 @@ def adjacent(pairs: pd.DataFrame, by: str = "model") -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def beside_sums(layers: pd.DataFrame, pairs: pd.DataFrame, by: str = "model") -> pd.DataFrame:
+    """Adjacent layers beside what they would be if blocks added vectors at right angles.
+
+    Of x and x + u with u perpendicular to x the cosine is the ratio of their lengths, whatever u
+    is: two vectors of which one is a part of the other are alike.
+
+    Args:
+        layers, pairs: the tables of `drift`, of several runs, with the column `by`.
+
+    Returns:
+        One row per run and pair: `by`, ``layer``, ``other``, ``raw`` (the mean cosine, not
+        centred), ``perpendicular`` (the ratio of the mean norms) and ``more`` (their difference).
+    """
+    nearest = pairs[pairs.other == pairs.groupby([by, "layer"]).other.transform("min")]
+    norms = layers.set_index([by, "layer"]).norm
+    rows = nearest[[by, "layer", "other", "raw"]].reset_index(drop=True)
+    before, after = (
+        norms.loc[list(zip(rows[by], rows[column], strict=True))].to_numpy()
+        for column in ("layer", "other")
+    )
+    rows["perpendicular"] = before / after
+    return rows.assign(more=rows.raw - rows.perpendicular)
+
+
 def matrix(pairs: pd.DataFrame, by: str = "model") -> pd.DataFrame:
     """Both halves of the layer × layer matrix: `by`, ``layer``, ``other``, ``centred``, ``raw``."""
     columns = [by, "layer", "other", "centred", "raw"]

@@ -112,3 +112,10 @@ def costs(
         row |= {"vectors": vectors, "seconds": seconds, "vectors_per_second": vectors / seconds}
         rows.append(row)
     return pd.DataFrame(rows).set_index("choice")
+
+
+def budget(case: str) -> str:
+    """What a case of `experiments/equal.yml` is, by how many latents each layer has."""
+    if case == "shared":
+        return "one for all layers"
+    return "a sixth of the latents" if "sixth" in case else "as many latents"

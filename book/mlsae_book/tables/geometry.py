@@ -13,8 +13,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from mlsae_core.activations import ActivationSource, one_pass
 from mlsae_core.metrics import copied_rows, cosine_histogram, gaussian_rows, mmcs
 from mlsae_core.resume import Pass
+from mlsae_core.sae import MLSAE
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 N_BINS = 200
@@ -39,6 +41,27 @@ def dictionaries(decoder: Tensor, n_layers: int, seed: int = 0) -> dict[str, Ten
         "independent": gaussian_rows(n, d, generator).to(decoder.device),
         "copies": copied_rows(n, d, n_layers, generator).to(decoder.device),
     }
+
+
+@torch.no_grad()
+def anisotropic(source: ActivationSource, sae: MLSAE, size: int = 8, seed: int = 0) -> pd.DataFrame:
+    """MMCS of a dictionary beside rows that point where the activations do, and know no more.
+
+    Returns:
+        One row per ``rows``: ``dictionary``, ``independent`` (N(0, I)), and ``as activations``
+        (N(0, Σ), Σ the second moments of the standardised activations of all layers): ``mmcs``.
+    """
+    total, count = 0.0, 0
+    for batch in one_pass(source.batches(size), source, size, "moments", progress=False):
+        x = sae.standardise(batch.source)[0].flatten(0, 1).double()
+        total, count = total + x.T @ x, count + len(x)
+    values, vectors = torch.linalg.eigh(total / count)
+    generator = torch.Generator().manual_seed(seed)
+    noise = gaussian_rows(*sae.decoder.shape, generator)
+    root = (values.clamp(min=0).sqrt() * vectors).T.float()
+    found = {"dictionary": sae.decoder, "independent": noise, "as activations": noise @ root}
+    rows = [{"rows": name, "mmcs": mmcs(rows).mean} for name, rows in found.items()]
+    return pd.DataFrame(rows)
 
 
 def geometry(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import pandas as pd
 import torch
@@ -15,6 +16,10 @@ from mlsae_core.metrics import centred_logit, latent_importance, uniformity
 from mlsae_core.resume import Pass
 from mlsae_core.sae import MLSAE
 
+#: The vector's own gradient; null models: that of a vector of the next sequence at the same layer,
+#: and a direction drawn at random.
+Gradient = Literal["own", "another", "random"]
+
 
 def importance(
     source: TextSource,
@@ -23,6 +28,7 @@ def importance(
     *,
     sequences: int = 512,
     positions: int = 4,
+    gradient: Gradient = "own",
     progress: bool = True,
     checkpoint: Path | None = None,
 ) -> pd.DataFrame:
@@ -37,6 +43,8 @@ def importance(
         sequences: how many to read at most.
         positions: drawn per sequence, without replacement, among the non-special tokens that
             another token follows.
+        gradient: whose is multiplied with the activations: null models take one that knows nothing
+            of the vector's prediction, see `Gradient`.
         checkpoint: file to continue from if it exists, and to write every minute.
 
     Returns:
@@ -57,7 +65,7 @@ def importance(
     done = Pass(checkpoint, size, source.device, found=found, generator=generator)
     batches = source.blocks.batches(size, None, done.first)
     for tokens in one_pass(batches, source, size, "importance", progress, done):
-        found.append(_batch(source, sae, tokens, positions, generator))
+        found.append(_batch(source, sae, tokens, positions, generator, gradient))
     numbers = torch.cat(found, 2).double()  # (measure, layer, sequence, position)
     vectors = int((~numbers[2, 0].isnan()).sum())
     by_sequence = numbers.nanmean(-1)
@@ -75,7 +83,20 @@ def importance(
     return pd.DataFrame({"layer": source.layers, **table, "vectors": vectors, "sequences": n})
 
 
-def _batch(source, sae, tokens, positions, generator) -> Tensor:
+def beside_null_models(source: TextSource, sae: MLSAE, sequences: int = 32) -> pd.DataFrame:
+    """r_L0 of each layer, and what it is with each other `Gradient`: a column each, by layer."""
+    kinds = get_args(Gradient)
+    tables = [
+        importance(source, sae, sequences=sequences, gradient=kind, progress=False)
+        for kind in kinds
+    ]
+    columns = {
+        kind: table.set_index("layer").r_l0 for kind, table in zip(kinds, tables, strict=True)
+    }
+    return pd.DataFrame(columns)
+
+
+def _batch(source, sae, tokens, positions, generator, gradient) -> Tensor:
     """(measure, layer, sequence, position): r_L0, that of the activations, L0; nan where none."""
     lm, lens, layers = source.lm, source.lens, source.layers
     tokens = tokens.to(lm.device)
@@ -96,7 +117,11 @@ def _batch(source, sae, tokens, positions, generator) -> Tensor:
             gradients = torch.autograd.grad(loss[:, draw].sum(), read, retain_graph=True)
             here = sequence, chosen[:, draw]
             x = torch.stack([stream[here].detach() for stream in read]).to(sae.decoder)
-            slope = torch.stack([gradient[here] for gradient in gradients]).to(sae.decoder)
+            slope = torch.stack([of_layer[here] for of_layer in gradients]).to(sae.decoder)
+            if gradient == "another":
+                slope = slope.roll(1, 1)
+            elif gradient == "random":
+                slope = torch.randn(slope.shape, generator=generator).to(slope)
             numbers.append(_measures(sae, lens, layers, x, slope))
     return torch.stack(numbers, -1).masked_fill(~exists, torch.nan)
 

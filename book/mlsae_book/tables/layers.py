@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from mlsae_book.tables import prompt_ids
 from mlsae_book.tables.order import ascending, evenly
 from mlsae_book.tables.sweeps import stack
 from mlsae_core.activations import ActivationSource, TextSource, needs_model, one_pass
-from mlsae_core.metrics import LayerDistribution, permute_layers
+from mlsae_core.metrics import LayerDistribution, layer_moments, permute_layers
 from mlsae_core.sae import MLSAE
 from mlsae_core.store import Artefact
 from mlsae_core.text import TokenBlocks
@@ -299,6 +299,33 @@ def variance_sweep(made: Sequence[tuple[dict, Artefact]]) -> pd.DataFrame:
             {**labels, "ratio": label, **numbers[name], "live": live}
             for name, label in RATIOS.items()
         ]
+    return pd.DataFrame(rows)
+
+
+def weighted_ratio(read: Iterable[tuple[dict, dict[str, Tensor], dict]]) -> pd.DataFrame:
+    """Eq. 11 under two P(J): uniform over the live latents, and proportional to active tokens.
+
+    It takes no more than P(L | j) and the number of tokens, so what was stored is enough. Where
+    latents count by their tokens, those with few hardly matter, and so does the bias of few.
+
+    Args:
+        read: what `experiments.read_distributions` returns for several runs, after their labels.
+
+    Returns:
+        Two rows per run: the labels, ``weighting`` (``latents``, ``tokens``) and ``value``.
+    """
+    rows = []
+    for labels, arrays, _ in read:
+        live = arrays["active_tokens"] > 0
+        mean, variance = layer_moments(arrays["probs"][:, live].T)
+        for weighting in ("latents", "tokens"):
+            n = arrays["active_tokens"][live].double()
+            chance = n if weighting == "tokens" else torch.ones_like(n)
+            chance = chance / chance.sum()
+            within, centre = chance @ variance, chance @ mean
+            between = chance @ (mean - centre).square()
+            row = {"weighting": weighting, "value": float(within / (within + between))}
+            rows.append(labels | row)
     return pd.DataFrame(rows)
 
 

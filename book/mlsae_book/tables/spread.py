@@ -6,6 +6,7 @@ Each function takes what `experiments.read_distributions` returns for several ru
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -17,6 +18,9 @@ from mlsae_book.tables import latent_table
 from mlsae_book.tables.layers import sample_prompt
 from mlsae_book.tables.order import DECIMALS
 from mlsae_book.tables.sweeps import across
+
+#: Tokens at which a latent is active often enough that its entropy is hardly biased.
+OFTEN = 100
 
 Read = Iterable[tuple[dict, dict[str, Tensor], dict]]
 
@@ -64,14 +68,20 @@ def entropies(read: Read, quantiles: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0
 
     Returns:
         One row per run: ``entropy`` (mean over the latents that are active at least once) and
-        ``q05`` … ``q95``, quantiles over them.
+        ``q05`` … ``q95``, quantiles over them; ``often``, the mean over those active at `OFTEN`
+        tokens or more, since of few tokens entropy comes out too small; ``permuted``, the mean with
+        layers permuted at each token.
     """
     rows = []
     for labels, arrays, _ in read:
         found = arrays["entropy"][arrays["active_tokens"] > 0].double()
+        often = arrays["entropy"][arrays["active_tokens"] >= OFTEN].double()
+        null = arrays["probs_permuted"]
+        null = torch.special.entr(null[:, null.isfinite().all(0)]).sum(0) / math.log(len(null))
         ends = found.quantile(torch.tensor(quantiles, dtype=torch.float64)).tolist()
         names = [f"q{100 * q:02.0f}" for q in quantiles]
         row = {"entropy": found.mean().item(), **dict(zip(names, ends, strict=True))}
+        row |= {"often": often.mean().item(), "permuted": null.mean().item()}
         rows.append(labels | row)
     return pd.DataFrame(rows)
 

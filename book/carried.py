@@ -1,0 +1,350 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Carried, rewritten or shared?
+#
+# **What does it mean that a latent is active at several layers?**
+#
+# The residual stream is a sum: what a block adds is still there after the next one, unless something takes it away. So a latent
+# that is active at several layers may be so for reasons that have little in common:
+#
+# - it is **carried**: its direction was written once, and later blocks leave it alone;
+# - it is **rewritten**: later blocks compute it again, add to it, or hand it over to another latent;
+# - it is **shared**: the dictionary uses one row for different things at different layers;
+# - or that it *stops* is no fact about the stream: TopK keeps the $k$ largest, and others have become larger.
+#
+# The variance ratios of {cite:t}`lawson2025` ({doc}`variance`) cannot tell these apart. This page tries to, in the order in which
+# a sceptic would ask. Every number stands beside null models that *contain* a residual stream, and beside toys in which the answer is known.
+
+# %% tags=["remove-cell", "nbval-ignore-output"]
+from mlsae_book import charts, experiments, stages, toys
+from mlsae_book.charts import carried as draw
+from mlsae_book.tables import carried
+from mlsae_book.tables import together as at_once
+from mlsae_core import pipeline
+from mlsae_core.spec import load_experiment
+
+charts.use_book_theme()
+experiment = load_experiment("experiments/carried.yml")
+measured = experiments.measure(experiment, "persistence")
+
+# %% tags=["remove-cell"]
+own = [carried.MEASURED, *carried.UPDATES, *carried.APART]
+layers = experiments.tables(measured, "layers.csv")
+pairs = experiments.tables(measured, "pairs.csv")
+ranks = experiments.tables(measured, "ranks.csv")
+survival = experiments.tables(measured, "survival.csv")
+latents = experiments.tables(measured, "latents.csv")
+ratios = experiments.tables(measured, "ratios.csv")
+
+# %% [markdown]
+# ## At how many layers is a latent active at one token?
+#
+# Take every pair of a token $t$ and a latent $j$ that is active there at some layer, and count the layers,
+#
+# $$
+# N_{tj} = \bigl|\{\ell : j \in \operatorname{TopK}(\mathbf{x}_{t,\ell})\}\bigr| .
+# $$ (eq-layers-of-a-pair)
+#
+# The null models: **Gaussian vectors** of the same lengths, and at each layer the codes of **another token**, know of no stream. The other two
+# start at the token's own first layer and go on as sums. To each token is added what the block adds at
+# **another token**, or as much of it in a **random direction**, the part along the stream kept.
+
+# %% tags=["hide-input"]
+draw.beside(
+    layers[layers.of.isin(own)],
+    ("layers", "Layers at which the latent is active at the token"),
+    ("share", "Share of the pairs (token, latent)"),
+    "of",
+    title="Most pairs are of one layer, and in a stream of other tokens' updates as many",
+    subtitle="Lines: 95 % intervals over sequences, mostly smaller than a point.",
+    choices={"case": "Run"},
+)
+
+# %% [markdown]
+# **What to see.** In the default run 57 % of the pairs are active at one layer, the rest nearly always (0.943) at layers that follow each other. That is far from
+# Gaussian vectors or from other tokens, where nothing connects the layers. But it is near what a sum of *other tokens'* updates gives, 59 %, and
+# the whole histogram is. So that a latent is active at several layers of a token, and at how many, is for the most part what adding does.
+#
+# **What would contradict it.** A share of one-layer pairs far from that of the summed null models, on either side.
+#
+# The same in numbers. *single* is the share at one layer, *mean* the mean number of layers, *contiguous* the share of the other pairs
+# whose layers follow each other:
+
+# %% tags=["hide-input"]
+columns = ["l0", "single", "single_low", "single_high", "mean", "contiguous"]
+pairs[pairs.of.isin(own)].set_index(["case", "of"])[columns].round(3)
+
+# %% [markdown]
+# ## Or is it the margin of TopK?
+#
+# A latent stops where it is no longer among the $k$ largest. It may be just below. With the dictionary left as it is, the selection can be
+# changed: other $k$; one threshold for all vectors that keeps as many latents in the mean, as BatchTopK does {cite}`bussmann2024`; or *hysteresis*, where a
+# latent goes on when it is among the $k$ largest, and stays on over the layers around as long as it is among the $4k$ largest.
+
+# %% tags=["hide-input"]
+margins = pairs[~pairs.of.isin(own)].assign(what="dictionary")
+draw.beside(
+    margins.rename(columns={"single_low": "low", "single_high": "high"}),
+    ("of", "Which latents count as active"),
+    ("single", "Share of the pairs active at one layer"),
+    "what",
+    title="The one-layer share hardly depends on k, and falls to a third of it without the margin",
+    subtitle="The dictionary is the same throughout; lines: 95 % intervals over sequences.",
+    choices={"case": "Run"},
+)
+
+# %% [markdown]
+# **What to see.** With other $k$, or one threshold, about half of the pairs are still of one layer: what the choice of $k$ decides is not that. With hysteresis it is less than a
+# fifth, and a pair lasts 2.9 layers in the mean, not 1.8. So most latents that seem to belong to one layer at a token go on next door, just below the $k$ largest.
+#
+# Where do the one-layer latents stand, and where next door? The share of the active pairs by their rank, among the largest of a vector, where they are active and at
+# the better of the neighbouring layers:
+
+# %% tags=["hide-input"]
+carried.rank_classes(ranks[ranks.case == "default"]).round(3)
+
+# %% [markdown]
+# **What to see.** Three quarters of the one-layer pairs stand in the last half of the ranks even where they are active. Next door 42 % are among the next sixteen, and a third is
+# beyond the 64 largest: those are the latents that do belong to a layer.
+#
+# **What would contradict it.** A share that stays where it is under hysteresis, as it does in the toy whose features are handed over to others
+# (below).
+#
+# ## Do blocks keep what is active, or erase it?
+#
+# The survival of a latent over $m$ blocks is
+#
+# $$
+# S_{\ell, m} = P\bigl(j \in \operatorname{TopK}(\mathbf{x}_{\ell+m}) \mid j \in \operatorname{TopK}(\mathbf{x}_\ell)\bigr) .
+# $$ (eq-survival)
+#
+# It is less than 1 even where blocks do nothing to what is active, since they add other things. What it would be then is the survival with another token's update:
+# equal to it, and the stream merely passes latents through; above it, and blocks write them again; below, and they erase them.
+
+# %% tags=["hide-input"]
+draw.beside(
+    survival.assign(gap=survival.gap.map("{} block(s)".format)),
+    ("layer", "Layer at which the latent is active"),
+    ("rate", "Share that is active so many blocks later"),
+    "of",
+    title="Latents survive a block about as often as they would another token's update",
+    subtitle="Lines: 95 % intervals over sequences. Choose the run and the number of blocks.",
+    choices={"case": "Run", "gap": "Over"},
+)
+
+# %% [markdown]
+# The difference to the null model, with intervals that resample both on the same sequences:
+
+# %% tags=["hide-input"]
+excess = survival[(survival.of == "another token's updates") & (survival.gap == 1)]
+excess = excess.assign(measured=excess.rate + excess.excess).rename(columns={"rate": "null"})
+columns = ["measured", "null", "excess", "excess_low", "excess_high"]
+excess.set_index(["case", "layer"])[columns].round(3)
+
+# %% [markdown]
+# **What to see.** About half of the active latents survive a block, and with another token's update as many, within 0.03. The first block keeps a little more of them than
+# that, the later ones a little less; the intervals exclude zero, the size is small. So on average blocks pass on what is active, and neither write it again nor erase it.
+#
+# A second training, shorter and with other weights at the end (*seed 0*), has the same pattern. That the test can fail is seen with *random weights*. There survival is below the null model after every block, by 0.08 at first. The vectors of such a model are functions of their
+# token alone, and its dictionary holds tokens at layers; what a block adds there leads from one latent to another.
+#
+# The average hides latents that differ. Of those active at 100 tokens or more, *more* and *less* are the shares that survive the block more or less often
+# than with another token's update, beyond two standard errors (chance alone would give 0.02 each):
+
+# %% tags=["hide-input"]
+latents = latents[(latents.of == "another token's updates") & (latents.case == "default")]
+latents.set_index("layer")[["latents", "more", "less", "q05", "q50", "q95"]].round(3)
+
+# %% [markdown]
+# **What to see.** Single latents are treated: a fifth or more of them survive more often than chance allows, and about as many less often. Some are kept and some erased, and in the mean the two
+# cancel.
+#
+# **What would contradict it.** An excess of the same sign at every layer, and large: then blocks would treat what is active in a way of their own.
+#
+# ## Carried or recomputed?
+#
+# Survival counts; it does not say why. So take latent $j$ out of the vector after block $\ell$, $\mathbf{x}_\ell - h \sigma \mathbf{w}_j$, at one token, and read its activation $a$
+# after block $\ell + m$, before TopK. Once with the whole model run again, and once with all updates in between kept as they were, so that
+# nothing but the loss itself arrives. As shares of $a$ these are
+#
+# $$
+# \rho = \frac{\sum (a - a_\text{run again})}{\sum a}, \qquad \delta = \frac{\sum (a - a_\text{updates kept})}{\sum a} .
+# $$ (eq-carried)
+#
+# Both near 1: carried. $\rho$ near 0 while $\delta$ is near 1: blocks compute it again. $\rho$ above $\delta$: they add to what is there. The null models take out as long a piece
+# of another latent that is active in the same vector, or of a random direction.
+
+# %% tags=["hide-input"]
+taken_out = experiments.measure(load_experiment("experiments/ablated.yml"), "effects")
+ablated = experiments.tables(taken_out, "effects.csv")
+draw.beside(
+    carried.drops(ablated),
+    ("gap", "Blocks between taking out and reading"),
+    ("value", "Drop of the activation (share of it)"),
+    "kind",
+    title="Three quarters of a later activation is what was carried there; blocks do not restore it",
+    subtitle="Latents still active at the later layer, all layers together; 95 % intervals over sequences.",
+    choices={"case": "Run"},
+)
+
+# %% [markdown]
+# **What to see.** In the default run both drops are 0.74, after one block as after two. So what is active later is for three quarters the very piece that was there before. Nothing restores it:
+# $\rho$ would be near 0. And little is added *because* of it, since $\rho - \delta$ is 0.01 with an interval that has zero in it. The last quarter was written in between, or stands in other parts of the vector, whether or
+# not the latent had been active. The null models have 0.01 to 0.05.
+#
+# By where the latent is at home:
+
+# %% tags=["hide-input"]
+homes = ablated[
+    (ablated.taken == "the latent") & (ablated.after == "active there") & (ablated.layer == -1)
+]
+columns = ["samples", "total", "direct", "blocks", "blocks_low", "blocks_high"]
+homes[homes.gap == 1].set_index(["case", "home"])[columns].round(3)
+
+# %% [markdown]
+# *home* says whether the latent's mean layer lies before the one at which it was taken out, at it, or after it; *blocks* is $\rho - \delta$. A latent past its home is carried whole
+# (0.99) and a little taken away; one that has its home before it is still being written (0.61), and blocks add to it for being there. Both are small beside what is carried.
+#
+# **What would contradict it.** A $\rho$ well below $\delta$, as in the toy whose blocks compute features again.
+#
+# ## Would we have seen it?
+#
+# Toys: streams in which features are axes, the dictionary is the right one, and blocks do a known thing (`mlsae_book.toys`). All of them go through the
+# same code as the model.
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+toys.signatures().set_index("blocks").round(2)
+
+# %% [markdown]
+# *total* is $\rho$ and *direct* $\delta$, of latents that are still active one block later.
+#
+# **What to see.** Each kind of block has its signature. Where features are *carried*, survival is that of the null model and $\rho = \delta$. *Amplified*: an excess, and $\rho > \delta$.
+# *Erased*: far fewer survive. *Recomputed*: $\rho = 0$. *Rewritten*, handed over to other features: few survive, and a good part of the one-layer share stays with hysteresis.
+#
+# ## What do Eq. 11 and 12 measure?
+#
+# The two ratios of the same codes and null models (corrected for the bias of few tokens, $P(J)$ uniform over latents):
+
+# %% tags=["hide-input"]
+both = ratios[ratios.corrected & (ratios.weighting == "latents")]
+draw.beside(
+    both,
+    ("ratio", "Ratio of variances"),
+    ("value", "Value"),
+    "of",
+    title="Eq. 11 hardly asks for the token; Eq. 12 does, and a sum of other tokens' updates has most of it",
+    subtitle="Lines: 95 % intervals over sequences. Choose the run.",
+    choices={"case": "Run"},
+)
+
+# %% [markdown]
+# **What to see.** Deal each layer the codes of another token, and Eq. 11 is 0.63 where 0.55 is measured: it asks at which layers a latent is used over all the text, and hardly for what
+# happens at a token. Eq. 12 does ask: without the token it falls from 0.28 to 0.01. But a stream that takes other tokens' updates has 0.24. So most of Eq. 12, too, is what adding does.
+# Random directions spread latents more, since they do not point where the blocks write in the mean.
+#
+# With *random weights* Eq. 11 is 0.55 as well, and for another reason: there the same null model has 0.84. Two models can have one ratio and nothing else in common.
+#
+# **What would contradict it.** A measured value far from that of the streams of other tokens' updates.
+#
+# ## Several layers at once
+#
+# If one dictionary serves all layers, its reconstructions should be able to stand in at several of them: each is then made of what the ones before have let
+# through. Neither the paper nor any library we know of measures that. Beside the MLSAE stand dictionaries for each layer, of as many latents at
+# each layer, and of a sixth of them, so as many in all; and the layers' means.
+
+# %% tags=["hide-input"]
+equal = load_experiment("experiments/equal.yml")
+sets = experiments.budgets(equal)
+together = experiments.tables(experiments.together(sets, equal.evaluate), "together.csv")
+
+# %% tags=["hide-input"]
+draw.beside(
+    at_once.from_the_first(together[together.of == "reconstruction"]),
+    ("layers", "Layers that are reconstructed at once, from the first on"),
+    ("value", "Delta CE (nats per predicted token)"),
+    "dictionary",
+    title="Reconstructed together, layers cost less than the sum of each alone",
+    subtitle="95 % intervals over sequences. Choose what is shown.",
+    choices={"what": "Shown"},
+)
+
+# %% tags=["hide-input"]
+together.pivot_table(
+    index=["of", "dictionary"], columns="layers", values=["delta_ce", "excess"], sort=False
+).round(3)
+
+# %% [markdown]
+# *delta_ce* and *excess*, the difference to the sum of each alone, in the mean over all runs of so many adjacent layers; *mean*: the layers' means stand in.
+#
+# **What to see.** Errors do not add up: every set costs less than its layers one by one, since what one reconstruction has lost the next cannot lose again. And here the dictionary for all layers comes into its
+# own. At one layer it is worse than the layer's own dictionary (0.535 against 0.472 nats). At two, three and four layers together it is as good or better (0.900 against 0.913 for two), and only over five and
+# six the own ones lead again. Dictionaries of a sixth of the latents are behind throughout. What an MLSAE has written at one layer it can read at the next.
+#
+# **What would contradict it.** Differences to the sum that are no smaller for the MLSAE than for dictionaries that share nothing. It is one seed of each, and short training.
+#
+# ## How long do features live without an MLSAE?
+#
+# Dictionaries of single layers share nothing. A latent of one layer and one of the next are matched where each is the one whose activations, on the same
+# tokens, correlate best with the other's (as {cite:t}`li2016` match networks); a chain of matches is a lifetime.
+
+# %% tags=["hide-input"]
+again = {2: experiments.by_case(equal)["layer 2, seed 1"]}
+[shared], each, _ = sets.values()
+lives = stages.lifetimes(pipeline.Session(), shared, each, again, equal.evaluate)
+matches = experiments.tables([({}, lives)], "matches.csv")
+matches[matches.least == 0.5].set_index(["of", "layer"])[
+    ["latents", "share", "correlation", "same"]
+].round(3)
+
+# %% tags=["hide-input"]
+chains = experiments.tables([({}, lives)], "chains.csv")
+chains = chains.fillna({"least": 0})
+chains.pivot_table(index=["of", "least", "mean"], columns="layers", values="share").round(3)
+
+# %% [markdown]
+# **What to see.** *least* is the correlation that a match must have (0: not asked), *same* the share of an MLSAE's matches that are the latent itself. At 0.5, 11 % to 21 % of the latents have a match at the next layer, where other tokens give 1 %. So most chains are
+# of one layer, while most latents of the MLSAE live at four or more (at more than a tenth of the tokens of their best layer). But the ceiling is as low: of one and the same layer, dictionaries of two seeds share 12 %. Short chains then say
+# that dictionaries trained so briefly are not found again, not that features are short-lived. (Those of adjacent layers have one seed, so their first weights in common, and still share little.) Within the MLSAE 44 % to 68 % are
+# matched, nearly always with themselves. This experiment decides nothing yet.
+#
+# **What would contradict it.** Two seeds of a layer that share most latents: then chains would be lifetimes.
+#
+# ## Verdicts
+#
+# | what one might think | asked by | what would show it | what is found | verdict |
+# | --- | --- | --- | --- | --- |
+# | At a token, a latent belongs to one layer | selections without a margin | a one-layer share that stays | it falls from 0.57 to 0.19 | mostly the margin of TopK |
+# | Blocks write again what is active, or erase it | survival beside another token's update | an excess, or a lack | both, within 0.03 | in the mean neither; single latents, yes |
+# | A latent that stays is computed anew | ablation, updates kept or not | a total drop near 0 | 0.74, and as much with updates kept | carried |
+# | Eq. 11 below 1 shows features with layers of their own | streams of other tokens' updates | a null model far above | 0.62, where 0.55 is measured | for the most part a property of sums |
+# | Eq. 12 shows features that stay | the same | a null model far below | 0.24, where 0.28 is measured | for the most part a property of sums |
+# | A dictionary for all layers is only smaller | several layers at once | as large an extra cost as without sharing | as good as a dictionary for each layer, at two to four layers | its reconstructions compose |
+# | Features live as long as the latents of an MLSAE | chains of dictionaries of single layers | chains as long | short ones, but two seeds share as little | undecided |
+#
+# So what do the two ratios measure? Eq. 11: at which layers the rows of a dictionary are used over all the text. It hardly depends on what happens at a token, and it moves with the
+# size of updates, the offsets of layers and the choice of $P(J)$. Eq. 12: for how many layers a sum keeps a latent among the $k$ largest. Neither tells carried from rewritten. In this model what is active at
+# several layers of a token has mostly been *carried* there. The same ratio in a model with random weights has another cause.
+#
+# **What would change this.** A model, perhaps a larger one, whose blocks restore or erase what is active: survival would leave the null models, and $\rho$ would leave $\delta$. Features that move
+# between tokens, which we do not follow: everything here is read at the token itself. And features that turn from layer to layer, which hand over to other latents; to survival that looks
+# like erasing. All of it is one small language model, and dictionaries with TopK.
+#
+# ## How this page was made
+#
+# `experiments/carried.yml`, `ablated.yml` and `equal.yml` declare the runs. Survival, margins and ratios come from one pass, the ablations from a second in which each change has a copy of
+# its sequence to itself. The dictionaries of equal budget are trained on 200,000 tokens each, one seed.
+
+# %% tags=["hide-input"]
+experiments.notes([*measured, *taken_out]).set_index(["case", "stage"])
+
+# %% [markdown]
+# ```{bibliography}
+# :filter: docname in docnames
+# ```

@@ -1,0 +1,77 @@
+"""The book's stages on a tiny model: what they write, and on what their keys depend."""
+
+import pandas as pd
+import pytest
+from test_pipeline import SETTINGS, run_of
+
+from mlsae_book import experiments, stages, surrogates
+from mlsae_core import pipeline
+from mlsae_core.spec import EvaluateSpec
+
+pytestmark = pytest.mark.usefixtures("data")
+
+
+def test_survival_and_ablations_are_stages_of_a_run(inputs):
+    run = run_of(inputs)
+    session = pipeline.Session()
+    found = session.make("persistence", run, SETTINGS)
+    pairs = pd.read_csv(found.file("pairs.csv")).set_index("of")
+    assert pairs.l0["measured"] <= 4
+    assert pairs.single["measured"] == pytest.approx(pairs.single["k"])
+    table = pd.read_csv(session.make("effects", run, SETTINGS).file("effects.csv"))
+    assert set(table.columns) > {"total", "direct", "blocks_low"}
+
+
+def test_several_dictionaries_are_measured_together(inputs):
+    session = pipeline.Session()
+    shared = run_of(inputs)
+    each = [run_of(inputs, layers=[layer]) for layer in range(3)]
+    again = run_of(inputs, layers=[1], seed=1)
+    one = stages.together(session, [shared], SETTINGS)
+    many = stages.together(session, each, SETTINGS)
+    tables = [pd.read_csv(a.file("together.csv")) for a in (one, many)]
+    assert [set(t.of) for t in tables] == [{"reconstruction", "mean"}, {"reconstruction"}]
+    assert tables[0].delta_ce[0] != tables[1].delta_ce[0]
+    other = stages.together(session, [*each[:2], run_of(inputs, layers=[2], seed=1)], SETTINGS)
+    assert len({one.key, many.key, other.key}) == 3
+    lives = stages.lifetimes(session, shared, each, {1: again}, SETTINGS)
+    matches = pd.read_csv(lives.file("matches.csv"))
+    assert set(matches.of) == {"next layer", "other tokens", "another seed", "MLSAE"}
+    chains = pd.read_csv(lives.file("chains.csv"))
+    sums = chains.groupby(["of", "least"], dropna=False).share.sum()
+    assert sums.tolist() == pytest.approx([1.0] * len(sums))
+    read_only = pipeline.Session("read-only")
+    assert stages.together(read_only, each, SETTINGS).path == many.path
+
+
+def test_every_surrogate_is_trained_and_measured(inputs):
+    run, keys = run_of(inputs), set()
+    for condition in surrogates.CONDITIONS:
+        artefact = stages.surrogate(pipeline.Session(), run, SETTINGS, condition)
+        table = pd.read_csv(artefact.file("surrogate.csv")).set_index("measure").value
+        assert 0 < table["single"] <= 1
+        assert 0 < table["live"] <= 1
+        keys.add(artefact.key)
+    assert len(keys) == len(surrogates.CONDITIONS)
+
+
+def test_a_dictionary_reads_the_activations_of_another_run(inputs):
+    session, run = pipeline.Session(), run_of(inputs)
+    # its own model with other weights stands for another basis
+    model = {"path": str(inputs / "gpt_neox"), "random_weights": 1}
+    other = run_of(inputs, model=model)
+    own = session.distributions(run, SETTINGS)
+    same = stages.distributions_of(session, run, run, SETTINGS)
+    crossed = stages.distributions_of(session, run, other, SETTINGS)
+    numbers = [experiments.read_distributions(a)[1]["ratio_latent"] for a in (own, same, crossed)]
+    assert numbers[0] == numbers[1]
+    assert numbers[2]["value"] != numbers[0]["value"]
+
+
+def test_overlap_is_measured_of_the_runs_own_text(inputs):
+    settings = EvaluateSpec(tokens=128)
+    artefact = stages.overlap(pipeline.Session(), run_of(inputs), settings)
+    shares = pd.read_csv(artefact.file("shares.csv")).share
+    assert shares.is_monotonic_decreasing
+    apart = pd.read_csv(artefact.file("apart.csv"))
+    assert apart.share.sum() == pytest.approx(1)
