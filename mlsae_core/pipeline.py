@@ -432,12 +432,13 @@ class Stage:
 def _evaluate(folder: Path, subject: Subject) -> dict:
     from mlsae_core import analysis
 
-    ablations = subject.settings.ablations
+    settings, context = subject.settings, subject.run.data.context_length
     table = analysis.evaluate(
         subject.source,
         subject.sae,
         subject.size,
-        ablations=ablations,
+        ablations=settings.ablations,
+        replaced=settings.replaced and max(settings.replaced // context, 1),
         checkpoint=subject.checkpoint,
         share=subject.share,
     )

@@ -336,17 +336,22 @@ class EvaluateSpec(Spec):
     Args:
         ablations: also replace each layer by zero and by its mean, for the CE recovered; the
             evaluation then takes about three times as long.
+        replaced: tokens, of whole sequences spread evenly over what is read, at which layers are
+            replaced and predictions scored, with intervals over sequences; all by default.
     """
 
     tokens: int = 1_000_000
     split: Split = "test"
     ablations: bool = True
+    replaced: int | None = added(None)
 
     _prefix = "evaluate."
 
     def __post_init__(self):
         super().__post_init__()
-        self._positive("tokens")
+        self._positive("tokens", "replaced")
+        most = f"at most the {self.tokens} tokens that are read"
+        self._require((self.replaced or 0) <= self.tokens, "replaced", most)
 
 
 @dataclass(frozen=True)
