@@ -195,19 +195,19 @@ middle of the gap of SmolLM2-135M, 16,384 tokens of which are below 13 or, 67 of
 
 @torch.no_grad()
 def massive(x: Tensor) -> Tensor:
-    """Whether a token has a massive activation at some layer (Sun et al. 2024, "Massive Activations
-    in Large Language Models"): a vector whose norm is above `MASSIVE` times the median of its
-    sequence and layer. So the tokens are found by what they do, wherever in a sequence they stand.
+    """Which vectors are massive activations (Sun et al. 2024, "Massive Activations in Large
+    Language Models"): those whose norm is above `MASSIVE` times the median of their sequence and
+    layer. So they are found by what they are, wherever in a sequence they stand.
 
     Args:
         x: (layer, batch, position, d_model).
 
     Returns:
-        (batch, position) bool. The median of an even number is the lower one of the middle two; a
-        vector that is alone in its sequence is never massive.
+        (layer, batch, position) bool. The median of an even number is the lower one of the middle
+        two; a vector that is alone in its sequence is never massive.
     """
     norms = torch.linalg.vector_norm(x.float(), dim=-1)
-    return (norms > MASSIVE * norms.median(-1, keepdim=True).values).any(0)
+    return norms > MASSIVE * norms.median(-1, keepdim=True).values
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -318,6 +318,15 @@ class TextSource:
             captured = self.lm.capture(tokens, self.layers, self.points)
             yield self._gather(captured, tokens, keep, index, check)
 
+    def marked(self, size: int) -> Iterator[tuple[Batch, Tensor]]:
+        """`batches` in order, each with which of its vectors are `massive`, (layer, token) bool; so
+        of a site that keeps them."""
+        for index, tokens in enumerate(self.blocks.batches(size)):
+            tokens = tokens.to(self.device)
+            captured = self.lm.capture(tokens, self.layers, self.points)
+            batch = self._gather(captured, tokens, self.lm.keep_mask(tokens), index, True)
+            yield batch, massive(captured[self.points[0]])[:, batch.sequence, batch.position]
+
     def _gather(self, captured, tokens: Tensor, keep: Tensor, index: int, check: bool) -> Batch:
         """A batch of captured activations.
 
@@ -348,7 +357,7 @@ class TextSource:
         """(batch, position) bool, where `keep` is and the site excludes nothing."""
         if self.site.massive == "kept":
             return keep
-        return keep & ~massive(captured[self.points[0]]).to(keep.device)
+        return keep & ~massive(captured[self.points[0]]).any(0).to(keep.device)
 
     # --- putting vectors back -----------------------------------------------------------------
 

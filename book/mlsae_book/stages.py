@@ -6,6 +6,7 @@ imported where something is computed.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -165,6 +166,29 @@ def _duplicates(folder: Path, subject: Subject) -> dict:
     return {"tokens": int(table.tokens.iloc[0])}
 
 
+def _massive(folder: Path, subject: Subject) -> dict:
+    """What massive activations do to the metrics, with and without them: `evaluation.csv`, measured
+    at all tokens whatever the site excludes, `positions.csv` and `massive.csv`."""
+    from mlsae_book.tables import positions
+    from mlsae_core import analysis
+
+    kept = replace(subject.source.site, massive="kept")
+    settings, context = subject.settings, subject.run.data.context_length
+    table = analysis.evaluate(
+        replace(subject.source, site=kept),
+        subject.sae,
+        subject.size,
+        ablations=settings.ablations,
+        replaced=settings.replaced and max(settings.replaced // context, 1),
+        checkpoint=subject.checkpoint,
+    )
+    table.to_csv(folder / "evaluation.csv", index=False, float_format="%.8g")
+    groups, massive = positions.by_position(subject.source, subject.sae, subject.size)
+    groups.to_csv(folder / "positions.csv", index=False, float_format="%.4g")
+    massive.to_csv(folder / "massive.csv", index=False, float_format="%.6g")
+    return {"tokens": int(table.tokens.iloc[0])}
+
+
 _BY_LAYER = {"by_layer": True, "any_batch": True}
 pipeline.register(
     Stage("drift", 1, _drift, ("text",), any_batch=True, key=drift_key),
@@ -173,6 +197,7 @@ pipeline.register(
     Stage("examples", 1, _examples, **_BY_LAYER),
     Stage("importance", 1, _importance),
     Stage("duplicates", 1, _duplicates, **_BY_LAYER),
+    Stage("massive", 1, _massive, **_BY_LAYER),
     Stage(
         "prompts",
         1,
