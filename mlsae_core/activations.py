@@ -107,7 +107,7 @@ class Work:
     """How much of the present batch is done, for the bar of `one_pass`."""
 
     def __init__(self):
-        self.bar, self.part = None, 0.0
+        self.bar, self.part = None, 0
 
     def done(self, part: float):
         """Show that so much of the batch is done, between 0 and 1."""
@@ -144,8 +144,8 @@ def one_pass(
     with tqdm(None, name, total, disable=not shown, initial=first, unit_scale=parts) as work.bar:
         for batch in batches:
             yield batch
-            work.done(1.0)
-            work.part = 0.0
+            work.done(1)
+            work.part = 0
             if done:
                 done.batch_done()
     if batch is None and share.index == 0:

@@ -357,6 +357,10 @@ class Session:
             store.check_own(store.STORE / stage / identity)
         return found
 
+    def look_again(self, artefact: Artefact):
+        """Look a result up when it is next asked for, since it now lies elsewhere."""
+        self._made.pop((artefact.meta["stage"], artefact.key), None)
+
     def write(
         self, stage, identity, spec, parents, fill: Callable[[Path], dict], shared: bool = False
     ) -> Artefact:

@@ -6,6 +6,7 @@ imported where something is computed.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -189,6 +190,17 @@ def _massive(folder: Path, subject: Subject) -> dict:
     return {"tokens": int(table.tokens.iloc[0])}
 
 
+def _chosen(folder: Path, subject: Subject) -> dict:
+    """Twenty latents from early to late layers, with their texts: `latents.json`."""
+    from mlsae_book.tables import chosen
+
+    found = chosen.chosen(subject.source, subject.sae, subject.size)
+    found = json.loads(json.dumps(found), parse_float=lambda x: float(f"{float(x):.4g}"))
+    content = json.dumps(found, indent=1, ensure_ascii=False)
+    (folder / "latents.json").write_text(content + "\n", "utf-8")
+    return {"tokens": found[0]["of"] if found else 0}
+
+
 _BY_LAYER = {"by_layer": True, "any_batch": True}
 pipeline.register(
     Stage("drift", 1, _drift, ("text",), any_batch=True, key=drift_key),
@@ -198,6 +210,7 @@ pipeline.register(
     Stage("importance", 1, _importance),
     Stage("duplicates", 1, _duplicates, **_BY_LAYER),
     Stage("massive", 1, _massive, **_BY_LAYER),
+    Stage("chosen", 1, _chosen, **_BY_LAYER),
     Stage(
         "prompts",
         1,
