@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_lm import N_LAYERS, tiny_lm, tiny_tokens
 
-from mlsae_book.tables import chosen
+from mlsae_book.tables import chosen, predictions
 from mlsae_core.activations import First, TextSource
 from mlsae_core.sae import MLSAE
 from mlsae_core.spec import SiteSpec, SpecError
@@ -53,7 +53,7 @@ def test_texts_are_shown_as_text_and_the_token_is_marked():
     text = {"before": "<b>\n", "token": "&", "after": "", "activation": 1.0, "layer": 2}
     latent = {"latent": 7, "tokens": 3, "of": 1000, "mean_layer": 1.25, "texts": [text]}
     html = chosen.as_html([latent | {"probs": [0.02, 0.5, 0.48]}], {7: "an <ampersand>"})
-    assert "&lt;b&gt;⏎<mark>&amp;</mark>" in html
+    assert "&lt;b&gt;↵<b style='text-decoration:underline'>&amp;</b>" in html
     assert "<td>an &lt;ampersand&gt;</td><td>1.2</td><td>1–2</td><td>3.0</td>" in html
     assert "<td>?</td>" in chosen.as_html([latent | {"probs": [1.0, 0.0]}], {})
 
@@ -61,3 +61,14 @@ def test_texts_are_shown_as_text_and_the_token_is_marked():
 def test_stacked_layers_are_refused():
     with pytest.raises(SpecError, match="stacked: expected false for latents"):
         chosen.chosen(source(stacked=True), sae(), progress=False)
+
+
+def test_next_tokens_are_those_of_the_whole_model():
+    lm = source().lm
+    table = predictions.next_tokens(lm, ["w1 w2", "w3"], most=3)
+    for prompt, rows in table.groupby("prompt"):
+        ids = torch.tensor([lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+        expected = lm.model(input_ids=ids).logits[0, -1].softmax(-1).topk(3)
+        assert rows.probability.tolist() == pytest.approx(expected.values.tolist(), rel=1e-4)
+        assert rows.token.tolist() == [lm.tokenizer.decode([int(i)]) for i in expected.indices]
+        assert rows["rank"].tolist() == [1, 2, 3]

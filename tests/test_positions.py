@@ -1,6 +1,7 @@
 """Metrics by position, and of planted attention sinks: where they are and what they do."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny_lm import D_MODEL, N_LAYERS, tiny_lm
@@ -97,6 +98,20 @@ def _evaluated(batches):
 
     table = analysis.evaluate(Saved(), sae(), 4, progress=False)
     return table.rename(columns={"fvu_global": "fvu"})
+
+
+def test_metrics_stand_beside_each_other_both_ways():
+    one = pd.DataFrame({"layer": [0, 1, 2], "fvu": [1.0, 2.0, 6.0], "alone": 0.0})
+    other = one.assign(fvu=one.fvu * 10).drop(columns="alone")
+    table = positions.both_ways(one, other, [2], ["fvu", "alone", "neither"])
+    expected = {
+        "metric": ["fvu"],
+        "mean, excluded": [3.0],
+        "mean, kept": [30.0],
+        "layer 2, excluded": [6.0],
+        "layer 2, kept": [60.0],
+    }
+    assert table.to_dict("list") == expected
 
 
 def test_stacked_layers_are_refused(lm):

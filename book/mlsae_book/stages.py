@@ -59,6 +59,15 @@ def prompts_key(run: SubjectSpec) -> Keyed:
     return store.key("prompts", own | {"prompts": PROMPTS}, parents), {"run": flat(run)}, parents
 
 
+def predictions_key(run: SubjectSpec) -> Keyed:
+    """Key, spec and parents of what a model says after each of `PROMPTS`: of the model alone."""
+    parents = {"model": models.key(run.model.path, run.model.revision)}
+    own = keyed(run.model) | {"prompts": PROMPTS}
+    own.pop("path")
+    own.pop("revision", None)
+    return store.key("predictions", own, parents), {"run": flat(run)}, parents
+
+
 def transfer(
     session: Session, run: SubjectSpec, settings: EvaluateSpec, target: Target
 ) -> Artefact:
@@ -138,6 +147,15 @@ def _prompts(folder: Path, subject: Subject) -> dict:
     return {}
 
 
+def _predictions(folder: Path, subject: Subject) -> dict:
+    """The next tokens that the model finds likely after each of `PROMPTS`: `predictions.csv`."""
+    from mlsae_book.tables import predictions
+
+    table = predictions.next_tokens(subject.source.lm, PROMPTS)
+    table.to_csv(folder / "predictions.csv", index=False, float_format="%.4g")
+    return {}
+
+
 def _examples(folder: Path, subject: Subject) -> dict:
     """Top activating examples of every latent and layer: `examples.safetensors`."""
     from mlsae_book.tables import examples
@@ -210,6 +228,7 @@ pipeline.register(
     Stage("importance", 1, _importance),
     Stage("duplicates", 1, _duplicates, **_BY_LAYER),
     Stage("massive", 1, _massive, **_BY_LAYER),
+    Stage("predictions", 1, _predictions, ("model",), key=lambda run, _: predictions_key(run)),
     Stage("chosen", 1, _chosen, **_BY_LAYER),
     Stage(
         "prompts",

@@ -7,6 +7,7 @@ from html import escape
 import torch
 from torch import Tensor
 
+from mlsae_book.tables.examples import shown
 from mlsae_core.activations import TextSource, one_pass
 from mlsae_core.metrics import LayerDistribution
 from mlsae_core.sae import MLSAE
@@ -115,7 +116,8 @@ def _around(tokenizer, tokens: Tensor, place: int, window: int) -> dict[str, str
 
 
 def as_html(found: list[dict], names: dict[int, str]) -> str:
-    """The latents that `chosen` gives as a table; the token itself is marked.
+    """The latents that `chosen` gives as an HTML table; all text is escaped, and the token itself
+    is bold and underlined.
 
     names: what somebody who has read the texts would call a latent, by its number.
     """
@@ -123,7 +125,8 @@ def as_html(found: list[dict], names: dict[int, str]) -> str:
     for latent in found:
         low, high = _middle(latent["probs"])
         texts = "<br>".join(
-            f"{_shown(text['before'])}<mark>{_shown(text['token'])}</mark>{_shown(text['after'])}"
+            f"{_shown(text['before'])}<b style='text-decoration:underline'>"
+            f"{_shown(text['token'])}</b>{_shown(text['after'])}"
             for text in latent["texts"]
         )
         cells = (
@@ -134,10 +137,11 @@ def as_html(found: list[dict], names: dict[int, str]) -> str:
             f"{1000 * latent['tokens'] / latent['of']:.1f}",
         )
         cells = "".join(f"<td>{cell}</td>" for cell in cells)
-        rows.append(f"<tr>{cells}<td>{texts}</td></tr>")
+        style = "text-align:left;white-space:pre-wrap;font-family:monospace"
+        rows.append(f"<tr>{cells}<td style='{style}'>{texts}</td></tr>")
     heads = "latent", "called", "mean layer", "layers", "of 1000 tokens", "most active at"
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"<table class='dataframe'><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def _middle(probs: list[float]) -> tuple[int, int]:
@@ -149,4 +153,4 @@ def _middle(probs: list[float]) -> tuple[int, int]:
 
 
 def _shown(text: str) -> str:
-    return escape(text).replace("\n", "⏎")
+    return escape(shown(text), quote=True)

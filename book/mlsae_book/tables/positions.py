@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -99,3 +100,28 @@ def _massive(norms: torch.Tensor, massive: torch.Tensor, batch) -> torch.Tensor:
     seen.index_add_(1, batch.sequence, massive.long())
     parts = (massive, first, seen > 0, norms * massive, norms * ~massive, ~massive)
     return torch.stack([part.double().sum(1) for part in parts])
+
+
+def both_ways(
+    excluded: pd.DataFrame, kept: pd.DataFrame, layers: Sequence[int], metrics: Sequence[str]
+) -> pd.DataFrame:
+    """Tables of one row per layer, without massive activations and with them, beside each other.
+
+    Returns:
+        One row per metric that both have: ``metric``, and ``excluded`` and ``kept`` as the mean
+        over layers and at each of `layers`, named ``mean, excluded`` and so on.
+    """
+    rows = []
+    for name in (metric for metric in metrics if metric in excluded and metric in kept):
+        row: dict = {"metric": name}
+        for way, table in (("excluded", excluded), ("kept", kept)):
+            by_layer = table.set_index("layer")[name]
+            row[f"mean, {way}"] = by_layer.mean()
+            row |= {f"layer {layer}, {way}": by_layer[layer] for layer in layers}
+        order = [f"{place}, {way}" for place in _places(layers) for way in ("excluded", "kept")]
+        rows.append({"metric": name} | {column: row[column] for column in order})
+    return pd.DataFrame(rows)
+
+
+def _places(layers: Sequence[int]) -> list[str]:
+    return ["mean", *(f"layer {layer}" for layer in layers)]
