@@ -383,7 +383,10 @@ class TextSource:
 
         Raises:
             ActivationError: NaN or infinite activations, or nothing but special tokens.
+            SpecError: `replaced` sequences of a text of unknown length.
         """
+        if replaced is not None and not self.n_sequences:
+            raise SpecError("replaced: expected a text that ends, over which to spread sequences")
         own = self.blocks.batches(size, None, first, every)
         for index, tokens in zip(itertools.count(first, every), own, strict=False):
             tokens = tokens.to(self.device)

@@ -11,7 +11,7 @@ from tiny_lm import CONFIGS, D_MODEL, N_LAYERS, PAD, read, reading, tiny_lm, tin
 from mlsae_core import activations, analysis
 from mlsae_core.lens import Lens
 from mlsae_core.sae import MLSAE, Output, TopK
-from mlsae_core.spec import SiteSpec
+from mlsae_core.spec import SiteSpec, SpecError
 from mlsae_core.text import TokenBlocks
 
 BATCHES = [tiny_tokens(2, seed=0), tiny_tokens(3, seed=1)]
@@ -252,6 +252,8 @@ def test_layers_are_replaced_in_some_sequences_spread_evenly():
                 for end, expected in zip(("low", "high"), pair, strict=True):
                     assert table[f"{name}_{end}"].tolist() == pytest.approx(expected, abs=1e-5)
     assert not any(name.endswith("_low") for name in whole)
+    with pytest.raises(SpecError, match="replaced: expected a text that ends"):
+        analysis.evaluate(reading(lm, BATCHES), sae, replaced=1, progress=False)
 
 
 @pytest.mark.parametrize("of", [1, 5, 64, 97])
