@@ -17,15 +17,21 @@
 # matter, was measured for {doc}`explorer` and is repeated here in short.
 #
 # Theirs are JumpReLU autoencoders, in which L0 differs from vector to vector; ours have TopK, in
-# which it is $k$ at the most. And theirs have a dictionary per layer, ours one for all.
+# which it is $k$ at the most. And theirs have a dictionary per layer, ours one for all. The last section puts six small
+# autoencoders of their kind through everything, so that theirs can take the place.
 
 # %% tags=["remove-cell"]
+import pandas as pd
+
 from mlsae_book import charts, experiments
 from mlsae_book.charts import fidelity as fidelity_charts
 from mlsae_book.charts import latents as latent_charts
-from mlsae_book.tables import fidelity, transfer
+from mlsae_book.charts import sweeps as sweep_charts
+from mlsae_book.charts import transfer as transfer_charts
+from mlsae_book.tables import fidelity, layers, transfer
 from mlsae_core.spec import DataSpec, EvaluateSpec, load_experiment
 
+# %% tags=["remove-cell"]
 charts.use_book_theme()
 mlp = experiments.materialise(load_experiment("experiments/transcoder.yml"))
 sparsity = experiments.materialise(load_experiment("experiments/sparsity.yml"))
@@ -177,6 +183,188 @@ fidelity.means(own.evaluation, "model", columns).round(4)
 # fit of a dictionary to a model that has moved. (Delta CE is larger, 0.39 against 0.33, where the text is no longer what the
 # model was tuned on.)
 #
+# ## A set of single-layer autoencoders, in Gemma Scope's format
+#
+# Whoever has Gemma 2 and Gemma Scope at hand can put them through all of this. Six autoencoders of our own stand in for
+# them: one for each layer of the default model, with 512 latents, trained as BatchTopK with $k = 16$ on 300,000
+# tokens, without standardisation, and written to files as Gemma Scope's are: `params.npz` in a folder for each layer,
+# JumpReLU, with the threshold that BatchTopK has learnt. From here on these files alone are read. The spec is
+# `experiments/scope.yml`. With other two lines it is Gemma Scope's, here the first six of 26 layers:
+#
+# ```yaml
+#   model: google/gemma-2-2b
+#   dictionary: {path: google/gemma-scope-2b-pt-res, folders: [layer_0/width_16k/average_l0_105, layer_1/width_16k/average_l0_102, layer_2/width_16k/average_l0_141, layer_3/width_16k/average_l0_59, layer_4/width_16k/average_l0_124, layer_5/width_16k/average_l0_68]}
+# ```
+#
+# The same lines change `experiments/scope_alone.yml`, which measures each of the six at all layers. Beside them stands an
+# MLSAE that was trained in the same way on all six layers: 512 latents for what the set has 3,072 for.
+
+# %% tags=["remove-cell"]
+together = experiments.materialise(load_experiment("experiments/scope.yml"))
+alone = experiments.materialise(load_experiment("experiments/scope_alone.yml"))
+one = experiments.materialise(load_experiment("experiments/scope_mlsae.yml"))
+both = [
+    together.evaluation.assign(dictionaries="one for each layer"),
+    one.evaluation.assign(dictionaries="one for all"),
+]
+
+# %% [markdown]
+# **Loss by layer** (Figures 13 and 14, at one sparsity). Every vector is read by the autoencoder of its layer.
+
+# %% tags=["hide-input"]
+charts.metric_by_layer(
+    pd.concat(both).drop(columns=["mse", "l1"]),
+    title="The set loses less up to layer 3, then the MLSAE, with more active latents",
+    subtitle="One point per layer, over 8,192 tokens of the test split. Choose a metric.",
+    color="dictionaries",
+)
+
+# %% [markdown]
+# **What to see.** The set has nearly one L0, 13.4 to 14.5. The MLSAE has one threshold for all layers, and vectors, which grow
+# longer from layer to layer, exceed it with more and more latents: 7 at layer 0, 27 at layer 5. So it loses most where it has
+# fewest, 0.85 nats against 0.24 at layer 0, and at layers 4 and 5 it loses less than the set, 0.54 nats against 0.60 and 0.62. In
+# {doc}`single_layer`, where every vector is standardised and has the same L0, the MLSAE is second at each layer.
+#
+# **What would contradict it.** An MLSAE that loses less with the same L0.
+#
+# **Transfer.** What does the autoencoder of layer $i$ do at layer $j$? The vector has the same width there, so that it can be
+# encoded; nothing was trained for it. "Active at layer 4", of a latent of layer 2's autoencoder, means that a vector of
+# layer 4 exceeds the latent's threshold in the direction that the encoder learnt at layer 2, and no more. Since these
+# autoencoders take vectors as they are, and not standardised, there are two ways to exceed it: to
+# have what the latent stands for, or to lie elsewhere and be longer.
+
+# %% tags=["hide-input"]
+as_they_are = experiments.tables(alone.artefacts["transfer"], "transfer.csv")
+errors = ("fvu_global", "delta_ce", "kl", "l0")
+transfer_charts.matrix(
+    transfer.matrix(as_they_are, one.evaluation, errors),
+    title="Borrowed at later layers, an autoencoder may be worse than the mean vector",
+    subtitle="Rows: where it was trained. Columns: where it was measured. Stronger colour is larger (log scale).",
+)
+
+# %% [markdown]
+# As a control, vectors of each layer are moved to the mean, and scaled to the spread, of those of the layer where the
+# autoencoder was trained; the reconstruction is moved back. What is left is a difference of directions.
+
+# %% tags=["hide-input"]
+moved = experiments.tables(alone.artefacts["transfer_matched"], "transfer.csv")
+transfer_charts.matrix(
+    transfer.matrix(moved, one.evaluation, errors),
+    title="With mean and spread made alike, each is the best of the six at its own layer",
+    subtitle="The same, with the mean and the spread of each column's vectors made those of the row's layer.",
+)
+
+# %% [markdown]
+# **What to see.** As they are, vectors of later layers are read with too many latents and those of earlier ones with too few:
+# layer 0's autoencoder has 13 active at home and 164 at layer 4, layer 4's 14 at home and 5 at layer 0. So FVU passes 1,
+# which is worse than the mean vector; and at layers 3 and 4 delta CE is smallest with the autoencoder of the layer before, which has
+# about twice as many latents active there. With mean and spread made alike L0 is between 13 and 30, and the diagonal has the smallest number of
+# each column. Off it FVU falls from 0.60 to 0.30 and delta CE from 1.42 to 0.88 nats, where `own` is 0.18 and 0.51: of what borrowing
+# costs, 0.30 of 0.42 in FVU and 0.54 of 0.91 nats are mean and spread. The rest is directions.
+# (`best_at_own` counts the five layers but the last at which the autoencoder trained there has the smallest number.)
+#
+# **What would contradict it.** A second picture like the first: then directions alone would tell layers apart.
+
+# %% tags=["hide-input"]
+columns = ["own", "other", "mlsae", "best_at_own"]
+transfer.summary(transfer.matrix(as_they_are, one.evaluation, errors))[columns].round(3)
+
+# %% tags=["hide-input"]
+transfer.summary(transfer.matrix(moved, one.evaluation, errors))[columns].round(3)
+
+# %% [markdown]
+# **Distributions over layers.** Taken together the set has nothing to show: a latent of layer 2's autoencoder reads layer
+# 2 alone, so that $P(L = 2 \mid j) = 1$ by construction. Each autoencoder by itself at all layers has a picture. Choose one, and the vectors
+# it reads.
+
+# %% tags=["remove-cell"]
+read = experiments.all_distributions(alone, "everywhere")
+read_moved = experiments.all_distributions(alone, "everywhere_matched")
+
+# %% tags=["hide-input"]
+sweep_charts.gallery(
+    transfer.heatmaps(read, read_moved),
+    title="As they are, latents of every layer's autoencoder are most active at the last",
+    subtitle="46 latents of each autoencoder, evenly spaced in the order of their mean layer.",
+)
+
+# %% [markdown]
+# `own` is the mean over latents of $P(L = i \mid j)$ at the layer $i$ where the autoencoder was trained; a latent without
+# preference would have 0.167. `own_moved` is the same of vectors moved to its own layer's mean and spread, `own_gaussian`
+# of random directions as long as the vectors of each layer; `last` is the share of the last layer, of vectors as they are.
+
+# %% tags=["hide-input"]
+transfer.own_shares(read, read_moved).set_index("trained").round(3)
+
+# %% [markdown]
+# **What to see.** Whichever layer an autoencoder is of, its latents have 47 % to 67 % of their probability at the last
+# layer (`last`), where vectors are longest, and those of layers 0 to 3 have 2 % to 6 % at their own. It is not that longer vectors
+# are enough: random directions as long give the own layer 13 % to 16 %. With mean and spread made alike the last layer's
+# share goes, but the own layer does not win: it has 8 % to 13 %, the *least* of all six in each case. An
+# autoencoder is sparsest where it was trained, and elsewhere takes more latents for what it does not know. So where a borrowed latent is
+# active says where vectors fit its dictionary worst, and a picture like those of {doc}`distributions` takes a dictionary
+# that was trained on all layers. Even of the MLSAE here (the table below), whose one threshold longer vectors exceed more often, the largest probability
+# is 0.48 on average, and 0.36 under the null model with Gaussian input.
+#
+# **What would contradict it.** A share of the own layer, with mean and spread made alike, above 0.167.
+#
+# The MLSAE of this section:
+
+# %% tags=["hide-input"]
+layers.spread_table(experiments.all_distributions(one)[0][1]).set_index("of").round(3)
+
+# %% [markdown]
+# **How evenly active latents matter** (Figure 16). Here L0 differs from vector to vector.
+
+# %% tags=["hide-input"]
+effects = experiments.tables(together.artefacts["importance"], "importance.csv")
+latent_charts.uniformity(
+    effects,
+    title="Effects are less even than activations, at every layer alike",
+    subtitle="Means and 95 % intervals over 32 sequences, four random positions in each.",
+)
+
+# %% tags=["hide-input"]
+effects.set_index("layer")[["r_l0", "low", "high", "r_activation", "l0"]].round(3)
+
+# %% [markdown]
+# **What to see.** $r_{L0}$ is between 0.68 and 0.73, in no order of layers, where activations alone have 0.92 to 0.94: the
+# gradient tells apart what is about equally active. The growth from layer to layer that the MLSAE has above is not there; but
+# these are 128 vectors of other dictionaries, with intervals 0.03 to 0.04 wide.
+#
+# **What would contradict it.** An interval that reaches the line of the activations alone.
+#
+# **After fine-tuning** (Figures 19 to 23). As above, but on 8,192 tokens; and here Figure 23 has something to show, since
+# these autoencoders do not standardise: in *tuned, rescaled* every vector of the tuned model is multiplied by the ratio of its
+# layer's mean norms in the two models.
+
+# %% tags=["remove-cell"]
+targets = transfer.base_and_tuned("neox-6l-128d", "neox-6l-128d-qa", questions, rescaled=True)
+settings = EvaluateSpec(tokens=8_192, ablations=False)
+[(_, run)] = together.runs
+set_measured = experiments.transfers(run, settings, targets)
+set_tuned = experiments.tables(set_measured, "transfer.csv")
+
+# %% tags=["hide-input"]
+charts.metric_by_layer(
+    set_tuned.drop(columns=["mse", "l1"]),
+    title="In the tuned model more latents are active, which hides a part of what is lost",
+    subtitle="One point per layer; autoencoders of the base model, each at its own layer.",
+    color="target",
+)
+
+# %% tags=["hide-input"]
+fidelity.means(set_tuned, "target", ["fvu_global", "l0", "ce_original", "delta_ce", "kl"]).round(4)
+
+# %% [markdown]
+# **What to see.** On the same text FVU is 0.228 in the tuned model and 0.198 in the base model, but delta CE is the smaller one, 0.40
+# nats against 0.43. Vectors of the tuned model are longer, so that 18 latents are active instead of 14. Rescaled to the base model's norms
+# they have 16, an FVU of 0.243 and a delta CE of 0.46 nats: what fine-tuning costs by itself is 23 % in FVU and 7 % in delta CE. As
+# for the MLSAE above, a model's own text changes little.
+#
+# **What would contradict it.** A line of the rescaled vectors that lies on that of the base model: then fine-tuning would have
+# changed nothing but norms.
+#
 # ## What the paper says
 #
 # These figures print no numbers. Their text says that:
@@ -189,9 +377,9 @@ fidelity.means(own.evaluation, "model", columns).round(4)
 #   the loss (Figure 21), and at 2B they transfer well by FVU (Figure 22). In ours the gap is the wider one in FVU too,
 #   54 % on rollouts, against 20 % in delta CE; it is the distance to the same dictionary in the base model.
 #
-# Figure 23 rescales the tuned model's activations to the norm that the base model's have. Our
-# autoencoders standardise each vector by itself before they encode it and undo that afterwards, so a
-# common factor changes neither which latents are active nor FVU: there is nothing to be shown.
+# Figure 23 rescales the tuned model's activations to the norm that the base model's have. The
+# MLSAE standardises each vector by itself before it encodes it and undoes that afterwards, so a
+# common factor changes neither which latents are active nor FVU; for the set above it does.
 #
 # ## How this page was made
 
@@ -209,6 +397,15 @@ experiments.notes(measured).set_index("target")
 
 # %% tags=["hide-input"]
 own.provenance.set_index(["model", "stage"])
+
+# %% tags=["hide-input"]
+pd.concat([together.provenance, one.provenance]).set_index("stage")
+
+# %% tags=["hide-input"]
+alone.provenance.set_index(["layers", "stage"])
+
+# %% tags=["hide-input"]
+experiments.notes(set_measured).set_index("target")
 
 # %% [markdown]
 # ```{bibliography}

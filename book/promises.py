@@ -28,7 +28,8 @@ links.coded(pd.read_csv("promises.csv"), "test")
 #
 # `make kills` stops every command at random moments, up to three times in a run, by SIGKILL or by a signal that it
 # answers, lets it end, and compares every file that it wrote, bit by bit but for dates and seconds, with those of a
-# run that nobody stopped. A user's files stand beside its inputs and outputs, and must be there at the end.
+# run that nobody stopped. A user's files stand beside its inputs and outputs, and must be there at the end. The hub and
+# the package index are folders of the test's own.
 
 # %% tags=["hide-input"]
 promises.kills("../tests/kills.json")
@@ -54,6 +55,7 @@ promises.inputs("../tests/fuzz.json")
 #
 # ## What it does not promise
 #
-# What a model or a text *says* is not looked at. A hub id without a revision is whatever stands there today. Geometry,
-# drift, examples and importance, of minutes each, start anew after a stop. On a GPU less
-# has been tried than on processors: {doc}`benchmarks` says what. `SECURITY.md` says how to report a fault.
+# What a model or a text *says* is not looked at. A hub id without a revision is whatever stands there today. Single
+# prompts, planted worlds and what is fetched, of seconds each, start anew after a stop. Known advisories on the
+# dependencies were not looked up (`SECURITY.md`, which also says how to report a fault). On a GPU less has been tried than
+# on processors: {doc}`benchmarks` says what.

@@ -21,9 +21,9 @@ a minimal SPEC.yml:
   seed: 0
 
 All other fields have defaults, documented in mlsae_core/spec.py. In the place of the last four,
-`dictionary: PATH` names weights that are there, a folder or a hub id (`{path: owner/name,
-revision: …}`): they are measured as those of a run are. An EXPERIMENT.yml has `title`,
-`run` (the fields above), `sweep` (field: [values]) and `evaluate` (tokens, split).
+`dictionary: PATH` names weights that are there: a name under data/dictionaries, a folder or a hub
+id (`{path: owner/name, revision: …}`). They are measured as those of a run are. An EXPERIMENT.yml
+has `title`, `run` (the fields above), `sweep` (field: [values]) and `evaluate` (tokens, split).
 
 Relative paths in these files start at the working directory. Results are looked up in data/shipped,
 then in data/store, where new ones are written; MLSAE_DATA names another folder in the place of

@@ -110,8 +110,8 @@ def evaluate(
     active = torch.zeros(n, sae.n_latents + 1, dtype=torch.bool, device=device)
 
     done = Pass(
-        checkpoint, size, reconstruction=reconstruction, downstream=downstream, ablated=ablated,
-        active=active,
+        checkpoint, size, device, reconstruction=reconstruction, downstream=downstream,
+        ablated=ablated, active=active,
     )  # fmt: skip
     own = share.index + done.first * share.count, share.count
     if replaces:
@@ -230,7 +230,7 @@ def distributions(
     drawn_on = device if device.type == "cuda" else "cpu"
     generator, noise = (torch.Generator(drawn_on).manual_seed(seed) for seed in (0, 1))
     kept = checkpoint if share.count == 1 else None
-    done = Pass(kept, size, found=found, sums=sums, generator=generator, noise=noise)
+    done = Pass(kept, size, device, found=found, sums=sums, generator=generator, noise=noise)
     own = source.batches(size, None, share.index + done.first, share.count)
     own = one_pass(own, source, size, "distributions", progress, done, share)
     for number, (counts, batch) in enumerate(share.rounds(own), done.first):
@@ -270,20 +270,36 @@ def distributions(
 
 
 @torch.no_grad()
-def drift(source: ActivationSource, size: int = 8, *, progress: bool = True) -> DriftResult:
+def drift(
+    source: ActivationSource,
+    size: int = 8,
+    *,
+    progress: bool = True,
+    checkpoint: Path | None = None,
+) -> DriftResult:
     """Norms and similarities of the layers' vectors, in two passes: the first finds their means.
 
     What a dictionary would predict, and whether layers are stacked, does not matter.
+
+    Args:
+        size: sequences that are read at a time.
+        checkpoint: file to continue from if it exists, and to write every minute; that of the first
+            pass stands beside it.
 
     Raises:
         ActivationError: NaN or infinite activations.
         ValueError: an empty source.
     """
-    n = len(source.site.indices(source.n_layers))
-    moments = LayerMoments(n, source.d_model, source.device)
-    for batch in one_pass(source.batches(size), source, size, "means", progress):
+    n, device = len(source.site.indices(source.n_layers)), source.device
+    moments = LayerMoments(n, source.d_model, device)
+    means = checkpoint and checkpoint.with_stem(f"{checkpoint.stem}-means")
+    done = Pass(means, size, device, moments=moments)
+    batches = source.batches(size, None, done.first)
+    for batch in one_pass(batches, source, size, "means", progress, done):
         moments.update(_unstack(batch.source, n))
     found = Drift(moments.mean)
-    for batch in one_pass(source.batches(size), source, size, "drift", progress):
+    done = Pass(checkpoint, size, device, found=found)
+    batches = source.batches(size, None, done.first)
+    for batch in one_pass(batches, source, size, "drift", progress, done):
         found.update(_unstack(batch.source, n), batch.sequence)
     return found.compute()

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlsae_core import models
+from mlsae_core import models, store
 from mlsae_core.spec import ModelSpec, SpecError
 
 if TYPE_CHECKING:
@@ -85,14 +85,19 @@ def empty_model(config, dtype: str):
 
 @contextlib.contextmanager
 def reading(failure: str):
-    """Errors of other libraries, of many kinds and lengths, become one line."""
+    """Errors of other libraries, of many kinds and lengths, become one line.
+
+    Raises:
+        SpecError: what is read is not right. Stopped: a hub cannot be reached.
+    """
     try:
         yield
-    except (SpecError, MemoryError):
+    except (SpecError, store.Stopped, MemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise SpecError(f"{failure}: {reason}") from error
+        kind = store.Stopped if store.is_away(error) else SpecError
+        raise kind(f"{failure}: {reason}") from error
 
 
 def memory_of(device: torch.device) -> int:

@@ -59,6 +59,11 @@ class Commands:
                                "a missing result and name the nearest one")  # fmt: skip
         return sub
 
+    @property
+    def names(self) -> list[str]:
+        """Of the commands there are."""
+        return list(self._commands.choices)
+
     def run(self, arguments: list[str] | None = None) -> int:
         """Run one command; 0 when done, 2 for bad input, 1 for anything that stopped the work."""
         options = self.parser.parse_args(arguments)

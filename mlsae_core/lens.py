@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from mlsae_core import store
+from mlsae_core import files, store
 from mlsae_core.spec import SiteSpec, SpecError
 
 # Beyond this, float32 keeps less than about one digit on the way back.
@@ -66,20 +66,23 @@ class Lens:
 
         Raises:
             SpecError: a file is missing, or its tensors are not those of a linear tuned lens.
+            ValueError: a file that cannot be read, which it names.
         """
         folder = Path(folder)
-        config, training = folder / "config.json", folder / "training.json"
-        if not config.is_file():
+        place, training = folder / "config.json", folder / "training.json"
+        if not place.is_file():
             raise SpecError(f"basis: {folder} has no config.json; expected a tuned-lens folder")
-        config = json.loads(config.read_text(encoding="utf-8"))
-        made = json.loads(training.read_text(encoding="utf-8")) if training.is_file() else {}
+        config = files.mapping(place)
+        n, d = (files.count(config, name, place) for name in ("num_hidden_layers", "d_model"))
+        made = files.mapping(training) if training.is_file() else {}
         if (folder / "params.safetensors").is_file():
-            state = load_file(folder / "params.safetensors")
+            state = files.tensors([folder / "params.safetensors"])
         elif (folder / "params.pt").is_file():
-            state = torch.load(folder / "params.pt", map_location="cpu", weights_only=True)
+            state = files.pickled(folder / "params.pt")
         else:
             raise SpecError(f"basis: {folder} has no params.pt or params.safetensors")
-        n, d = config["num_hidden_layers"], config["d_model"]
+        for name, tensor in state.items():
+            files.check_numbers(tensor, name, folder)
         own = range(min(n, len(state)))  # as many as there can be, whatever config.json says
         names = [f"{i}.{part}" for i in own for part in ("weight", "bias")]
         if not config.get("bias", True):

@@ -203,7 +203,8 @@ class Session:
         share = _share() if this.shared else None
         checkpoint = checkpoint_path(identity, share)
         if self.mode == "force":
-            checkpoint.unlink(missing_ok=True)
+            for left in checkpoint.parent.glob(f"{checkpoint.stem}*.pt"):
+                left.unlink(missing_ok=True)
 
         def fill(folder: Path) -> dict:
             from mlsae_core.activations import ActivationError

@@ -88,17 +88,13 @@ def write_gemma_scope(saes: Mapping[int, MLSAE], folder: str | Path) -> list[Pat
         folder: where the folders of the layers are written.
 
     Raises:
-        SpecError: one that this format has no room for: a TopK, or one that standardises.
+        SpecError: as `check_gemma_scope`.
     """
     import numpy as np
 
     written = []
     for layer, sae in saes.items():
-        if sae.activation.name == "topk" or sae.standardize:
-            raise SpecError(
-                "expected activation: batchtopk or jumprelu and standardize: false for Gemma "
-                f"Scope's format, got {sae.activation.name} and {str(sae.standardize).lower()}"
-            )
+        check_gemma_scope(sae.activation.name, sae.standardize)
         bias = -sae.encoder @ sae.pre_bias
         arrays = {
             "W_enc": sae.encoder.T,
@@ -112,6 +108,19 @@ def write_gemma_scope(saes: Mapping[int, MLSAE], folder: str | Path) -> list[Pat
             np.savez(work / "params.npz", **plain)
         written.append(Path(folder) / f"layer_{layer}")
     return written
+
+
+def check_gemma_scope(activation: str, standardize: bool):
+    """Refuse dictionaries that Gemma Scope's format has no room for; the arguments are `SaeSpec`'s.
+
+    Raises:
+        SpecError: a TopK, or one that standardises.
+    """
+    if activation == "topk" or standardize:
+        raise SpecError(
+            "expected activation: batchtopk or jumprelu and standardize: false for Gemma Scope's "
+            f"format, got {activation} and {str(standardize).lower()}"
+        )
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from mlsae_core import store
@@ -16,36 +17,31 @@ EVERY = 20.0  # times as long as the last one took to write, at least
 
 
 class Pass:
-    """One pass over batches of `size` sequences, whose sums are in `parts`.
+    """One pass over batches of `size` sequences on a device, whose sums are in `parts`.
 
     Args:
-        parts: accumulators, tensors and generators by name, as they are before the first batch;
-            those of a file that is there are put in their place, and `first` batches are behind
-            them.
         path: the file, or nothing. It belongs to one pass of one size on one kind of device.
+        parts: accumulators, tensors, generators and nested dictionaries of them by name, as they
+            are before the first batch; those of a file that is there are put in their place, and
+            `first` batches are behind them. Lists and dictionaries that begin empty are filled.
 
     Raises:
         StoreError: a file that is damaged, or holds other parts.
     """
 
-    def __init__(self, path: Path | None, size: int, **parts):
+    def __init__(self, path: Path | None, size: int, device: torch.device, **parts):
         self.path, self.parts, self.first = path, parts, 0
-        self.of = [size, *sorted({t.device.type for t in _tensors(parts)})]
+        self.device, self.of = device, [size, device.type]
         self.written, self.seconds = time.perf_counter(), 0.0  # when last, and how long it took
         if path is not None and path.is_file():
-            self._restore(store.load_checkpoint(path))
+            with store.restoring(path, "the sums of this measurement") as content:
+                self._restore(content)
 
     def _restore(self, content):
-        try:
-            if content["of"] == self.of:
-                for name, part in self.parts.items():
-                    _restored(part, content["parts"][name])
-                self.first = content["batches"]
-        except (KeyError, TypeError, RuntimeError) as error:  # as of another version of the code
-            raise store.StoreError(
-                f"{self.path}: expected the sums of this measurement; {error}; delete it to start "
-                "anew"
-            ) from error
+        if content["of"] == self.of:
+            for name, part in self.parts.items():
+                _restored(part, content["parts"][name], self.device)
+            self.first = content["batches"]
 
     def batch_done(self):
         """Count a batch that is in all sums; write them if the last time is a minute ago."""
@@ -68,14 +64,18 @@ def _state(part) -> Any:
     return part
 
 
-def _restored(part, state):
-    """`part` as `_state` saw it; accumulators and generators are changed in place."""
+def _restored(part, state, device):
+    """`part` as `_state` saw it, changed in place; what it began without is put on `device`."""
     if isinstance(part, torch.Generator):
         part.set_state(state)
     elif isinstance(part, Tensor):
         return part.copy_(state)
+    elif part == []:
+        part.extend(send_to_device(state, device))
+    elif part == {}:
+        part.update(send_to_device(state, device))
     elif (inner := _inner(part)) is not None:
-        inner.update({name: _restored(value, state[name]) for name, value in inner.items()})
+        inner.update({name: _restored(value, state[name], device) for name, value in inner.items()})
     else:
         return state
     return part
@@ -86,10 +86,3 @@ def _inner(part) -> dict | None:
     if isinstance(part, Tensor | torch.Generator):
         return None
     return part if isinstance(part, dict) else getattr(part, "__dict__", None)
-
-
-def _tensors(part):
-    if isinstance(part, Tensor):
-        yield part
-    for inner in (_inner(part) or {}).values():
-        yield from _tensors(inner)

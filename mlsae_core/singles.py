@@ -99,7 +99,8 @@ class SingleLayers(nn.Module):
 def load(folder: Path, layers: Sequence[int], within: Sequence[str] = ()) -> MLSAE | SingleLayers:
     """The dictionary in a folder; where there is one for each layer below it, those of `layers`.
 
-    within: see `formats.layers`.
+    That of one layer alone is read as it is, and takes vectors of any. within: see
+    `formats.layers`.
 
     Raises ValueError where there is none of a layer, and as `MLSAE.from_pretrained`.
     """
@@ -110,4 +111,5 @@ def load(folder: Path, layers: Sequence[int], within: Sequence[str] = ()) -> MLS
         raise ValueError(
             f"expected a dictionary for each layer in {folder}, found none of {', '.join(missing)}"
         )
-    return SingleLayers({layer: MLSAE.from_pretrained(found[layer]) for layer in layers})
+    saes = {layer: MLSAE.from_pretrained(found[layer]) for layer in layers}
+    return SingleLayers(saes) if len(saes) > 1 else saes.popitem()[1]

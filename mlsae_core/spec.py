@@ -245,9 +245,9 @@ class DictionarySpec(Spec):
     """The weights of a dictionary that was trained elsewhere.
 
     Args:
-        path: a folder in one of `formats.FORMATS`, or with such folders below it, one for each
-            layer; or the id of such a repository of the hub. A relative folder is looked up from
-            the working directory.
+        path: a name under ``data/dictionaries``; a folder in one of `formats.FORMATS`, or with such
+            folders below it, one for each layer; or the id of such a repository of the hub. A
+            relative folder is looked up from the working directory.
         revision: hub revision; ignored for folders.
         folders: patterns of the folders below it that count, such as
             ``layer_3/width_16k/average_*``; of a repository only these are read, and without any
@@ -262,7 +262,7 @@ class DictionarySpec(Spec):
 
     def __post_init__(self):
         super().__post_init__()
-        self._path("path", "a folder or a hub id")
+        self._path("path", "a shipped name, a folder or a hub id")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ MODELS, SHIPPED, STORE = DATA / "models", DATA / "shipped", DATA / "store"
 # The version of every stage: of models and text here, and whoever has others adds them. Raise one
 # when its numbers change; tests/test_golden.py fails when they do without.
 STAGES = {"models": 1, "tokens": 1}
+#: Says how those of a folder under `data/dictionaries` were made.
+DICTIONARY_MARK = "training.json"
 
 
 class StoreError(SpecError):
@@ -49,6 +51,27 @@ class Stopped(RuntimeError):
 
 class Unavailable(Stopped):
     """Input that could be read at first, and no longer; all that was computed of it is good."""
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether it comes of a hub that cannot be reached, or says that it fails or is asked too much.
+
+    That is no fault of what was asked for, unless this process is to ask nobody.
+    """
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import httpx
+
+    if is_offline_mode():
+        return False
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, HfHubHTTPError):
+            return cause.response.status_code >= 500 or cause.response.status_code == 429
+        if isinstance(cause, ConnectionError | TimeoutError | httpx.TransportError):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def file_hash(path: Path) -> str:
@@ -216,22 +239,22 @@ def provenance() -> dict:
 def read(path: Path, check: bool = True) -> Artefact:
     """Read an artefact; check that it is the one of its place, and every file's recorded hash."""
     remedy = f"delete {path}; it is computed anew where it is needed"
-    if path.is_relative_to(SHIPPED):
+    if shipped := path.is_relative_to(SHIPPED):
         remedy = f"restore it with `git checkout -- {path}`"
     try:
         content = (path / "spec.json").read_bytes()
-        spec = json.loads(content)
+        spec, digest = json.loads(content), hashlib.sha256(content).hexdigest()
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         files = dict(meta["files"])
-        stage, _ = meta["stage"], meta["seconds"]
+        # In the store of a machine there may be results from before they carried these two.
+        carried = ({} if shipped else {"key": path.name, "spec": digest}) | meta
+        stage, own, of, _ = (carried[name] for name in ("stage", "key", "spec", "seconds"))
         spec.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise StoreError(f"{path}: spec.json or meta.json is damaged; {remedy}") from None
-    # Earlier results do not carry their key and the hash of their spec.
-    own, digest = meta.get("key", path.name), hashlib.sha256(content).hexdigest()
     if (stage, own) != (path.parent.name, path.name):
         raise StoreError(f"{path}: holds another result, {stage} {own}; {remedy}")
-    if meta.get("spec", digest) != digest:
+    if of != digest:
         raise StoreError(f"{path / 'spec.json'}: damaged; {remedy}")
     for name, digest in files.items() if check else ():
         file = path / name
@@ -332,7 +355,8 @@ def ship(artefact: Artefact, only: tuple[str, ...] | None = None) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(artefact.path / name, folder / name)
         shutil.copyfile(artefact.path / "spec.json", folder / "spec.json")
-        meta = {**artefact.meta, "files": kept}
+        carried = {"key": artefact.key, "spec": file_hash(folder / "spec.json"), "files": kept}
+        meta = artefact.meta | carried
         (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return target
 
@@ -356,7 +380,8 @@ def ship_half(artefact: Artefact, costs: dict) -> Path:
         shutil.copytree(artefact.path, folder, dirs_exist_ok=True)
         save_file(tensors, folder / name, metadata={"format": "pt"})
         files = artefact.meta["files"] | {name: file_hash(folder / name)}
-        meta = {**artefact.meta, "files": files, "half": before | costs}
+        carried = {"key": artefact.key, "spec": file_hash(folder / "spec.json"), "files": files}
+        meta = artefact.meta | carried | {"half": before | costs}
         (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return target
 
@@ -393,6 +418,21 @@ def save_checkpoint(path: Path, state):
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def restoring(path: Path, kind: str) -> Iterator[dict]:
+    """What a checkpoint holds; where it does not fit whatever it is put in, `kind` was expected.
+
+    Raises:
+        StoreError: it does not fit, as one that another version of the code wrote, or is damaged.
+    """
+    content = load_checkpoint(path)
+    try:
+        yield content
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise StoreError(f"{path}: expected {kind}; {reason}; delete it to start anew") from error
+
+
 def forget_checkpoint(path: Path, result: Path):
     """Remove the checkpoint of a result that is there; a kill between the two leaves it behind.
 
@@ -418,19 +458,21 @@ def load_checkpoint(path: Path):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-# --- lenses -----------------------------------------------------------------------------------
+# --- lenses and dictionaries, by name -----------------------------------------------------------
+
+
+def _named(kind: str, name: str, mark: str) -> Path | None:
+    """The folder of that name under ``data/<kind>``, where one with its mark is; no path is one."""
+    folder = DATA / kind / name
+    if Path(name).name != name or name == "..":
+        return None
+    settle(folder)
+    return folder if (folder / mark).is_file() else None
 
 
 def lens_folder(basis: str) -> Path:
     """The tuned lens of that name under ``data/lenses``, else the folder `basis` itself."""
-    if Path(basis).name == basis:
-        settle(DATA / "lenses" / basis)
-        if (DATA / "lenses" / basis / "config.json").is_file():
-            return DATA / "lenses" / basis
-    return Path(basis).expanduser()
-
-
-# --- dictionaries -----------------------------------------------------------------------------
+    return _named("lenses", basis, "config.json") or Path(basis).expanduser()
 
 
 def dictionary_folder(
@@ -438,18 +480,25 @@ def dictionary_folder(
 ) -> Path:
     """The folder of a dictionary; of a hub id the local copy, which is made where there is none.
 
-    folders: patterns of the folders of a repository that are copied; by default none is.
+    path: a name under ``data/dictionaries``, a folder or a hub id. folders: patterns of the folders
+    of a repository that are copied; by default none is.
 
     Raises:
-        SpecError: neither a folder nor a hub id, or a repository that cannot be had.
+        SpecError: none of the three, or a repository that cannot be had.
+        Stopped: the hub cannot be reached.
     """
+    if isinstance(path, str) and (named := _named("dictionaries", path, DICTIONARY_MARK)):
+        return named
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     if not isinstance(path, str) or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        marks = sorted(DATA.glob(f"dictionaries/*/{DICTIONARY_MARK}"))
+        known = ", ".join(mark.parent.name for mark in marks) or "none yet"
         raise SpecError(
-            f"dictionary.path: expected a folder or a hub id `owner/name`, got {os.fspath(path)}; "
-            f"relative folders start at {Path.cwd()}"
+            f"dictionary.path: expected a folder or a hub id `owner/name`, or a name under "
+            f"data/dictionaries ({known}), got {os.fspath(path)}; relative folders start at "
+            f"{Path.cwd()}"
         )
     from huggingface_hub import snapshot_download
 
@@ -460,7 +509,8 @@ def dictionary_folder(
     try:
         return Path(snapshot_download(path, revision=revision, **chosen))
     except Exception as error:  # of many kinds; the reader needs one line
-        raise SpecError(
+        kind = Stopped if is_away(error) else SpecError
+        raise kind(
             f"dictionary.path: {path} is no folder (from {Path.cwd()}), and as a hub id it cannot "
             f"be had: {' '.join(str(error).split())[:300]}"
         ) from error

@@ -88,6 +88,7 @@ def documents(data: DataSpec, rows: Iterable[dict] | None = None) -> Iterable[st
 
     Raises:
         SpecError: nothing is there, it cannot be read, or it has no such text column.
+        Stopped: a hub cannot be reached, or no longer.
     """
     if declared := source(data.path):
         return list(declared.documents())
@@ -197,9 +198,10 @@ def _data_set(data: DataSpec) -> datasets.IterableDataset:
         raise _unreadable(data, error) from error
 
 
-def _unreadable(data: DataSpec, error: Exception) -> SpecError:
+def _unreadable(data: DataSpec, error: Exception) -> SpecError | store.Stopped:
     """The library's errors are many; the reader needs one line."""
-    return SpecError(
+    kind = store.Stopped if store.is_away(error) else SpecError
+    return kind(
         f"data.path: expected {_kinds()}, or a file or folder; as a hub id {data.path} cannot be "
         f"read: {reason(error)}"
     )
@@ -464,46 +466,62 @@ def _too_short(data: DataSpec, split: str) -> str:
 def packed(data: DataSpec, tokenizer, split: str = "train") -> store.Artefact:
     """All splits packed, as `tokens.safetensors`; its meta has documents, characters and tokens.
 
+    Continues from its checkpoint after a stop.
+
     split: the one that is needed; where it fills no sequence, nothing is written.
     """
     spec = {"data": data_key(data), "context_length": data.context_length}
     parents = {"tokenizer": tokenizer_key(tokenizer)}
     identity = store.key("tokens", spec, parents)
+    checkpoint = store.STORE / "checkpoints" / f"{identity}.pt"
+    if found := store.find("tokens", identity):
+        store.forget_checkpoint(checkpoint, found.path / "meta.json")
+        return found
 
     def fill(folder: Path) -> dict:
-        blocks, notes = _pack_splits(data, tokenizer)
+        blocks, notes = _pack_splits(data, tokenizer, checkpoint)
         if not len(blocks[split]):
             raise SpecError(_too_short(data, split))
         save_file(blocks, folder / "tokens.safetensors")
         return notes
 
-    return store.find("tokens", identity) or store.write("tokens", identity, spec, parents, fill)
+    made = store.write("tokens", identity, spec, parents, fill)
+    checkpoint.unlink(missing_ok=True)
+    return made
 
 
-def _pack_splits(data: DataSpec, tokenizer) -> tuple[dict[str, np.ndarray], dict]:
+def _pack_splits(data: DataSpec, tokenizer, checkpoint: Path) -> tuple[dict[str, np.ndarray], dict]:
     """Blocks of every split, and its documents, characters and tokens; in one pass over text."""
+    import torch
+
+    from mlsae_core.resume import Pass
+
     waiting: dict[str, list[str]] = {split: [] for split in SPLITS}
     counts = {name: dict.fromkeys(SPLITS, 0) for name in ("documents", "characters", "tokens")}
-    chunks = {split: [np.empty((0, data.context_length), np.int32)] for split in SPLITS}
+    chunks: dict[str, list[torch.Tensor]] = {split: [] for split in SPLITS}
+    parts = {"waiting": waiting, "counts": counts, "chunks": chunks}
+    done = Pass(checkpoint, DOCUMENTS_PER_CHUNK, torch.device("cpu"), **parts)
 
     def empty(split: str):
         for chunk in pack(waiting[split], tokenizer, data.context_length):
-            chunks[split].append(chunk)
+            chunks[split].append(torch.from_numpy(chunk))
             counts["tokens"][split] += chunk.size
         progress.update(len(waiting[split]))
         waiting[split].clear()
 
     texts = split_documents(data)
     total = len(texts) if isinstance(texts, list) else None
-    with tqdm(total=total, desc="tokenising", unit=" documents") as progress:
-        for split, text in texts:
+    with tqdm(total=total, desc="tokenising", unit=" documents", initial=done.first) as progress:
+        for split, text in itertools.islice(texts, done.first, None):
             counts["documents"][split] += 1
             counts["characters"][split] += len(text)
             waiting[split].append(text)
             if len(waiting[split]) == DOCUMENTS_PER_CHUNK:
                 empty(split)
+            done.batch_done()
         for split in SPLITS:
             empty(split)
     if not any(counts["documents"].values()):
         raise SpecError(f"data.path: expected at least one document, {data.path} holds no text")
-    return {split: np.concatenate(chunks[split]) for split in SPLITS}, counts
+    none = np.empty((0, data.context_length), np.int32)
+    return {split: np.concatenate([none, *chunks[split]]) for split in SPLITS}, counts

@@ -179,7 +179,8 @@ def train(
         if isinstance(error, store.Unavailable | stops.Interrupted):  # between two steps
             with stops.held():  # a launcher whose process ends stops the others
                 saved.write(state)
-                if isinstance(error, stops.Interrupted):
+                # After the last step the others are told nothing more, and would not come.
+                if isinstance(error, stops.Interrupted) and state.step < loop.plan.steps:
                     accelerator.wait_for_everyone()
         where = f"after step {state.step} of {loop.plan.steps}; {kept(checkpoint)}"
         if isinstance(error, stops.Interrupted):
@@ -414,8 +415,8 @@ class _Checkpoint:
         """Where the run stands; weights and optimiser are set to it."""
         if self.path is None or not self.path.exists():
             return _State()
-        content, loop = store.load_checkpoint(self.path), self.loop
-        try:
+        loop = self.loop
+        with store.restoring(self.path, "a checkpoint of this run") as content:
             if content["run"] != run_settings(loop.run):
                 raise ValueError("it belongs to another run")
             if content["source"] != self.source:
@@ -428,10 +429,6 @@ class _Checkpoint:
             if loop.accelerator.scaler and content["scaler"]:
                 loop.accelerator.scaler.load_state_dict(content["scaler"])
             return state
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise store.StoreError(
-                f"{self.path}: expected a checkpoint of this run; {error}; delete it to start anew"
-            ) from error
 
 
 def kept(checkpoint: Path | None) -> str:

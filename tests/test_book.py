@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 import jupytext
 import pytest
 import yaml
-from packaging.requirements import Requirement
 from sphinx_external_toc.parsing import parse_toc_yaml
 
 from mlsae_book import api, sphinx_ext
@@ -109,39 +108,6 @@ def test_a_chapter_without_page_is_missed(tmp_path):
     html.mkdir(parents=True)
     (html / "a.html").touch()
     assert sphinx_ext.missing_pages(tmp_path) == ["part/b"]
-
-
-# Pins -------------------------------------------------------------------------------------------
-
-
-def pins():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
-    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pairs}
-
-
-def test_every_requirement_has_a_pin_within_its_range():
-    extras = PROJECT["optional-dependencies"].values()
-    for line in [*PROJECT["dependencies"], *(line for extra in extras for line in extra)]:
-        requirement = Requirement(line)
-        version = pins()[re.sub(r"[-_.]+", "-", requirement.name).lower()]
-        assert version in requirement.specifier, line
-    assert pins()["torch"] == "2.13.0"
-
-
-def test_pins_hold_on_every_platform():
-    assert not {"pip", "setuptools", "wheel", PROJECT["name"]} & set(pins())
-    assert not [version for version in pins().values() if "+" in version]
-
-
-def test_conda_environment_declares_no_version_but_pythons():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    python, pip, nested = environment["dependencies"]
-    assert (python, pip) == ("python=3.11", "pip")
-    constraints, project = nested["pip"]
-    assert constraints == "-c constraints.txt"
-    extras = re.fullmatch(r"-e \.\[(.*)\]", project)[1].split(",")
-    assert set(extras) == {"book", "test"} <= set(PROJECT["optional-dependencies"])
 
 
 # Pages ------------------------------------------------------------------------------------------

@@ -183,6 +183,13 @@ def test_the_last_layer_of_the_matrix_is_shown_on_demand():
     assert charts.METRICS["delta_ce"] in svg(chosen("matrix", metric="delta_ce"))
 
 
+def test_a_matrix_without_the_row_beneath_names_the_layers_itself():
+    square = matrix().query("trained != 'all (MLSAE)'")
+    spec = transfer.matrix(square, "A finding").to_dict()
+    assert drawn_marks(spec)["rect"] == 2 * 2
+    assert "Measured at layer" in svg(spec)
+
+
 def test_shades_order_the_cells_of_a_metric_also_where_some_are_negative():
     spec = specification("matrix")
     rows = [row for rows in spec["datasets"].values() for row in rows if "shade" in row]

@@ -16,6 +16,8 @@ import pytest
 import torch
 import yaml
 import zstandard
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -23,12 +25,23 @@ from workers import sentences, slow_command, write_jsonl
 
 from mlsae_book import pretrain, stages, tune  # noqa: F401 (stages registers its own)
 from mlsae_book.__main__ import main as book
-from mlsae_core import cli, documents, fits, pipeline, resume, stops, store, text, train
+from mlsae_core import (
+    architecture,
+    cli,
+    documents,
+    fits,
+    pipeline,
+    resume,
+    stops,
+    store,
+    text,
+    train,
+)
 from mlsae_core.__main__ import main as core
 from mlsae_core.lens import Lens
-from mlsae_core.spec import DataSpec, EvaluateSpec, SpecError, run_from_dict
+from mlsae_core.spec import DataSpec, EvaluateSpec, ModelSpec, SpecError, run_from_dict
 
-CONTEXT = 16
+CONTEXT, CPU = 16, torch.device("cpu")
 
 
 def refused(capsys, code, message):
@@ -751,13 +764,15 @@ class Rows:
 
 def test_a_hub_that_fails_for_ever_stops_with_a_checkpoint(data, base, capsys, monkeypatch):
     documents = sentences(1024 * 3)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     values = base | {"data": {"path": "me/text", "context_length": CONTEXT}, "tokens": 10**5}
     path = spec_file(data, values)
-    for rows, code, message in (
-        (documents, 1, "cannot be read further than 3,072 documents: 503"),
-        ([], 2, "me/text cannot be read: 503"),
+    for rows, last, code, message in (
+        (documents, ConnectionError("503"), 1, "cannot be read further than 3,072 documents: 503"),
+        ([], ConnectionError("503"), 1, "me/text cannot be read: 503"),
+        ([], ValueError("no such file"), 2, "me/text cannot be read: no such file"),
     ):
-        found = Rows(rows, ConnectionError("503 Service Unavailable"))
+        found = Rows(rows, last)
         monkeypatch.setattr(datasets, "load_dataset", lambda *a, found=found, **k: found)
         assert refused(capsys, core(["train", path]), message) == code
     [checkpoint] = (store.STORE / "checkpoints").iterdir()
@@ -766,6 +781,58 @@ def test_a_hub_that_fails_for_ever_stops_with_a_checkpoint(data, base, capsys, m
     found = Rows(documents * 9, ConnectionError("503"))
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: found)
     assert core(["train", path]) == 0
+
+
+def passed_on(error, kind=LocalEntryNotFoundError):
+    """As one library says what another has said."""
+    try:
+        try:
+            raise error
+        except type(error):
+            raise kind("not cached")  # noqa: B904 (as they do)
+    except kind as other:
+        return other
+
+
+def answered(status):
+    """The error of the hub's library where it answers so."""
+    response = httpx.Response(status, request=httpx.Request("GET", "http://hub/me"))
+    return passed_on(HfHubHTTPError("no", response=response))
+
+
+@pytest.mark.parametrize(
+    ("error", "away"),
+    [
+        *((answered(status), status in (429, 500, 503)) for status in (401, 404, 429, 500, 503)),
+        (ConnectionError("refused"), True),
+        (TimeoutError("too long"), True),
+        (passed_on(httpx.ConnectError("no such host"), OSError), True),
+        (OSError("no space left"), False),
+        (LocalEntryNotFoundError("not cached"), False),
+    ],
+    ids=str,
+)
+def test_a_hub_that_is_away_is_no_bad_input(error, away, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    kind = store.Stopped if away else SpecError
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    monkeypatch.setattr("transformers.PreTrainedConfig.get_config_dict", fail)
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    for read, message in (
+        (lambda: store.dictionary_folder("me/sae"), "me/sae is no folder"),
+        (lambda: architecture.model_config(ModelSpec("me/model")), "got me/model, whose config"),
+        (lambda: list(text.documents(DataSpec("me/text"))), "me/text cannot be read"),
+    ):
+        with pytest.raises((SpecError, store.Stopped), match=message) as raised:
+            read()
+        assert raised.type is kind
+        with monkeypatch.context() as offline:  # where nobody is to be asked, nobody is away
+            offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+            with pytest.raises(SpecError, match=message):
+                read()
 
 
 def test_nobody_waits_for_text_that_is_not_used():
@@ -829,9 +896,19 @@ def test_models_and_lenses_continue_where_a_signal_stopped_them(
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
-@pytest.mark.parametrize("stage", ["evaluate", "distributions", "transfer", "duplicates"])
-def test_a_measurement_continues_at_the_batch_where_it_was_stopped(data, base, stage, monkeypatch):
-
+@pytest.mark.parametrize(
+    ("stage", "batches"),
+    [
+        *((name, [10]) for name in ("evaluate", "distributions", "transfer", "duplicates")),
+        ("drift", [10, 10]),
+        ("geometry", [3]),
+        ("examples", [10]),
+        ("importance", [10]),
+    ],
+)
+def test_a_measurement_continues_at_the_batch_where_it_was_stopped(
+    data, base, stage, batches, monkeypatch
+):
     monkeypatch.setattr(pipeline, "EVALUATION_BATCH_TOKENS", 64)
     monkeypatch.setattr(resume, "SECONDS", -1.0)
     run, settings = run_from_dict(base), EvaluateSpec(tokens=640)
@@ -843,36 +920,195 @@ def test_a_measurement_continues_at_the_batch_where_it_was_stopped(data, base, s
     whole = measure()
     shutil.rmtree(store.STORE / stage)
     counted, calls = resume.Pass.batch_done, []
+    expected = [number for count in batches for number in range(1, count + 1)]
+    at = {2, 3, len(expected) - 1, len(expected)}
 
     def stopped(self):
         counted(self)
         calls.append(self.first)
-        if len(calls) in (3, 5):
+        if len(calls) in at:
             raise stops.Interrupted(signal.SIGTERM)
 
     monkeypatch.setattr(resume, "EVERY", 0.0)
     monkeypatch.setattr(resume.Pass, "batch_done", stopped)
-    for _ in range(2):
+    for _ in at:
         with pytest.raises(stops.Interrupted):
             measure()
     assert measure() == whole
-    assert calls == list(range(1, 11))  # no batch twice
+    assert calls == expected  # no batch twice
     assert not list((store.STORE / "checkpoints").iterdir())
     assert core(["status"]) == 0
 
 
+@pytest.mark.parametrize("command", ["pretrain", "lens"])
+def test_one_that_is_killed_behind_its_last_step_is_finished(
+    command, data, inputs, recipe, monkeypatch
+):
+    def call():
+        if command == "pretrain":
+            return pretrain.pretrain("recipe.yml") / "model.safetensors"
+        return tune.make(str(inputs / "llama"), quick(inputs, tokens=1024)) / "params.safetensors"
+
+    save, steps = store.save_checkpoint, []
+
+    def killed(path, content):
+        save(path, content)
+        steps.append(content["step"])
+        raise store.Stopped("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "save_checkpoint", killed)
+        with pytest.raises(store.Stopped, match="killed"):
+            call()
+    assert steps == [{"pretrain": 6, "lens": 8}[command]]
+    last = store.load_checkpoint(next((store.STORE / command).glob("*.pt")))
+    made = load_file(call())
+    if command == "lens":
+        assert torch.equal(made["0.weight"], last["weight"][0])
+    else:
+        name = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
+        assert torch.equal(made[name], last["model"][name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 9}, "its step is 9 of "),
+        ({"step": -1}, "its step is -1 of "),
+        ({"step": ...}, "'step'"),
+        ({"running": ...}, "'running'"),
+        ({"optimizer": {}, "optimizers": [{}, {}]}, "'param_groups'"),
+        ({"weight": torch.zeros(7), "model": {}}, ""),
+    ],
+)
+@pytest.mark.parametrize("command", ["pretrain", "lens"])
+def test_a_checkpoint_that_does_not_fit_is_named(
+    command, change, message, data, inputs, recipe, monkeypatch
+):
+    """As one of another version of the code, which is whole."""
+
+    def call():
+        if command == "pretrain":
+            return pretrain.pretrain("recipe.yml")
+        return tune.make(str(inputs / "llama"), quick(inputs, tokens=1024))
+
+    save = store.save_checkpoint
+
+    def changed(path, content):
+        save(path, {name: v for name, v in (content | change).items() if v is not ...})
+        raise stops.Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "save_checkpoint", changed)
+        patched.setattr(train, "CHECKPOINT_SECONDS", -1.0)
+        with pytest.raises(stops.Interrupted):
+            call()
+    kind = {"pretrain": "recipe", "lens": "lens"}[command]
+    expected = rf"\.pt: expected a checkpoint of this {kind}; .*{message}.*; delete it to start"
+    with pytest.raises(store.StoreError, match=expected):
+        call()
+
+
+def test_what_is_forced_takes_nothing_of_what_was_begun(data, base):
+    run, settings = run_from_dict(base), EvaluateSpec(tokens=64)
+    made = pipeline.Session().make("drift", run, settings)
+    for name in ("", "-means"):
+        path = store.STORE / "checkpoints" / f"{made.key}{name}.pt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"would be named as damaged")
+    again = pipeline.Session("force").make("drift", run, settings)
+    assert again.meta["files"] == made.meta["files"]
+
+
+def test_tokenising_continues_at_the_document_where_it_was_stopped(data, base, monkeypatch):
+    monkeypatch.setattr(text, "DOCUMENTS_PER_CHUNK", 16)
+    run, seen = run_from_dict(base), []
+    tokenise, counted = text.token_ids, resume.Pass.batch_done
+
+    def noted(tokenizer, documents):
+        seen.extend(documents)
+        return tokenise(tokenizer, documents)
+
+    def packed():
+        pipeline.Session().blocks(run, "train")
+        [made] = store.artefacts("tokens")
+        names = ("documents", "characters", "tokens")
+        return made.file("tokens.safetensors").read_bytes(), [made.meta[name] for name in names]
+
+    monkeypatch.setattr(text, "token_ids", noted)
+    whole = packed()
+    assert len(seen) == 300
+    shutil.rmtree(store.STORE / "tokens")
+    seen.clear()
+
+    def stopped(self):
+        counted(self)
+        if self.first in at:
+            at.remove(self.first)
+            raise stops.Interrupted(signal.SIGTERM)
+
+    at = {7, 150, 300}
+    monkeypatch.setattr(resume, "SECONDS", -1.0)
+    monkeypatch.setattr(resume, "EVERY", 0.0)
+    monkeypatch.setattr(resume.Pass, "batch_done", stopped)
+    for _ in tuple(at):
+        with pytest.raises(stops.Interrupted):
+            packed()
+    assert packed() == whole
+    assert len(seen) == len(set(seen)) == 300
+    [made] = store.artefacts("tokens")
+    left = store.STORE / "checkpoints" / f"{made.key}.pt"
+    assert not left.exists()
+    left.touch()  # of one that was killed behind its end
+    os.utime(left, (1, 1))
+    assert packed() == whole
+    assert not left.exists()
+
+
+def test_sums_that_grow_are_put_back_where_they_were(tmp_path, monkeypatch):
+    """Lists and dictionaries that begin empty, in accumulators too; numbers drawn go on."""
+
+    class Sums:
+        def __init__(self):
+            self.rows, self.seen = [], 0
+
+    def parts():
+        generator = torch.Generator().manual_seed(3)
+        return {"sums": Sums(), "found": [], "kept": {}, "generator": generator}
+
+    monkeypatch.setattr(resume, "SECONDS", -1.0)
+    before, after = parts(), parts()
+    done = resume.Pass(tmp_path / "sums.pt", 8, CPU, **before)
+    for name, number in (("a", 1), ("b", 2)):
+        drawn = torch.rand(3, generator=before["generator"])
+        before["sums"].rows.append(drawn)
+        before["sums"].seen += number
+        before["found"].append(drawn + 1)
+        before["kept"][name] = drawn + 2
+    done.batch_done()
+    again = resume.Pass(tmp_path / "sums.pt", 8, CPU, **after)
+    assert again.first == 1
+    assert after["sums"].seen == 3
+    for name, of in (("rows", lambda p: p["sums"].rows), ("found", lambda p: p["found"])):
+        assert torch.equal(torch.stack(of(after)), torch.stack(of(before))), name
+    assert after["kept"].keys() == {"a", "b"}
+    assert all(torch.equal(after["kept"][name], before["kept"][name]) for name in "ab")
+    drawn = [torch.rand(3, generator=of["generator"]) for of in (before, after)]
+    assert torch.equal(*drawn)
+
+
 def test_sums_of_other_batches_are_not_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(resume, "SECONDS", -1.0)
-    done = resume.Pass(tmp_path / "sums.pt", 8, total=torch.zeros(2))
+    done = resume.Pass(tmp_path / "sums.pt", 8, CPU, total=torch.zeros(2))
     done.parts["total"] += 3
     done.batch_done()
-    for size, first in ((8, 1), (4, 0)):
-        again = resume.Pass(tmp_path / "sums.pt", size, total=torch.zeros(2))
+    for size, device, first in ((8, CPU, 1), (4, CPU, 0), (8, torch.device("meta"), 0)):
+        again = resume.Pass(tmp_path / "sums.pt", size, device, total=torch.zeros(2))
         assert again.first == first
         assert again.parts["total"].tolist() == [3 * first] * 2
     for parts in ({"total": torch.zeros(3)}, {"count": torch.zeros(2)}):
         with pytest.raises(store.StoreError, match=r"sums.pt: expected the sums .*delete it to"):
-            resume.Pass(tmp_path / "sums.pt", 8, **parts)
+            resume.Pass(tmp_path / "sums.pt", 8, CPU, **parts)
 
 
 # --- a disk that is full --------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def test_damaged_weights_are_one_line(inputs, folder):
         pipeline.Session().evaluate(given_of(inputs, folder), SETTINGS)
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(inputs, folder, monkeypatch):
+def test_a_hub_that_gives_nothing_is_one_line(inputs, folder, monkeypatch):
     def snapshot_download(name, revision, **patterns):
         raise OSError("no route\nto host")
 

@@ -1,4 +1,5 @@
 import json
+import zipfile
 
 import pytest
 import torch
@@ -104,6 +105,29 @@ def test_folders_are_those_of_the_tuned_lens_package(tmp_path):
     assert torch.equal(theirs.layer_translators[2].weight, ours.weight[2])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w[:1, :1].expand(10**6, 10**6), r"numbers as 1\.weight in .*, got fewer"),
+        (lambda w: w.to_sparse(), r"expected plain numbers as 1\.weight in .*, got torch.sparse"),
+        (lambda w: w.int(), r"numbers as 1\.weight in .*, got torch.int32: quantised"),
+        (lambda w: [w], r"expected tensors by name in .*params.pt, got other things"),
+        (lambda w: ..., r"not compressed in .*params.pt, got others"),
+    ],
+)
+def test_a_lens_asks_for_no_more_memory_than_its_file_has_numbers(tmp_path, change, message):
+    random_lens().write(tmp_path)
+    state = torch.load(tmp_path / "params.pt")
+    state["1.weight"] = change(state["1.weight"])
+    if state["1.weight"] is ...:  # a bomb
+        with zipfile.ZipFile(tmp_path / "params.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pkl", bytes(10**6))
+    else:
+        torch.save(state, tmp_path / "params.pt")
+    with pytest.raises(ValueError, match=message):
+        Lens.read(tmp_path)
+
+
 def test_bad_folders_and_shapes_are_refused(tmp_path):
     with pytest.raises(SpecError, match=r"basis: .* has no config.json"):
         Lens.read(tmp_path)
@@ -111,6 +135,9 @@ def test_bad_folders_and_shapes_are_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"d_model": 99}))
     with pytest.raises(SpecError, match=r"says 3 layers of 99 dimensions, the weights are"):
+        Lens.read(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "3"}))
+    with pytest.raises(ValueError, match=r"an integer num_hidden_layers in .*config.json, got '3'"):
         Lens.read(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
     with pytest.raises(SpecError, match=r"of 4 layers in .* \(6 tensors\)"):

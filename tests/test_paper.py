@@ -26,6 +26,7 @@ def offline(monkeypatch):
     def fail(*_, **__):
         raise OSError("no network")
 
+    monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", fail)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
 
 

@@ -143,6 +143,13 @@ def test_shipped_keys_are_those_of_their_specs():
             assert pipeline.run_key(run)[0] == artefact.key, artefact.path
 
 
+def test_shipped_results_are_whole_and_carry_their_key_and_the_hash_of_their_spec():
+    shipped = sorted(path.parent for path in store.SHIPPED.glob("*/*/meta.json"))
+    assert len(shipped) > 150
+    for path in shipped:
+        assert store.read(path).meta["key"] == path.name
+
+
 # --- stages -------------------------------------------------------------------------------------
 
 

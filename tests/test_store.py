@@ -81,6 +81,28 @@ def test_damage_is_named_with_the_remedy(data, damage, message):
     assert isinstance(error.value, SpecError)
 
 
+def test_results_carry_their_key_and_spec_and_shipped_ones_must(data):
+    made, first = make(), make("1" * 16)
+    store.ship(first)
+    for name in ("key", "spec"):
+        for path in (made.path, store.SHIPPED / "tokens" / first.key):
+            meta = json.loads((path / "meta.json").read_text())
+            rest = {key: value for key, value in meta.items() if key != name}
+            (path / "meta.json").write_text(json.dumps(rest))
+            if path is made.path:  # from before they did
+                assert store.find("tokens", made.key).file("table.csv").read_text() == "x"
+                again = store.read(store.ship(store.read(path)))
+                assert {again.meta["key"]: again.meta["spec"]} == {made.key: made.meta["spec"]}
+                shutil.rmtree(again.path)
+            else:
+                with pytest.raises(store.StoreError, match=r"damaged; restore it with `git che"):
+                    store.find("tokens", first.key)
+            (path / "meta.json").write_text(json.dumps(meta | {name: "0"}))
+            with pytest.raises(store.StoreError, match=r"holds another result|spec.json: damaged"):
+                store.read(path)
+            (path / "meta.json").write_text(json.dumps(meta))
+
+
 def test_a_failed_computation_leaves_nothing(data):
     def fill(folder):
         (folder / "half").write_text("x")

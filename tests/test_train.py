@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import operator
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -553,6 +554,10 @@ def test_processes_stop_together_where_one_is_told_to(inputs, processes, tmp_pat
     assert store.load_checkpoint(checkpoint)["state"]["step"] == 6  # in which they settled it
     assert run(step=0) == [0, 0]
     assert list(results(both)[1].step) == list(range(1, 13))
+    shutil.rmtree(both)
+    assert run(step=12) == [1, 143]  # told after the last: the other waits for nobody
+    assert list(results(both)[1].step) == list(range(1, 13))
+    assert run(step=0) == [0, 0]
 
 
 # --- refusals -----------------------------------------------------------------------------------

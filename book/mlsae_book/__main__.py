@@ -62,6 +62,13 @@ def _lens(options: argparse.Namespace):
     print(tune.make(options.model, build(tune.TuneSpec, chosen), options.force))
 
 
+def _dictionaries(options: argparse.Namespace):
+    experiment = load_experiment(options.experiment)
+    from mlsae_book import dictionaries
+
+    print(dictionaries.make(experiment, options.name, options.force))
+
+
 def _commands() -> Commands:
     commands = Commands(
         "mlsae_book",
@@ -102,6 +109,16 @@ def _commands() -> Commands:
     )
     lens.add_argument("--tokens", help="training tokens (default: those of the shipped lenses)")
     lens.add_argument("--force", action="store_true", help="train it anew where it is there")
+    dictionaries = commands.add(
+        _dictionaries,
+        "dictionaries",
+        "write single-layer dictionaries in Gemma Scope's format, into data/dictionaries",
+        "EXPERIMENT",
+        "YAML file of a training for each layer",
+        mode=False,
+    )
+    dictionaries.add_argument("--name", required=True, help="by which specs name them")
+    dictionaries.add_argument("--force", action="store_true", help="replace those of that name")
     again = commands.add(
         _reproduce,
         "reproduce",

@@ -64,6 +64,7 @@ PACKAGES = {
             "tables",
             "stages",
             "experiments",
+            "dictionaries",
             "charts",
             "widgets",
             "pretrain",

@@ -181,9 +181,14 @@ def read_distributions(artefact: Artefact) -> tuple[dict[str, torch.Tensor], dic
     return arrays, json.loads(artefact.file("variances.json").read_text())
 
 
-def all_distributions(results: Materialised) -> list[tuple[dict, dict, dict]]:
-    """Labels, arrays and numbers of every `distributions` result, as `read_distributions` reads."""
-    return _read_all(results.artefacts.get("distributions", []))
+def all_distributions(
+    results: Materialised, stage: str = "distributions"
+) -> list[tuple[dict, dict, dict]]:
+    """Labels, arrays and numbers of every `distributions` result, as `read_distributions` reads.
+
+    stage: or ``everywhere``, whose results are of all layers of the model.
+    """
+    return _read_all(results.artefacts.get(stage, []))
 
 
 def swept_distributions(

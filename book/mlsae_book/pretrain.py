@@ -509,12 +509,15 @@ class _Training:
         """Where the training stands."""
         if not self.checkpoint.exists():
             return _State()
-        content = store.load_checkpoint(self.checkpoint)
-        self.model.load_state_dict(content["model"])
-        for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        running = [loss.to(self.model.device) for loss in content.get("running", [])]
-        return _State(content["step"], content["seconds"], content["log"], running)
+        steps = self.recipe.tokens // self.recipe.batch_tokens
+        with store.restoring(self.checkpoint, "a checkpoint of this recipe") as content:
+            if content["step"] not in range(steps + 1):
+                raise ValueError(f"its step is {content['step']} of {steps}")
+            self.model.load_state_dict(content["model"])
+            for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            running = [loss.to(self.model.device) for loss in content["running"]]
+            return _State(content["step"], content["seconds"], content["log"], running)
 
 
 def _write(folder: Path, training: _Training, tokenizer, state: _State, identity: str):

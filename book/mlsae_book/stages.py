@@ -7,6 +7,7 @@ imported where something is computed.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from mlsae_core.store import Artefact
 
 if TYPE_CHECKING:
     from mlsae_book.tables.transfer import Target
+    from mlsae_core.activations import TextSource
 
 #: Of single-prompt heatmaps: the MLSAE paper's, and three of the sort of text our models know.
 PROMPTS = (
@@ -79,23 +81,41 @@ def transfer(
         "transfer",
         run,
         settings,
-        measure=partial(_transfer, target=target),
+        measure=partial(
+            _transfer, target=target, own=partial(_own, session, run, settings, target)
+        ),
         key=partial(transfer_key, target=target),
         read=target.read(run),
         any_batch=target.text == "given",
     )
 
 
-def _transfer(folder: Path, subject: Subject, target: Target | None = None) -> dict:
+def _own(session: Session, run: SubjectSpec, settings: EvaluateSpec, target: Target) -> TextSource:
+    """The activations of the run's own model on the target's text."""
+    return session.source(replace(run, data=target.data), settings)
+
+
+def _transfer(
+    folder: Path,
+    subject: Subject,
+    target: Target | None = None,
+    own: Callable[[], TextSource] | None = None,
+    match: bool = False,
+) -> dict:
     """The dictionary at every layer of a model: `transfer.csv`."""
     from mlsae_book.tables import transfer
 
-    source, start = subject.source, 0
+    source, start, sae = subject.source, 0, subject.sae
+    if match:
+        sae = transfer.matched(source, sae, subject.size)
+    if target and own and target.rescaled:
+        norms = [transfer.mean_norms(read, subject.size) for read in (own(), source)]
+        sae = transfer.rescaled(sae, norms[0] / norms[1])
     if target:
         source, start = target.source(source), target.start
     table = transfer.across_layers(
         source,
-        subject.sae,
+        sae,
         subject.size,
         ablations=subject.settings.ablations,
         start=start,
@@ -103,6 +123,17 @@ def _transfer(folder: Path, subject: Subject, target: Target | None = None) -> d
     )
     table.to_csv(folder / "transfer.csv", index=False, float_format="%.8g")
     return {"tokens": int(table.tokens.iloc[0])}
+
+
+def _everywhere(folder: Path, subject: Subject, match: bool = False) -> dict:
+    """Distributions over all layers of the model, wherever the dictionary was trained."""
+    from mlsae_book.tables import transfer
+
+    source, sae = subject.source, subject.sae
+    if match:
+        sae = transfer.matched(source, sae, subject.size)
+    subject = replace(subject, source=transfer.everywhere(source), sae=sae)
+    return pipeline.STAGES["distributions"].measure(folder, subject)
 
 
 def _transfer_parts() -> dict:
@@ -117,7 +148,9 @@ def _geometry(folder: Path, subject: Subject) -> dict:
 
     run = subject.run
     layers = run.site.indices(architecture.model_config(run.model).num_hidden_layers)
-    summary, cosines = geometry.geometry(subject.sae.decoder.detach(), len(layers))
+    summary, cosines = geometry.geometry(
+        subject.sae.decoder.detach(), len(layers), checkpoint=subject.checkpoint
+    )
     summary.to_csv(folder / "mmcs.csv", index=False, float_format="%.8g")
     cosines.to_csv(folder / "cosines.csv", index=False, float_format="%.8g")
     return {}
@@ -130,7 +163,7 @@ def _drift(folder: Path, subject: Subject) -> dict:
     """
     from mlsae_book.tables import drift
 
-    layers, pairs = drift.drift(subject.source, subject.size)
+    layers, pairs = drift.drift(subject.source, subject.size, checkpoint=subject.checkpoint)
     layers.to_csv(folder / "layers.csv", index=False, float_format="%.8g")
     pairs.to_csv(folder / "pairs.csv", index=False, float_format="%.8g")
     return {"tokens": int(layers.tokens.iloc[0])}
@@ -160,7 +193,9 @@ def _examples(folder: Path, subject: Subject) -> dict:
     """Top activating examples of every latent and layer: `examples.safetensors`."""
     from mlsae_book.tables import examples
 
-    arrays = examples.examples(subject.source, subject.sae, subject.size)
+    arrays = examples.examples(
+        subject.source, subject.sae, subject.size, checkpoint=subject.checkpoint
+    )
     examples.save(arrays, folder / "examples.safetensors")
     return {"tokens": subject.source.n_sequences * subject.run.data.context_length}
 
@@ -169,7 +204,9 @@ def _importance(folder: Path, subject: Subject) -> dict:
     """Uniformity of active latent importance, of a part of the text: `importance.csv`."""
     from mlsae_book.tables import importance
 
-    table = importance.importance(subject.source, subject.sae, subject.size)
+    table = importance.importance(
+        subject.source, subject.sae, subject.size, checkpoint=subject.checkpoint
+    )
     table.to_csv(folder / "importance.csv", index=False, float_format="%.8g")
     return {"tokens": int(table.vectors.iloc[0])}
 
@@ -224,6 +261,9 @@ pipeline.register(
     Stage("drift", 1, _drift, ("text",), any_batch=True, key=drift_key),
     Stage("geometry", 1, _geometry, ("dictionary",)),
     Stage("transfer", 1, _transfer, parts=_transfer_parts, **_BY_LAYER),
+    Stage("transfer_matched", 1, partial(_transfer, match=True), **_BY_LAYER),
+    Stage("everywhere", 1, _everywhere, by_layer=True, shared=True),
+    Stage("everywhere_matched", 1, partial(_everywhere, match=True), by_layer=True, shared=True),
     Stage("examples", 1, _examples, **_BY_LAYER),
     Stage("importance", 1, _importance),
     Stage("duplicates", 1, _duplicates, **_BY_LAYER),

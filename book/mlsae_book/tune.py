@@ -195,12 +195,7 @@ def tune(
     steps, step, log, running = spec.tokens // spec.batch_tokens, 0, [], []
     before = translator_divergences(lm, weight, bias, validation)
     if checkpoint is not None and checkpoint.is_file():
-        content = store.load_checkpoint(checkpoint)
-        step, log, running = (content[name] for name in ("step", "log", "running"))
-        optimizer.load_state_dict(content["optimizer"])
-        with torch.no_grad():
-            weight.copy_(content["weight"])
-            bias.copy_(content["bias"])
+        step, log, running = _restore(checkpoint, weight, bias, optimizer, steps)
 
     def save():
         if checkpoint is not None:
@@ -249,6 +244,20 @@ def tune(
     after = translator_divergences(lm, weight, bias, validation)
     lens = Lens(weight, bias, model_name=lm.name)
     return Tuned(lens, pd.DataFrame(log), before, after)
+
+
+@torch.no_grad()
+def _restore(
+    checkpoint: Path, weight: Tensor, bias: Tensor, optimizer, steps: int
+) -> tuple[int, list, list]:
+    """Step, log and divergences since its last row; translators and optimiser are set to it."""
+    with store.restoring(checkpoint, "a checkpoint of this lens") as content:
+        if content["step"] not in range(steps + 1):
+            raise ValueError(f"its step is {content['step']} of {steps}")
+        optimizer.load_state_dict(content["optimizer"])
+        weight.copy_(content["weight"])
+        bias.copy_(content["bias"])
+        return content["step"], content["log"], content["running"]
 
 
 def _rate(step: int, steps: int) -> float:

@@ -18,9 +18,9 @@ def matrix(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.
     """Layer × layer, and set apart beneath it the row of the MLSAE; the reader chooses the metric.
 
     ``table`` is what `tables.transfer.matrix` gives: ``trained`` (text: a layer, or the name of
-    the MLSAE's row), ``layer`` (where it was measured), ``metric``, ``value`` and ``last``, whether
-    the cell belongs to the last layer, which is shown on demand.  Shades follow the logarithm of a
-    metric where all of its values are positive.
+    the MLSAE's row, if there is one), ``layer`` (where it was measured), ``metric``, ``value`` and
+    ``last``, whether the cell belongs to the last layer, which is shown on demand.  Shades follow
+    the logarithm of a metric where all of its values are positive.
     """
     table = _table(table, "matrix", "trained", "layer", "metric", "value", "last")
     metric, metrics = _metric(table)
@@ -28,23 +28,27 @@ def matrix(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.
     shown.param.bind = alt.binding_checkbox(name="Last layer too ")
     shade = table.groupby("metric", sort=False)["value"].transform(_shade).astype(float)
     single = table["trained"].str.isdecimal()
-    square, row = (
-        _cells(table.assign(shade=shade.round(3))[chosen], metric) for chosen in (single, ~single)
-    )
+    table = table.assign(shade=shade.round(3))
+    alone = bool(single.all())
+    square = _cells(table[single], metric, "square", beneath=alone)
     lookup = "{" + ", ".join(f"{name!r}: {METRICS[name]!r}" for name in metrics) + "}"
     label = (
         alt.Chart(alt.InlineData([{}]), name="metric_title")
         .mark_text(align="left", baseline="bottom", text=alt.ExprRef(f"({lookup})[metric]"))
         .encode(x=alt.value(0), y=alt.value(-8))
     )
-    square = alt.layer(*square, label).properties(name="square", height=alt.Step(34))
-    row = alt.layer(*row).properties(name="mlsae", height=alt.Step(34))
-    return _titled(alt.vconcat(square, row, spacing=12).add_params(metric, shown), title, subtitle)
+    parts = [alt.layer(*square, label).properties(name="square", height=alt.Step(34))]
+    if not alone:
+        row = alt.layer(*_cells(table[~single], metric, "mlsae", beneath=True))
+        parts.append(row.properties(name="mlsae", height=alt.Step(34)))
+    chart = alt.vconcat(*parts, spacing=12).add_params(metric, shown)
+    return _titled(chart, title, subtitle)
 
 
-def _cells(table: pd.DataFrame, metric: alt.Parameter) -> tuple[alt.Chart, alt.Chart]:
-    """Shaded rectangles and the numbers on them."""
-    beneath = not table["trained"].iloc[0].isdecimal()
+def _cells(
+    table: pd.DataFrame, metric: alt.Parameter, name: str, beneath: bool
+) -> tuple[alt.Chart, alt.Chart]:
+    """Shaded rectangles and the numbers on them; the layers are named beneath the last part."""
     base = (
         alt.Chart(table)
         .transform_filter(alt.datum.metric == metric)
@@ -62,7 +66,6 @@ def _cells(table: pd.DataFrame, metric: alt.Parameter) -> tuple[alt.Chart, alt.C
     color = alt.Color("shade:Q").scale(domain=[0, 1]).legend(None)
     rects = base.mark_rect(opacity=_OPACITY).encode(color=color)
     numbers = base.mark_text().encode(text=alt.Text("value:Q", format=".3~g"))
-    name = "mlsae" if beneath else "square"
     return rects.properties(name=f"{name}_cells"), numbers.properties(name=f"{name}_numbers")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 
 from mlsae_core import analysis
@@ -9,7 +11,11 @@ from mlsae_core.activations import ActivationSource
 
 
 def drift(
-    source: ActivationSource, size: int = 8, *, progress: bool = True
+    source: ActivationSource,
+    size: int = 8,
+    *,
+    progress: bool = True,
+    checkpoint: Path | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Mean norm of every layer and mean cosine similarity of every two (MLSAE paper, Section 4.2).
 
@@ -17,6 +23,7 @@ def drift(
 
     Args:
         size: sequences that are read at a time.
+        checkpoint: file to continue from if it exists, and to write every minute.
 
     Returns:
         Layers: one row per layer with ``layer``, ``relative_layer`` (layer over the model's number
@@ -26,7 +33,7 @@ def drift(
         after centring, ``centred``, and without, ``raw``, each with ``…_se``. Standard errors are
         over sequences, whose tokens depend on each other; nan for one sequence.
     """
-    found = analysis.drift(source, size, progress=progress)
+    found = analysis.drift(source, size, progress=progress, checkpoint=checkpoint)
     n_layers, layers = source.n_layers, source.site.indices(source.n_layers)
     by_layer = pd.DataFrame(
         {

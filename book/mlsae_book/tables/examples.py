@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mlsae_core.activations import ActivationSource, one_pass
 from mlsae_core.metrics import TopExamples
+from mlsae_core.resume import Pass
 from mlsae_core.sae import MLSAE
 
 #: Tokens before the peak token that a window shows, as a fraction: a model that reads from left
@@ -31,6 +32,7 @@ def examples(
     n_examples: int = 3,
     window: int = 16,
     progress: bool = True,
+    checkpoint: Path | None = None,
 ) -> dict[str, Tensor]:
     """Top activating examples of every latent at every layer, with their context, in one pass.
 
@@ -42,6 +44,7 @@ def examples(
         size: sequences that are read at a time.
         n_examples: how many to keep per (layer, latent).
         window: tokens of context, the peak token among them; shorter if the sequences are.
+        checkpoint: file to continue from if it exists, and to write every minute.
 
     Returns:
         Arrays (layer, latent, example), best first; where there are fewer examples, `sequence` is
@@ -58,22 +61,26 @@ def examples(
     n, device = len(source.site.indices(source.n_layers)), source.device
     top = TopExamples(n, sae.n_latents, n_examples, device)
     kept: dict[str, Tensor] = {}
-    seen = context = 0
-    for batch in one_pass(source.batches(size), source, size, "examples", progress):
+    read = {"sequences": 0, "context": 0}
+    done = Pass(checkpoint, size, device, top=top, kept=kept, read=read)
+    batches = source.batches(size, None, done.first)
+    for batch in one_pass(batches, source, size, "examples", progress, done):
         tokens, context = batch.text, batch.text.shape[1]
         values, indices = sae.encode(batch.source)
         old = top.positions.clone()
-        first = seen * context
+        first = read["sequences"] * context
         local = batch.sequence * context + batch.position
         top.update(indices, values, first + local)
-        kept = kept or _empty(top, min(window, context), n)
+        if not kept:
+            kept.update(_empty(top, min(window, context), n))
         _carry(kept, old, top.positions)
         rows = torch.full(tokens.shape, -1, device=device)
         rows[batch.sequence, batch.position] = torch.arange(len(local), device=device)
         for entries in (top.positions >= first).nonzero().split(ENTRIES_AT_ONCE):
             at = (top.positions[tuple(entries.T)] - first).cpu(), entries
             _look_up(kept, *at, tokens, rows, values, indices)
-        seen += len(tokens)
+        read.update(sequences=read["sequences"] + len(tokens), context=context)
+    context = read["context"]
     missing = top.positions < 0
     sequence = top.positions.div(context, rounding_mode="floor")
     found = {

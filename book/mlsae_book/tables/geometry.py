@@ -7,11 +7,14 @@ what vectors without structure, and vectors that repeat, would show.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 import torch
 from torch import Tensor
 
 from mlsae_core.metrics import copied_rows, cosine_histogram, gaussian_rows, mmcs
+from mlsae_core.resume import Pass
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 N_BINS = 200
@@ -39,13 +42,19 @@ def dictionaries(decoder: Tensor, n_layers: int, seed: int = 0) -> dict[str, Ten
 
 
 def geometry(
-    decoder: Tensor, n_layers: int, seed: int = 0, n_bins: int = N_BINS
+    decoder: Tensor,
+    n_layers: int,
+    seed: int = 0,
+    n_bins: int = N_BINS,
+    *,
+    checkpoint: Path | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Max and pairwise cosine similarities of decoder rows (MLSAE paper, Appendices B.5 and B.6).
 
     Args:
         decoder: (n_latents, d), n_latents ≥ 2. n_layers, seed: of the controls, `dictionaries`.
         n_bins: bins of equal width on [−1, 1], closed below; the last one includes 1.
+        checkpoint: file to continue from if it exists, between two of `dictionaries`.
 
     Returns:
         Two tables, one part for each of `dictionaries` (column ``rows``). *mmcs*, one row each:
@@ -57,18 +66,24 @@ def geometry(
     Raises:
         ValueError: fewer than two rows.
     """
-    summaries, histograms = [], []
+    found: dict[str, dict] = {}
+    done = Pass(checkpoint, 1, decoder.device, found=found)
     for name, rows in dictionaries(decoder, n_layers, seed).items():
-        mean, std, best, _ = mmcs(rows)
-        best = best.double().clamp(-1, 1).cpu()
+        if name not in found:
+            similar, pairs = mmcs(rows), cosine_histogram(rows, n_bins)
+            found[name] = similar._asdict() | pairs._asdict()
+            done.batch_done()
+    summaries, histograms = [], []
+    for name, of in found.items():
+        best = of["values"].double().clamp(-1, 1).cpu()
         quantiles = best.quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
         summaries.append(
-            {"rows": name, "latents": len(rows), "mmcs": mean, "std": std}
+            {"rows": name, "latents": len(best), "mmcs": of["mean"], "std": of["std"]}
             | {"least": best.min().item()}
             | {f"q{100 * q:02.0f}": value for q, value in zip(QUANTILES, quantiles, strict=True)}
             | {"most": best.max().item()}
         )
-        pairs, edges = (part.cpu() for part in cosine_histogram(rows, n_bins))
+        pairs, edges = of["counts"].cpu(), of["edges"].cpu()
         maxima = best.add(1).mul(n_bins / 2).floor().clamp(max=n_bins - 1).long()
         table = {
             "rows": name,

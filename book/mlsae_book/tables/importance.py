@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from mlsae_book.tables.interventions import check, resume
 from mlsae_core.activations import First, TextSource, needs_model, one_pass
 from mlsae_core.metrics import centred_logit, latent_importance, uniformity
+from mlsae_core.resume import Pass
 from mlsae_core.sae import MLSAE
 
 
@@ -22,6 +24,7 @@ def importance(
     sequences: int = 512,
     positions: int = 4,
     progress: bool = True,
+    checkpoint: Path | None = None,
 ) -> pd.DataFrame:
     """Uniformity of active latent importance, r_L0, at every layer (Gemma Scope, Eq. 12–14).
 
@@ -34,6 +37,7 @@ def importance(
         sequences: how many to read at most.
         positions: drawn per sequence, without replacement, among the non-special tokens that
             another token follows.
+        checkpoint: file to continue from if it exists, and to write every minute.
 
     Returns:
         One row per layer: ``r_l0``, the mean over sequences of their mean, ``low`` and ``high``,
@@ -49,8 +53,11 @@ def importance(
     check(source.site)
     source = replace(source, blocks=First(source.blocks, sequences))
     generator = torch.Generator().manual_seed(0)
-    batches = one_pass(source.blocks.batches(size), source, size, "importance", progress)
-    found = [_batch(source, sae, tokens, positions, generator) for tokens in batches]
+    found: list[Tensor] = []
+    done = Pass(checkpoint, size, source.device, found=found, generator=generator)
+    batches = source.blocks.batches(size, None, done.first)
+    for tokens in one_pass(batches, source, size, "importance", progress, done):
+        found.append(_batch(source, sae, tokens, positions, generator))
     numbers = torch.cat(found, 2).double()  # (measure, layer, sequence, position)
     vectors = int((~numbers[2, 0].isnan()).sum())
     by_sequence = numbers.nanmean(-1)

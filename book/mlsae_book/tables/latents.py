@@ -98,7 +98,7 @@ def duplicates(
     # of each draw: pairs at which the partner is active at the next, the previous, the same layer
     both = torch.zeros(1 + null_draws, 3, latents, dtype=torch.int64, device=device)
     own = torch.zeros(latents, dtype=torch.int64, device=device)
-    done = Pass(checkpoint, size, found=found, both=both, own=own)
+    done = Pass(checkpoint, size, device, found=found, both=both, own=own)
     batches = source.batches(size, None, done.first)
     for batch in one_pass(batches, source, size, "duplicates", progress, done):
         values, indices = sae.encode(batch.source)

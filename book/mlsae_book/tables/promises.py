@@ -9,12 +9,11 @@ import pandas as pd
 
 
 def kills(path: str | Path) -> pd.DataFrame:
-    """Kills of each command, their sum and what was wrong at the end, of the runs in the file."""
+    """Kills of each command in how many runs, what was wrong at their ends, and of which commit."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))
-    rows = [*found["commands"].items(), ("together", found["kills"])]
-    table = pd.DataFrame(rows, columns=["command", "kills"]).set_index("command")
-    table["runs"] = [found["runs"]] * (len(rows) - 1) + [found["runs"] * (len(rows) - 1)]
-    return _with_faults(table, found)
+    table = pd.DataFrame(found).T.rename_axis("command")
+    table.loc["together"] = table[["kills", "runs", "faults"]].sum()
+    return table.fillna("")
 
 
 def inputs(path: str | Path) -> pd.DataFrame:
@@ -24,10 +23,5 @@ def inputs(path: str | Path) -> pd.DataFrame:
     known = [name for name in ("works", "works, for long", "refused", "stopped") if name in table]
     table = table[[*known, *(name for name in table if name not in known)]]
     table.loc["together"] = table.sum()
-    return _with_faults(table, found)
-
-
-def _with_faults(table: pd.DataFrame, found: dict) -> pd.DataFrame:
-    """The table, with the number of faults beside the last row; its head says of which commit."""
     table["faults"] = [""] * (len(table) - 1) + [str(found["faults"])]
     return table.rename_axis(f"commit {found['commit']}, {found['date']}")
