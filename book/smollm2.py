@@ -28,11 +28,9 @@ import pandas as pd
 from IPython.display import HTML
 
 from mlsae_book import charts, experiments, stages
-from mlsae_book.charts import drift as drift_charts
-from mlsae_book.charts import layers as layer_charts
 from mlsae_book.charts import positions as position_charts
 from mlsae_book.charts import sweeps as sweep_charts
-from mlsae_book.tables import chosen, drift, layers, positions, spread, sweeps
+from mlsae_book.tables import chosen, layers, positions, spread, sweeps
 from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
@@ -56,21 +54,28 @@ by_position = table("massive", "positions.csv")
 whole = (by_position["first"] == 0) & (by_position["last"] == by_position["last"].max())
 position_charts.by_position(
     by_position[~whole],
-    title="From layer 12 to the last but one the first position is two hundred times as long as others",
+    title="From layer 11 to 27 the first position is forty to 170 times as long as the others",
     subtitle="Mean over the test text. Choose the metric, and whether tokens with massive activations count.",
 )
 
 # %% tags=["hide-input"]
 massive = table("massive", "massive.csv").set_index("layer")
 massive["times"] = massive.norm / massive.norm_of_others
-massive.loc[[0, 5, 10, 11, 12, 15, 20, 25, 28, 29]].round(1)
+massive.loc[[0, 5, 10, 11, 12, 15, 20, 25, 27, 28, 29]].round(1)
 
 # %% [markdown]
 # A vector is called massive here if it is more than 20 times as long as the median of its sequence and layer, and its token is then
 # left out at every layer (`massive: excluded` in a run's file): of training, of means, of every metric, and of what is replaced
 # when a layer is put back.
 #
-# SEE-SINKS
+# **What to see.** After block 11 the first vector of every sequence has a length of 23,900, and keeps it to layer 27, while the others grow from 141 to
+# 626. Before, it is up to seven times as long as others, and at the last two layers 14 and 6 times. No other vector of this text
+# is massive. So 32 tokens of 8,124 carry 99 % of the variance of layer 11, and 98 % of that of layer 20. What stands
+# there hardly matters: it takes the same 32 latents to write it in every sequence. At all other positions lengths are alike to a tenth or so, and what
+# is lost grows slowly with the position: at layer 20 from an FVU of 0.10 at the second to 0.14 in the second half.
+#
+# **What would contradict it.** Sinks at other positions, or in some sequences only: then they would be of a token, not of a place. (Larger
+# models are reported to have them [anywhere in a sequence](https://github.com/saprmarks/dictionary_learning/pull/52).)
 #
 # ## What sinks do to the metrics
 #
@@ -81,7 +86,7 @@ without, with_them = results.evaluation, table("massive", "evaluation.csv")
 both = {"without sinks": without, "with sinks": with_them}
 charts.metric_by_layer(
     pd.concat([found.assign(vectors=name) for name, found in both.items()]),
-    title="With sinks the FVU of the middle layers vanishes, and the loss of the model explodes",
+    title="Sinks lower the FVU of the middle layers to a third, and raise what the model loses",
     subtitle="One dictionary, measured at all tokens and at those without massive activations.",
     color="vectors",
 )
@@ -106,11 +111,24 @@ pd.concat(
 ).set_index("metric").round(3)
 
 # %% [markdown]
-# SEE-BOTH
+# **What to see.** The dictionary has never seen a sink, and can write it all the same: vectors are standardised one by one, so their
+# length is no obstacle, and 4 % of the sink's variance is left. Since the sinks *are* the variance, that is then the FVU of
+# every layer from 11 to 27, 0.04 or 0.05 instead of 0.10 to 0.14: it measures one vector. MSE rises forty-fold at layer 11; L0 and L1 do not
+# notice. And the model loses more, 0.36 nats instead of 0.16 at layer 11, in the mean over layers 0.34 instead of
+# 0.27, since it needs its sink exactly. So the better FVU goes with the worse loss. Without sinks the two rank the layers
+# much as in {doc}`evaluation` (rank correlation 0.85). Drift
+# notices the sinks where they come up: from layer 10 to 11 the centred similarity is 0.66 with them and 0.93 without, and all later ones are larger
+# by up to 0.03, since they are about a mean that the sinks have moved. Users of other libraries have met
+# [an FVU that is very low](https://github.com/EleutherAI/sparsify/pull/113) for the same reason, and leave such tokens out as well.
+#
+# **What would contradict it.** The same FVU both ways.
 #
 # **What it says of the paper's odd rows.** In the paper's Table 1 Llama 3.2 3B has an FVU of 0.30 and Gemma 2 2B one of 0.21, with a loss of
 # 1.5 nats, where all others have 0.10. Their text was packed without a token for the beginning, as ours, and both models are
-# known to have massive activations. Sinks alone *lower* an FVU that is reconstructed, and raise one that is missed: TEXT-ODD
+# known to have massive activations. A dictionary that
+# can write the sinks has a *lower* FVU for them, one that cannot would have one near 1 at the layers that have them, and a model that
+# breaks. Gemma 2's row, high in both, could be of the second kind. Llama's, with a high FVU and a low loss of 0.35, is of neither: sinks alone do not
+# explain it. More cannot be said without these models.
 #
 # ## Latents over layers
 
@@ -125,12 +143,19 @@ sweep_charts.gallery(
 
 # %% tags=["hide-input"]
 ratios = layers.variance_sweeps(
-    {"model": [({"run": "SmolLM2-135M"}, artefact) for _, artefact in results.artefacts["distributions"]]}
+    {
+        "model": [
+            ({"run": "SmolLM2-135M"}, artefact)
+            for _, artefact in results.artefacts["distributions"]
+        ]
+    }
 )
 ratios.set_index("ratio")[["low", "value", "high", "permuted", "gaussian"]].round(3)
 
 # %% tags=["hide-input"]
-pd.concat([spread.entropies(read).set_index("model"), spread.at_the_ends(read).set_index("model")], axis=1).round(3)
+pd.concat(
+    [spread.entropies(read).set_index("model"), spread.at_the_ends(read).set_index("model")], axis=1
+).round(3)
 
 # %% [markdown]
 # **What to see.** The diagonal of the small models' pictures, with a crowd at the first layer: a quarter of the frequent latents have
@@ -151,7 +176,9 @@ said = table("predictions", "predictions.csv")
 said[said.prompt == prompt].set_index("rank")[["token", "probability"]].round(3)
 
 # %% tags=["hide-input"]
-single = experiments.tables([({"model": "SmolLM2-135M"}, results.artefacts["prompts"][0][1])], "prompts.csv")
+single = experiments.tables(
+    [({"model": "SmolLM2-135M"}, results.artefacts["prompts"][0][1])], "prompts.csv"
+)
 sweep_charts.gallery(
     layers.sample_prompt(sweeps.stack({"model": single}), prompt),
     title="A third of the prompt's latents are at one layer, hardly more than by chance",
@@ -213,10 +240,10 @@ HTML(chosen.as_html(latents, NAMES))
 #
 # ## The paper's claims, one by one
 #
-# | claim of {cite:t}`lawson2025` | theirs | here, with its 95 % interval | null model | verdict |
+# | claim of {cite:t}`lawson2025` | theirs | here, with its 95 % interval | null model, or with sinks | verdict |
 # | --- | --- | --- | --- | --- |
-# | norms grow over the layers | a picture (Figure 4) | 47 to 884, and at all steps but one | | holds, without sinks |
-# | vectors of adjacent layers are alike | a picture (Figure 1) | 0.87 to 0.95, and 0.62 from the last but one to the last | | holds, but for the last step |
+# | norms grow over the layers | a picture (Figure 4) | 47 to 884, at all steps but one | with sinks 47 to 903, at all steps | holds |
+# | vectors of adjacent layers are alike | a picture (Figure 1) | 0.87 to 0.95, but 0.62 at the last step | with sinks 0.66 where they come up | holds, but for the last step |
 # | latents prefer layers: Eq. 11 is below 1 | 0.54 to 0.88 | 0.50 [0.50, 0.52] | 0.99 permuted, 0.97 Gaussian | holds, at the edge of their range |
 # | at one token a latent is at few layers: Eq. 12 is small | 0.01 to 0.10 | 0.12 [0.12, 0.13] | 0.45 permuted, 0.04 Gaussian | holds; their estimator gives smaller numbers ({doc}`variance`) |
 # | in one prompt many latents are at one layer only | a picture (Figure 3) | 31 % of 1,038 latents | 27 % permuted | holds, but is mostly the size of the sample |
