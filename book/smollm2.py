@@ -38,10 +38,6 @@ results = experiments.materialise(load_experiment("experiments/fetched/smollm2.y
 kept = experiments.measure(load_experiment("experiments/fetched/smollm2_kept.yml"), "drift")
 
 
-def table(stage, file):
-    return experiments.tables(results.artefacts[stage], file)
-
-
 # %% [markdown]
 # ## The first token is a sink
 #
@@ -50,7 +46,7 @@ def table(stage, file):
 # nothing. Packed sequences have no token for the beginning of a text, so the first token, any, is taken for it.
 
 # %% tags=["hide-input"]
-by_position = table("massive", "positions.csv")
+by_position = experiments.tables(results.artefacts["massive"], "positions.csv")
 whole = (by_position["first"] == 0) & (by_position["last"] == by_position["last"].max())
 position_charts.by_position(
     by_position[~whole],
@@ -59,7 +55,7 @@ position_charts.by_position(
 )
 
 # %% tags=["hide-input"]
-massive = table("massive", "massive.csv").set_index("layer")
+massive = experiments.tables(results.artefacts["massive"], "massive.csv").set_index("layer")
 massive["times"] = massive.norm / massive.norm_of_others
 massive.loc[[0, 5, 10, 11, 12, 15, 20, 25, 27, 28, 29]].round(1)
 
@@ -68,10 +64,10 @@ massive.loc[[0, 5, 10, 11, 12, 15, 20, 25, 27, 28, 29]].round(1)
 # left out at every layer (`massive: excluded` in a run's file): of training, of means, of every metric, and of what is replaced
 # when a layer is put back.
 #
-# **What to see.** After block 11 the first vector of every sequence has a length of 23,900, and keeps it to layer 27, while the others grow from 141 to
-# 626. Before, it is up to seven times as long as others, and at the last two layers 14 and 6 times. No other vector of this text
+# **What to see.** After block 11 the first vector of every sequence has a length of 23,900, and keeps it to layer 27, while the others
+# grow from 141 to 626. At layers 2 to 8 it is five to nine times as long as others, at 9 and 10 like them again, and at the last two layers 14 and 6 times. No other vector of this text
 # is massive. So 32 tokens of 8,124 carry 99 % of the variance of layer 11, and 98 % of that of layer 20. What stands
-# there hardly matters: it takes the same 32 latents to write it in every sequence. At all other positions lengths are alike to a tenth or so, and what
+# there hardly matters: it takes the same 32 latents to write it in every sequence. At all other positions lengths are within a sixth of their mean, and what
 # is lost grows slowly with the position: at layer 20 from an FVU of 0.10 at the second to 0.14 in the second half.
 #
 # **What would contradict it.** Sinks at other positions, or in some sequences only: then they would be of a token, not of a place. (Larger
@@ -82,10 +78,13 @@ massive.loc[[0, 5, 10, 11, 12, 15, 20, 25, 27, 28, 29]].round(1)
 # The same dictionary, which has seen no sink, measured with them and without.
 
 # %% tags=["hide-input"]
-without, with_them = results.evaluation, table("massive", "evaluation.csv")
-both = {"without sinks": without, "with sinks": with_them}
+without, with_them = (
+    results.evaluation,
+    experiments.tables(results.artefacts["massive"], "evaluation.csv"),
+)
+both = pd.concat({"without sinks": without, "with sinks": with_them}, names=["vectors"])
 charts.metric_by_layer(
-    pd.concat([found.assign(vectors=name) for name, found in both.items()]),
+    both.reset_index("vectors"),
     title="Sinks lower the FVU of the middle layers to a third, and raise what the model loses",
     subtitle="One dictionary, measured at all tokens and at those without massive activations.",
     color="vectors",
@@ -99,16 +98,9 @@ positions.both_ways(without, with_them, [5, 20], metrics).set_index("metric").ro
 # And what the chapter {doc}`drift` measures, of which no dictionary is a part:
 
 # %% tags=["hide-input"]
-plain, sinks = results.artefacts["drift"], kept
-norms = [experiments.tables(made, "layers.csv") for made in (plain, sinks)]
-pairs = [experiments.tables(made, "pairs.csv") for made in (plain, sinks)]
-adjacent = [found[found.other == found.layer + 1] for found in pairs]
-pd.concat(
-    [
-        positions.both_ways(*norms, [5, 20], ["norm"]),
-        positions.both_ways(*adjacent, [5, 20], ["centred", "raw"]),
-    ]
-).set_index("metric").round(3)
+positions.drift_both_ways(results.artefacts["drift"][0][1], kept[0][1], [5, 20]).set_index(
+    "metric"
+).round(3)
 
 # %% [markdown]
 # **What to see.** The dictionary has never seen a sink, and can write it all the same: vectors are standardised one by one, so their
@@ -134,7 +126,6 @@ pd.concat(
 
 # %% tags=["hide-input"]
 read = experiments.all_distributions(results)
-read = [({"model": "SmolLM2-135M"}, arrays, numbers) for _, arrays, numbers in read]
 sweep_charts.gallery(
     sweeps.stack({"model": spread.sampled(read)}),
     title="Latents of a real model prefer layers, and are spread over several",
@@ -142,26 +133,17 @@ sweep_charts.gallery(
 )
 
 # %% tags=["hide-input"]
-ratios = layers.variance_sweeps(
-    {
-        "model": [
-            ({"run": "SmolLM2-135M"}, artefact)
-            for _, artefact in results.artefacts["distributions"]
-        ]
-    }
-)
+ratios = layers.variance_sweeps({"model": results.artefacts["distributions"]})
 ratios.set_index("ratio")[["low", "value", "high", "permuted", "gaussian"]].round(3)
 
 # %% tags=["hide-input"]
-pd.concat(
-    [spread.entropies(read).set_index("model"), spread.at_the_ends(read).set_index("model")], axis=1
-).round(3)
+spread.entropies(read).merge(spread.at_the_ends(read)).set_index("case").round(3)
 
 # %% [markdown]
 # **What to see.** The diagonal of the small models' pictures, with a crowd at the first layer: a quarter of the frequent latents have
 # their largest probability there, though latents that live there alone are rare, one in two hundred. Eq. 11 is 0.50 and Eq. 12 is
 # 0.12; both are far below what they are with layers permuted, 0.99 and 0.45. So latents of this model prefer layers, more
-# than those of our small models do (0.54 to 0.63, on more text, which makes them larger), and at one token they keep to a few. The mean entropy is 0.73 of its maximum,
+# than those of our small models do (0.54 to 0.63; but those are measured on more text), and at one token they keep to a few. The mean entropy is 0.73 of its maximum,
 # as in {doc}`entropy`, where the null models have 0.92 to 0.96: latents are spread over many of the 30 layers, and not evenly.
 #
 # **What would contradict it.** A measured ratio at its null models.
@@ -172,13 +154,11 @@ pd.concat(
 
 # %% tags=["hide-input"]
 prompt = stages.PROMPTS[0]
-said = table("predictions", "predictions.csv")
+said = experiments.tables(results.artefacts["predictions"], "predictions.csv")
 said[said.prompt == prompt].set_index("rank")[["token", "probability"]].round(3)
 
 # %% tags=["hide-input"]
-single = experiments.tables(
-    [({"model": "SmolLM2-135M"}, results.artefacts["prompts"][0][1])], "prompts.csv"
-)
+single = experiments.tables(results.artefacts["prompts"], "prompts.csv")
 sweep_charts.gallery(
     layers.sample_prompt(sweeps.stack({"model": single}), prompt),
     title="A third of the prompt's latents are at one layer, hardly more than by chance",
@@ -186,7 +166,7 @@ sweep_charts.gallery(
 )
 
 # %% tags=["hide-input"]
-spreads = table("prompts", "spread.csv")
+spreads = experiments.tables(results.artefacts["prompts"], "spread.csv")
 spreads[spreads.prompt == prompt].drop(columns="prompt").set_index("of").round(3)
 
 # %% [markdown]
@@ -204,28 +184,8 @@ spreads[spreads.prompt == prompt].drop(columns="prompt").set_index("of").round(3
 # %% tags=["hide-input"]
 [(_, artefact)] = results.artefacts["chosen"]
 latents = json.loads(artefact.file("latents.json").read_text("utf-8"))
-NAMES = {
-    3073: "the word “import”",
-    1093: "“so”, of a purpose",
-    4433: "“object”",
-    4002: "“sub”, in front of a noun",
-    2550: "“self”",
-    3959: "“path”",
-    2066: "“call”, of callable",
-    4196: "“up”, after a verb",
-    2519: "“from”, as in away from",
-    1947: "the initial W.",
-    3718: "“mode”",
-    2845: "“pretrained”",
-    3088: "“source”",
-    1895: "“any”",
-    2390: "the first full stop of “e.g.”",
-    880: "the prefix “un”",
-    2097: "“sh”, of shard",
-    942: "the letter J",
-    3386: "the letter N",
-}
-HTML(chosen.as_html(latents, NAMES))
+names = pd.read_csv("smollm2_latents.csv", index_col="latent").name.to_dict()
+HTML(chosen.as_html(latents, names))
 
 # %% [markdown]
 # **What to see.** Nineteen of twenty have a name after a look at four texts, and each name is a token, or a token and what
@@ -244,8 +204,8 @@ HTML(chosen.as_html(latents, NAMES))
 # | --- | --- | --- | --- | --- |
 # | norms grow over the layers | a picture (Figure 4) | 47 to 884, at all steps but one | with sinks 47 to 903, at all steps | holds |
 # | vectors of adjacent layers are alike | a picture (Figure 1) | 0.87 to 0.95, but 0.62 at the last step | with sinks 0.66 where they come up | holds, but for the last step |
-# | latents prefer layers: Eq. 11 is below 1 | 0.54 to 0.88 | 0.50 [0.50, 0.52] | 0.99 permuted, 0.97 Gaussian | holds, at the edge of their range |
-# | at one token a latent is at few layers: Eq. 12 is small | 0.01 to 0.10 | 0.12 [0.12, 0.13] | 0.45 permuted, 0.04 Gaussian | holds; their estimator gives smaller numbers ({doc}`variance`) |
+# | latents prefer layers: Eq. 11 is below 1 | 0.54 to 0.88 | 0.502 [0.497, 0.525] | 0.99 permuted, 0.97 Gaussian | holds, at the edge of their range |
+# | at one token a latent is at few layers: Eq. 12 is small | 0.01 to 0.10 | 0.124 [0.119, 0.126] | 0.45 permuted, 0.04 Gaussian | holds; their estimator gives smaller numbers ({doc}`variance`) |
 # | in one prompt many latents are at one layer only | a picture (Figure 3) | 31 % of 1,038 latents | 27 % permuted | holds, but is mostly the size of the sample |
 # | over many tokens latents are at several layers | a picture (Figure 2) | entropy 0.73 of its maximum | 0.96 permuted, 0.92 Gaussian | holds |
 # | an FVU of 0.1 goes with a loss of half a nat | 0.08 to 0.11, 0.40 to 0.57 (Pythia) | 0.105; 0.27, from 0.12 [0.07, 0.18] to 1.08 [0.97, 1.18] | | FVU alike; the loss smaller, but at the last layer |

@@ -7,7 +7,7 @@ import torch
 from tiny_lm import D_MODEL, N_LAYERS, tiny_lm
 
 from mlsae_book.tables import positions
-from mlsae_core import analysis
+from mlsae_core import analysis, store
 from mlsae_core.activations import First, TextSource
 from mlsae_core.sae import MLSAE
 from mlsae_core.spec import SiteSpec, SpecError
@@ -112,6 +112,25 @@ def test_metrics_stand_beside_each_other_both_ways():
         "layer 2, kept": [60.0],
     }
     assert table.to_dict("list") == expected
+
+
+def test_drift_stands_beside_itself_both_ways(tmp_path):
+    made = []
+    for scale in (1, 10):
+        folder = tmp_path / str(scale)
+        folder.mkdir()
+        layers = pd.DataFrame({"layer": [0, 1, 2], "norm": [1.0 * scale, 2.0 * scale, 3.0 * scale]})
+        pairs = pd.DataFrame({"layer": [0, 0, 1], "other": [1, 2, 2], "centred": [1.0, 9.0, 3.0]})
+        pairs = pairs.assign(centred=scale * pairs.centred, raw=0.5)
+        layers.to_csv(folder / "layers.csv", index=False)
+        pairs.to_csv(folder / "pairs.csv", index=False)
+        files = {"files": {"layers.csv": "", "pairs.csv": ""}}
+        made.append(store.Artefact(folder, {}, files))
+    table = positions.drift_both_ways(*made, [1]).set_index("metric")
+    assert list(table.index) == ["norm", "centred", "raw"]
+    assert table.loc["norm"].tolist() == [2.0, 20.0, 2.0, 20.0]
+    assert table.loc["centred"].tolist() == [2.0, 20.0, 3.0, 30.0]
+    assert table.loc["raw"].tolist() == [0.5] * 4
 
 
 def test_stacked_layers_are_refused(lm):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from workers import write_jsonl
 
-from mlsae_book import fetch
+from mlsae_book import fetch, stages  # noqa: F401 (so that their stages are known)
 from mlsae_core import models, pipeline, store
 from mlsae_core.spec import EvaluateSpec, run_from_dict
 

@@ -12,6 +12,7 @@ import torch
 from mlsae_core.activations import TextSource, one_pass
 from mlsae_core.metrics import Groups
 from mlsae_core.sae import MLSAE
+from mlsae_core.store import Artefact
 
 
 def by_position(
@@ -125,3 +126,19 @@ def both_ways(
 
 def _places(layers: Sequence[int]) -> list[str]:
     return ["mean", *(f"layer {layer}" for layer in layers)]
+
+
+def drift_both_ways(excluded: Artefact, kept: Artefact, layers: Sequence[int]) -> pd.DataFrame:
+    """`both_ways` of two results of the stage ``drift``: norms, and similarities to the next layer.
+
+    Returns:
+        The rows ``norm``, and ``centred`` and ``raw``, the cosine similarity of a layer and the
+        next one.
+    """
+    parts = []
+    for file, names in (("layers.csv", ["norm"]), ("pairs.csv", ["centred", "raw"])):
+        pair = [pd.read_csv(made.file(file)) for made in (excluded, kept)]
+        if "other" in pair[0]:
+            pair = [table[table.other == table.layer + 1] for table in pair]
+        parts.append(both_ways(*pair, layers, names))
+    return pd.concat(parts, ignore_index=True)
