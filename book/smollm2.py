@@ -33,10 +33,10 @@ from mlsae_book.charts import sweeps as sweep_charts
 from mlsae_book.tables import chosen, layers, positions, spread, sweeps
 from mlsae_core.spec import load_experiment
 
+# %% tags=["remove-cell"]
 charts.use_book_theme()
 results = experiments.materialise(load_experiment("experiments/fetched/smollm2.yml"))
 kept = experiments.measure(load_experiment("experiments/fetched/smollm2_kept.yml"), "drift")
-
 
 # %% [markdown]
 # ## The first token is a sink
