@@ -2,7 +2,9 @@
 #
 # Every target first installs the project into .venv, once: a stamp there depends on the pins.
 
-PYTHON   ?= $(shell command -v python3.11 || command -v python3)
+FITS     := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON   ?= $(shell for one in python3.11 python3.12 python3.13 python3; do \
+	$$one -c '$(FITS)' 2>/dev/null && { command -v $$one; exit; }; done; command -v python3)
 VENV     ?= .venv
 EXTRAS   ?= book,test
 CHAPTERS ?= $(wildcard book/*.py)
@@ -20,15 +22,14 @@ INPUTS := $(shell find book mlsae_core data benchmarks/results.json _config.yml 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed and no python3 was found. Install it" \
-	  "(Debian: apt install python3.11-venv; conda: conda env create -f environment.yml)." >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
-	  echo "Python 3.11 is needed, for which the versions in constraints.txt are pinned;" \
-	  "$(PYTHON) is `$(PYTHON) --version 2>&1`. Install Python 3.11 and run" \
-	  "\`make PYTHON=/path/to/python3.11 ...\`, or use conda: conda env create -f environment.yml." >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and no python3 was found." \
+	  "Install one (Debian: apt install python3-venv; conda: conda env create -f environment.yml)." >&2; exit 1; }
+	@$(PYTHON) -c '$(FITS)' || { echo "Python 3.11, 3.12 or 3.13 is needed, for which the versions in" \
+	  "constraints.txt are pinned; $(PYTHON) is `$(PYTHON) --version 2>&1`. Install one of them and run" \
+	  "\`make PYTHON=/path/to/python ...\`, or use conda: conda env create -f environment.yml." >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
-	  echo "$(PYTHON) has no module venv. Install it (Debian: apt install python3.11-venv)." >&2; exit 1; }
-	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
+	  echo "$(PYTHON) has no module venv. Install it (Debian: apt install python3-venv)." >&2; exit 1; }
+	@$(BIN)/python -c '$(FITS)' 2>/dev/null \
 	  || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing the pinned packages into $(VENV): one to three minutes, once."
 	@# A recent pip unpacks faster; modules are compiled when they are first imported, not all now.
@@ -99,8 +100,9 @@ EXPERIMENTS ?= $(wildcard book/experiments/*.yml)
 reproduce: $(STAMP)
 	@$(BIN)/python -m mlsae_book reproduce $(EXPERIMENTS)
 
+# The chapters to play with: a copy in lab/, so that what is tracked stays as it is.
 lab: $(STAMP)
-	@$(BIN)/jupyter lab book/
+	@$(BIN)/python -m mlsae_book.lab $(ARGS)
 
 # Fresh outputs for the notebook halves: text from x.py, outputs from running it.  Timings and
 # widget state, which differ in every run, are left out.  `make notebooks CHAPTERS=book/intro.py`

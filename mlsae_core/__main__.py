@@ -74,7 +74,10 @@ def _status(options: argparse.Namespace):
         experiment = load_experiment(options.experiment)
         from mlsae_core import status
 
-        return show(status.status(experiment))
+        show(status.status(experiment))
+        for said in status.remarks(experiment):
+            print(f"warning: {said}", file=sys.stderr)
+        return None
     import pandas as pd
 
     from mlsae_core import status

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -123,7 +124,8 @@ class Session:
     trackers: names of accelerate trackers to log training to. kernel: how training computes, see
     `mlsae_core.kernels`. compile: whether training runs the language model compiled. Neither is a
     part of a result's identity, since the numbers are the same up to rounding. checkpoint_seconds:
-    how often training writes a checkpoint, where not as `train.train` has it.
+    how often training writes a checkpoint, where not as `train.train` has it. should_stop: as
+    `train.train` has it, asked after every step.
 
     Under `accelerate launch` all processes train, and measure what is `Stage.shared`; the rest the
     main one measures, and it writes, while the others wait. Whatever can be refused is refused
@@ -135,6 +137,7 @@ class Session:
     kernel: Kernel = "sparse"
     compile: bool = False
     checkpoint_seconds: float | None = None
+    should_stop: Callable[[int], bool] = lambda step: False
 
     def __post_init__(self):
         store.provenance()  # of the code that computes, not of what is there when it ends
@@ -242,6 +245,10 @@ class Session:
         if self.compile:
             source = _compiled(source, run)
         source = replace(source, blocks=self.blocks(run, "train"))
+        if is_main_process():
+            counted = text.counted(run.data, source.lm.tokenizer)
+            for said in text.remarks(run.data, counted, run.train.tokens) if counted else ():
+                print(f"warning: {said}", file=sys.stderr)
         if self.trackers:
             accelerator.init_trackers("mlsae", config={"spec": canonical(spec)})
         checkpoint = checkpoint_path(identity)
@@ -255,6 +262,7 @@ class Session:
             source,
             accelerator=accelerator,
             checkpoint=checkpoint,
+            should_stop=self.should_stop,
             description=f"training {identity}",
             kernel=self.kernel,
             **often,

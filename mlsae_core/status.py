@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from mlsae_core import architecture, fits, pipeline, store
+from mlsae_core import architecture, fits, models, pipeline, store, text
 from mlsae_core.pipeline import EVALUATION_BATCH_TOKENS
-from mlsae_core.spec import EvaluateSpec, Experiment, RunSpec, SubjectSpec
+from mlsae_core.spec import EvaluateSpec, Experiment, RunSpec, SpecError, SubjectSpec
 from mlsae_core.store import Artefact
+
+if TYPE_CHECKING:
+    from mlsae_core.activations import TextSource
 
 # Operations a second, as `_operations` counts them, of one H200 with `--kernel triton --compile` in
 # bfloat16: a test holds it to benchmarks/gpu.json.
 GPU_SPEED = 5.8e14
+#: What is measured of a stage may take so long, by the speed of a matrix product.
+SAMPLE_SECONDS = 10.0
 
 
 def provenance(artefact: Artefact) -> dict:
@@ -37,13 +46,15 @@ def stages(experiment: Experiment, run: SubjectSpec) -> list[str]:
 def status(experiment: Experiment) -> pd.DataFrame:
     """One row per result: shipped, stored, begun or missing, and what it would still take.
 
-    ``seconds`` on this machine, by a count of floating-point operations and the measured speed of a
-    matrix product; expect it to be right within a factor of two. ``gpu_hours`` by the speed of
+    ``seconds`` on this machine, by a count of floating-point operations, of no more text than is
+    there, at the speed of a sample of the stage with random weights; where the model is not here or
+    is too large for one, at that of a matrix product, which is right within a factor of two.
+    ``gpu_hours`` by the speed of
     training on one H200, as it was measured at the size of Pythia-70m; several share them.
     ``memory_gb`` of each process, at least (`fits.memory`). ``disk_gb`` of the weights and the last
     checkpoint. A run that was begun continues from its checkpoint and takes less.
     """
-    rows, speed = [], None
+    rows, speeds, tokens = [], {}, {}
     for labels, run in experiment.runs:
         for stage in ("train", "evaluate", "distributions"):
             if stage not in stages(experiment, run):
@@ -52,10 +63,13 @@ def status(experiment: Experiment) -> pd.DataFrame:
             row = {"stage": stage, "key": identity, "state": _state(stage, identity)}
             costs = {"seconds": 0, "gpu_hours": 0.0, "memory_gb": 0.0, "disk_gb": 0.0}
             if row["state"] in ("begun", "missing"):
-                speed = speed or _speed()
-                operations = _operations(stage, run, experiment.evaluate)
                 training = stage == "train"
                 batch = run.train.micro_batch_tokens if training else EVALUATION_BATCH_TOKENS
+                alike = stage, run.model, run.data.context_length, batch
+                if alike not in speeds:
+                    speeds[alike] = _speed(stage, run, experiment.evaluate)
+                speed = speeds[alike]
+                operations = _operations(stage, run, _there(run, experiment.evaluate, tokens))
                 memory = fits.memory(run, training, batch)
                 costs = {
                     "seconds": round(operations / speed),
@@ -99,11 +113,109 @@ def _operations(stage: str, run: SubjectSpec, settings: EvaluateSpec | None) -> 
     return read * 2
 
 
-def _speed() -> float:
+def _there(run: SubjectSpec, settings: EvaluateSpec | None, known: dict) -> EvaluateSpec | None:
+    """The settings of an analysis with no more tokens than the text has."""
+    if settings is None or not (counted := _tokens(run, known)):
+        return settings
+    there = max(counted[settings.split], run.data.context_length)
+    return replace(settings, tokens=min(settings.tokens, there))
+
+
+def remarks(experiment: Experiment) -> list[str]:
+    """What is to be known of an experiment's text before a training reads it: `text.remarks`."""
+    said, tokens = [], {}
+    for _, run in experiment.runs:
+        if isinstance(run, RunSpec) and (counted := _tokens(run, tokens)):
+            said += text.remarks(run.data, counted, run.train.tokens)
+    return list(dict.fromkeys(said))
+
+
+def _tokens(run: SubjectSpec, known: dict) -> dict[str, int] | None:
+    """`text.counted` of a run, for runs of the same text and model once."""
+    if (alike := (run.data, run.model)) not in known:
+        known[alike] = text.counted(run.data, _tokenizer(run))
+    return known[alike]
+
+
+def _tokenizer(run: SubjectSpec):
+    """The tokenizer of a model that is here, else nothing."""
+    from transformers import AutoTokenizer
+
+    if (folder := models.folder(run.model.path)) is None:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError):  # a model that is to be fetched
+        return None
+
+
+# --- how fast this machine is -------------------------------------------------------------------
+
+
+def _speed(stage: str, run: SubjectSpec, settings: EvaluateSpec | None) -> float:
+    """Operations a second, as `_operations` counts them, of a stage on a sample, or a product."""
+    product = _product_speed()
+    if models.folder(run.model.path) is None:
+        return product
+    context = run.data.context_length
+    if stage == "train":
+        batch = max(run.train.micro_batch_tokens // context, 1) * context
+        small = replace(run, train=replace(run.train, tokens=batch, batch_tokens=batch))
+        operations = _operations(stage, small, None)
+    else:
+        batch = max(EVALUATION_BATCH_TOKENS // context, 1) * context
+        operations = _operations(stage, run, replace(settings, tokens=batch))
+    if 2 * operations / product > SAMPLE_SECONDS:
+        return product
+    try:
+        work = _sample(stage, run, settings, batch // context)
+    except SpecError:  # of weights or a tokenizer that is to be fetched
+        return product
+    work()  # what is made only once
+    return operations / min(_seconds(work) for _ in range(3))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _sample(
+    stage: str, run: SubjectSpec, settings: EvaluateSpec | None, sequences: int
+) -> Callable[[], object]:
+    """What a stage does with one batch, of random tokens by random weights."""
+    import torch
+
+    from mlsae_core import analysis, objective, train
+
+    session = pipeline.Session()
+    if run.model.random_weights is None:
+        run = replace(run, model=replace(run.model, random_weights=0))
+    source = session.source(run)
+    generator = torch.Generator().manual_seed(0)
+    shape = sequences, run.data.context_length
+    tokens = torch.randint(source.lm.vocab_size, shape, generator=generator)
+    source = replace(source, blocks=text.TokenBlocks(tokens.numpy()))
+    sae = train.build_sae(run, source) if isinstance(run, RunSpec) else session.sae(run)
+    if stage == "train":
+        return functools.partial(_micro_batch, sae, source, sequences, objective.loss)
+    if stage == "distributions":
+        return lambda: analysis.distributions(source, sae, sequences, replicates=2, progress=False)
+    return lambda: analysis.evaluate(
+        source, sae, sequences, ablations=settings.ablations, mean_tokens=1, progress=False
+    )
+
+
+def _micro_batch(sae, source: TextSource, sequences: int, loss: Callable):
+    """Forward and backward pass of a batch."""
+    batch = next(source.batches(sequences))
+    target = None if batch.target is batch.source else batch.target
+    loss(sae, batch.source, target).total.backward()
+
+
+def _product_speed() -> float:
     """Floating-point operations per second of this machine's matrix product, in float32."""
     a = np.ones((768, 768), np.float32)
     a @ a
-    start = time.perf_counter()
-    for _ in range(5):
-        a @ a
-    return 5 * 2 * 768**3 / (time.perf_counter() - start)
+    return 5 * 2 * 768**3 / _seconds(lambda: [a @ a for _ in range(5)])

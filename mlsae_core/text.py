@@ -455,6 +455,64 @@ def check_tokenizer(tokenizer, n_embeddings: int | None = None):
         )
 
 
+#: Characters of each split from which its tokens are told where it is not tokenised yet.
+SAMPLE_CHARACTERS = 500_000
+#: Passes over the same text from which on more of it would teach more.
+MOST_PASSES = 4
+
+
+def counted(data: DataSpec, tokenizer) -> dict[str, int] | None:
+    """Tokens of each split in whole sequences; nothing of a hub data set, which is not read.
+
+    Counted where the text was packed before, else told from the first `SAMPLE_CHARACTERS`
+    characters of each split.
+
+    tokenizer: without one a token counts as four characters.
+    """
+    if is_streamed(data):
+        return None
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        spec = {"data": data_key(data), "context_length": data.context_length}
+        identity = store.key("tokens", spec, {"tokenizer": tokenizer_key(tokenizer)})
+        if found := store.find("tokens", identity):
+            return found.meta["tokens"]
+    characters, samples = dict.fromkeys(SPLITS, 0), {split: [] for split in SPLITS}
+    for split, text in split_documents(data):
+        if characters[split] < SAMPLE_CHARACTERS:
+            samples[split].append(text)
+        characters[split] += len(text)
+    tokens = {}
+    for split, sample in samples.items():
+        read = sum(map(len, sample))
+        if tokenizer is None:
+            told = read / 4
+        else:
+            told = sum(len(ids) + 1 for ids in token_ids(tokenizer, sample)) if sample else 0
+        whole = told * characters[split] / max(read, 1)
+        tokens[split] = int(whole // data.context_length) * data.context_length
+    return tokens
+
+
+def remarks(data: DataSpec, tokens: dict[str, int], training_tokens: int) -> list[str]:
+    """What should be known of a text before a training reads it, a line each.
+
+    That it is read again and again, or that a split is too short to measure anything on.
+
+    tokens: of each split, as `counted` gives them.
+    """
+    said = []
+    if training_tokens > MOST_PASSES * tokens["train"] > 0:
+        passes = training_tokens / tokens["train"]
+        said.append(
+            f"data.path: the train split of {data.path} has {tokens['train']:,} tokens, which a "
+            f"training on {training_tokens:,} reads {passes:,.0f} times; give more text or train "
+            "on fewer tokens"
+        )
+    if tokens["train"] and not tokens["test"]:
+        said.append(_too_short(data, "test"))
+    return said
+
+
 def _too_short(data: DataSpec, split: str) -> str:
     return (
         f"data.path: expected text that fills at least one sequence of data.context_length "

@@ -24,12 +24,13 @@ def test_every_module_is_listed_once_and_has_a_file():
     assert set(wanted.split()) <= set(names)
     assert len(names) == len(set(names))
     assert set(api.BUILD) < set(names)
+    assert set(api.pages()) == set(api.PAGES)
     assert not [name for name in names if name.endswith("__main__")]
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """The page with the book's settings, in which any warning is an error."""
+def trees(tmp_path_factory):
+    """The pages with the book's settings, in which any warning is an error."""
     settings = yaml.safe_load((ROOT / "_config.yml").read_text())["sphinx"]["config"]
     chosen = ("autodoc", "napoleon", "python", "default_role", "nitpick", "add_module")
     overrides = {
@@ -38,8 +39,12 @@ def page(tmp_path_factory):
         "root_doc": "api",
         "nitpicky": True,
     }
-    folder, warnings = tmp_path_factory.mktemp("page"), io.StringIO()
-    shutil.copyfile(ROOT / "book" / "api.md", folder / "api.md")
+    folder, warnings = tmp_path_factory.mktemp("pages"), io.StringIO()
+    (folder / "api").mkdir()
+    for name in ("api", *api.PAGES):
+        shutil.copyfile(ROOT / "book" / f"{name}.md", folder / f"{name}.md")
+    with open(folder / "api.md", "a", encoding="utf-8") as file:
+        file.write("\n```{toctree}\n" + "\n".join(api.PAGES) + "\n```\n")
     mocked = {"mlsae_core.triton_kernels"} - set(sys.modules)
     with patch_docutils(), docutils_namespace():
         places = folder, None, folder / "built", folder / "trees"
@@ -48,7 +53,16 @@ def page(tmp_path_factory):
         for name in mocked:  # for others it is as if it had never been imported
             del sys.modules[name]
         assert not warnings.getvalue()
-        return app.env.get_doctree("api")
+        return {name: app.env.get_doctree(name) for name in ("api", *api.PAGES)}
+
+
+@pytest.fixture
+def page(trees):
+    """All pages of the reference as one."""
+    whole = nodes.section()
+    for name in api.PAGES:
+        whole += trees[name].children
+    return whole
 
 
 def signatures(tree):
@@ -58,7 +72,17 @@ def signatures(tree):
 @pytest.mark.slow
 def test_every_module_has_a_section_in_the_order_in_which_to_read_them(page):
     titles = [node.astext() for node in page.findall(nodes.title)]
-    assert titles[1:] == [name for name in api.modules() if name not in api.BUILD]
+    own = [title for title in titles if title.startswith("mlsae_")]
+    assert own == [name for name in api.modules() if name not in api.BUILD]
+    assert len(titles) == len(own) + len(api.PAGES)
+
+
+@pytest.mark.slow
+def test_the_first_page_lists_every_module_with_its_first_line(trees):
+    listed = [node.astext() for node in trees["api"].findall(nodes.list_item)]
+    wanted = [name for names in api.pages().values() for name in names]
+    assert [text.partition(":")[0] for text in listed] == wanted
+    assert all(len(text.partition(": ")[2]) > 10 for text in listed)
 
 
 @pytest.mark.slow

@@ -7,14 +7,17 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import jupytext
 import pytest
 import yaml
+from docutils import nodes
+from docutils.utils import new_document
 from sphinx_external_toc.parsing import parse_toc_yaml
 
-from mlsae_book import api, sphinx_ext
+from mlsae_book import api, excerpts, fonts, glossary, outputs, sphinx_ext
 
 ROOT = Path(__file__).parents[1]
 BOOK = ROOT / "book"
@@ -167,6 +170,69 @@ def test_a_prime_is_no_superscript_and_keeps_its_order():
 def test_a_mistake_in_an_equation_is_an_error_that_says_where():
     with pytest.raises(ValueError, match=r"Undefined control sequence: \\relu at position 1"):
         sphinx_ext.mathml(r"\relu(x)")
+
+
+def test_words_wrap_and_numbers_do_not():
+    table = "<th>k</th><td>-0.25</td><td>NaN</td><td>an adjective</td><td>test_x.py::test_long</td>"
+    assert outputs.wrapping(table) == (
+        '<th class="words">k</th><td>-0.25</td><td>NaN</td><td class="words">an adjective</td>'
+        '<td class="words">test_<wbr>x.<wbr>py::<wbr>test_<wbr>long</td>'
+    )
+
+
+def test_letters_of_the_equations_stay_in_their_font_upright_and_italic():
+    kept = fonts.mathematics(["x <math><mi>a</mi><annotation>z</annotation></math> y"])
+    assert kept == {"a", "𝑎", "−", "ℎ"}
+
+
+def test_icons_that_no_page_shows_leave_the_style_sheet():
+    bars, moon = (
+        '.fa-bars:before,.fa-menu:before{content:"\\f0c9"}',
+        '.fa-moon:before{content:"\\f186"}',
+    )
+    font = 'src:url(a.woff2) format("woff2"),url(a.ttf) format("truetype")'
+    used = fonts.icons(['<i class="fa-solid fa-bars">'])
+    assert fonts.cut_icons(bars + moon + font, used) == bars + 'src:url(a.ttf) format("truetype")'
+
+
+@pytest.fixture
+def document():
+    """A page about latents with a heading, code, a link, a formula and a subsection."""
+    page = new_document("page")
+    section, inner = nodes.section(ids=["top"]), nodes.section(ids=["below"])
+    code = nodes.literal("", "FVU")
+    link = nodes.reference("", "residual stream", refuri="x")
+    text = nodes.paragraph("", "", nodes.Text("Most latents have an "), code, nodes.Text(" and a "))
+    text += [link, nodes.Text(". A Latent: "), nodes.math("", "FVU"), nodes.Text("the FVU.")]
+    inner += [nodes.title("", "Dead latents"), nodes.paragraph("", "A dead latent, a latent.")]
+    section += [nodes.title("", "Latents"), text, nodes.raw("", "<b>", format="html"), inner]
+    page += section
+    return page
+
+
+def test_a_term_is_explained_at_its_first_use_in_running_text(document):
+    app = SimpleNamespace(builder=SimpleNamespace(format="html"))
+    before = document.astext()
+    glossary.explain(app, document, "page")
+    found = [node.astext() for node in document.findall(glossary.explained)]
+    assert found == ["latents", "FVU", "dead latent"]
+    assert document.astext() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("residual-stream", 0), ("MLSAEs", 2), ("SAEs", 3), ("dead latents", 4), ("Latents", 5)],
+)
+def test_the_longest_term_counts(text, found):
+    assert glossary.TERM.fullmatch(text).lastindex == found + 1
+    assert not glossary.TERM.search("SAElens relatent anatsy")
+
+
+def test_excerpts_are_cut_from_a_section_without_its_subsections(document):
+    assert excerpts.sections(document) == [
+        ("top", "Latents Most latents have an FVU and a residual stream. A Latent: the FVU."),
+        ("below", "Dead latents A dead latent, a latent."),
+    ]
 
 
 @pytest.mark.slow

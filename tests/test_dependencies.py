@@ -21,8 +21,8 @@ FREE = re.compile(
     r"\b(MIT|MIT-0|BSD|0BSD|Apache|ISC|PSF-2.0|Python Software Foundation|MPL|Mozilla|Zlib)\b"
 )
 OTHER = re.compile(r"GPL|Affero|Commercial|Proprietary|Non-?Commercial", re.I)
-#: Looked at by hand: its licence file says MIT; its one file under the GPL is a mode for Emacs.
-BY_HAND = {"quickjs", "docutils"}
+#: Looked at by hand: its one file under the GPL is a mode for Emacs.
+BY_HAND = {"docutils"}
 
 
 def pins(text: str = CONSTRAINTS) -> dict[str, str]:
@@ -103,7 +103,7 @@ def test_pins_hold_on_every_platform():
 def test_conda_environment_declares_no_version_but_pythons():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     python, pip, nested = environment["dependencies"]
-    assert (python, pip) == ("python=3.11", "pip")
+    assert (python, pip) == (f"python{PROJECT['requires-python']}", "pip")
     constraints, project = nested["pip"]
     assert constraints == "-c constraints.txt"
     extras = re.fullmatch(r"-e \.\[(.*)\]", project)[1].split(",")

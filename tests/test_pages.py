@@ -7,6 +7,7 @@ them these tests are skipped, in CI they fail.  `SCREENSHOTS=folder` keeps what 
 import os
 import shutil
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from sphinx_external_toc.parsing import parse_toc_yaml
@@ -16,7 +17,14 @@ pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parents[1]
 HTML = ROOT / "_build" / "html"
 PAGES = list(parse_toc_yaml(ROOT / "_toc.yml"))
-SIZES = {"wide": (1400, 900), "narrow": (390, 844)}
+SIZES = {"wide": (1400, 900), "middle": (1000, 800), "narrow": (390, 844)}
+# Notes by how much of what is seen moves while a page is built up, as browsers measure it.
+WATCH = """
+window.shift = 0;
+new PerformanceObserver((list) => {
+  for (const entry of list.getEntries()) if (!entry.hadRecentInput) window.shift += entry.value;
+}).observe({type: "layout-shift", buffered: true});
+"""
 
 
 def missing():
@@ -55,17 +63,22 @@ def browser():
 
 @pytest.fixture
 def open_page(browser):
-    """Opens a page of the book; whatever goes wrong in it is collected in ``page.complaints``."""
+    """Opens a page of the book; whatever goes wrong in it is collected in ``page.complaints``, and
+    the bytes of what it loads in ``page.files``."""
     contexts = []
 
     def open_page(name, size="wide", scheme="light"):
         width, height = SIZES[size]
         context = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme=scheme, offline=True
+            viewport={"width": width, "height": height},
+            color_scheme=scheme,
+            offline=True,
+            has_touch=size == "narrow",
         )
         contexts.append(context)
         page = context.new_page()
-        page.complaints = []
+        page.add_init_script(WATCH)
+        page.complaints, page.files = [], {}
         page.on("pageerror", lambda error: page.complaints.append(f"script error: {error}"))
         page.on(
             "console",
@@ -78,13 +91,20 @@ def open_page(browser):
                 or page.complaints.append(f"request: {request.url}")
             ),
         )
-        page.goto((HTML / f"{name}.html").as_uri())
+        page.on("request", lambda request: page.files.update(sizes_of(request.url)))
+        path, _, query = name.partition("?")
+        page.goto((HTML / f"{path}.html").as_uri() + (query and f"?{query}"))
         settle(page)
         return page
 
     yield open_page
     for context in contexts:
         context.close()
+
+
+def sizes_of(url):
+    file = Path(urlsplit(url).path)
+    return {file.name: file.stat().st_size} if url.startswith("file:") and file.is_file() else {}
 
 
 def settle(page):
@@ -166,7 +186,7 @@ def test_charts_follow_the_page_into_the_dark_and_keep_what_was_chosen(open_page
 
 
 @every_page
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["wide", "narrow"])
 def test_nothing_is_cut_off(open_page, name, size, tmp_path):
     folder = os.environ.get("SCREENSHOTS")
     for scheme in ("light", "dark") if folder else ("light",):
@@ -188,6 +208,122 @@ def test_nothing_is_cut_off(open_page, name, size, tmp_path):
         assert overhangs == []
         assert page.evaluate("document.scrollingElement.scrollWidth - innerWidth") <= 0
         assert page.complaints == []
+
+
+# --- the shell: menus, weight, search, tables, terms, print --------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", [PAGES[0], "api/specs"])
+def test_menu_and_contents_open_and_lead_on(open_page, name, size):
+    page = open_page(name, size)
+
+    def press(button):
+        button.tap() if size == "narrow" else button.click()
+        page.wait_for_timeout(300)
+
+    [menu] = page.locator(".primary-toggle:visible").all()
+    links = page.locator("nav.bd-links a:visible")
+    before = links.count()
+    press(menu)
+    assert (links.count() > 3) == (before == 0)
+    if size != "wide":
+        page.keyboard.press("Escape")
+        [contents] = page.locator(".secondary-toggle:visible").all()
+        headings = page.locator(".bd-toc .page-toc a:visible, dialog .page-toc a:visible")
+        assert headings.count() == 0
+        press(contents)
+        assert headings.count() > 1
+        press(headings.nth(1))
+        assert page.evaluate("location.hash") == headings.nth(1).get_attribute("href")
+    assert page.complaints == []
+
+
+MOST_BYTES = 1_500_000
+MOST_PIXELS = 40_000
+MOST_SHIFT = 0.05
+
+
+@every_page
+@pytest.mark.parametrize("size", ["wide", "narrow"])
+def test_a_page_is_light_of_bounded_height_and_does_not_move_while_it_loads(open_page, name, size):
+    page = open_page(name, size)
+    if size == "wide":
+        charts = {"vega.js", f"{Path(name).name}.html"} if "vega.js" in page.files else set()
+        assert sum(b for file, b in page.files.items() if file not in charts) < MOST_BYTES
+        assert page.evaluate("document.documentElement.scrollHeight") < MOST_PIXELS
+    assert "mathematics.js" in page.files
+    assert page.evaluate("window.shift") < MOST_SHIFT
+
+
+def test_a_search_shows_excerpts_from_files(open_page):
+    page = open_page("search?q=geometric+median")
+    page.wait_for_selector("#search-results .context")
+    excerpts = page.locator("#search-results .context").all_inner_texts()
+    assert len(excerpts) > 1
+    assert any("median" in excerpt.lower() for excerpt in excerpts)
+    assert page.complaints == []
+
+
+def test_words_of_a_table_wrap_and_its_first_column_stays(open_page):
+    page = open_page("definitions")
+    table = page.locator("table.dataframe").first
+    assert table.evaluate("t => t.parentElement.scrollWidth - t.parentElement.clientWidth") <= 1
+    page = open_page("definitions", "narrow")
+    table = page.locator("table.dataframe").first
+    head, cell = table.locator("tbody th").first, table.locator("tbody td").last
+    at, before = head.bounding_box()["x"], cell.bounding_box()["x"]
+    table.locator("xpath=ancestor::div[contains(@class, 'text_html')]").evaluate(
+        "output => { output.scrollLeft = 200; }"
+    )
+    assert cell.bounding_box()["x"] == pytest.approx(before - 200, abs=1)
+    assert head.bounding_box()["x"] == pytest.approx(at, abs=1)
+    assert head.bounding_box()["width"] < SIZES["narrow"][0] / 2
+
+
+@pytest.mark.parametrize("size", ["wide", "narrow"])
+def test_a_term_is_explained_where_it_is_first_used(open_page, size):
+    page = open_page(PAGES[0], size)
+    terms = page.locator(".term")
+    said = [term.evaluate("t => t.firstChild.textContent.toLowerCase()") for term in terms.all()]
+    assert "residual stream" in said
+    assert len(said) == len(set(said))
+    for term in terms.all():
+        meaning = term.locator("[role=tooltip]")
+        assert not meaning.is_visible()
+        term.tap() if size == "narrow" else term.hover()
+        box = meaning.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= SIZES[size][0]
+    assert page.complaints == []
+
+
+@every_page
+def test_how_a_page_was_made_is_folded_away(open_page, name):
+    page = open_page(name)
+    made = page.locator("section:has(> :is(h1, h2, h3):text('How this page was made'))")
+    for table in made.locator("table.dataframe").all():
+        assert not table.is_visible()
+    for folded in made.locator("details.made > summary").all():
+        folded.click()
+    for table in made.locator("table.dataframe").all():
+        assert table.is_visible()
+
+
+@every_page
+def test_print_keeps_columns_and_colours(open_page, name):
+    page = open_page(name)
+    page.set_viewport_size({"width": 700, "height": 1000})  # a sheet between its margins
+    page.emulate_media(media="print")
+    settle(page)
+    lost = page.locator("table.dataframe:visible").evaluate_all(
+        "all => all.filter(t => t.getBoundingClientRect().right > innerWidth + 1).length"
+    )
+    assert lost == 0
+    shades = "article mark, article td[style*=background], article span[style*=background]"
+    coloured = page.locator(shades)
+    kept = "all => all.map(e => getComputedStyle(e).printColorAdjust)"
+    assert set(coloured.evaluate_all(kept)) <= {"exact"}
 
 
 # --- what strangers wrote ---------------------------------------------------------------------

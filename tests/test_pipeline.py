@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -470,9 +471,11 @@ def test_status_knows_what_is_begun_and_estimates_the_rest(inputs, data):
 
 
 def test_the_estimate_is_the_operations_over_the_speed_of_this_machine(inputs, data, monkeypatch):
-    """By a clock on which five products of 768 x 768 matrices take one second."""
+    """By a clock on which five products of 768 x 768 matrices take one second, without a sample."""
     clock = itertools.count()
     monkeypatch.setattr(status.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(status, "SAMPLE_SECONDS", 0)
+    monkeypatch.setattr(status.text, "counted", lambda data, tokenizer: None)
     tokens, speed = 10**8, 5 * 2 * 768**3
     vocabulary = json.loads((inputs / "gpt_neox" / "config.json").read_text())["vocab_size"]
     # By token: two operations a weight, of which a block of width 16 has 4 x 16^2 for attention
@@ -494,6 +497,48 @@ def test_the_estimate_is_the_operations_over_the_speed_of_this_machine(inputs, d
     fewer = run_of(inputs, tokens=10**9, layers=[0, 2])
     (row,) = status.status(Experiment("t", (({}, fewer),), None)).to_dict("records")
     assert row["seconds"] == pytest.approx(2e9 * (model + 1.1 * encode * 2 / 3) / speed, abs=0.5)
+
+
+def test_an_estimate_is_of_a_sample_and_of_no_more_text_than_there_is(inputs, data, monkeypatch):
+    """By a clock on which every sample takes one second, so that only what is read counts."""
+    run = run_of(inputs, tokens=10**6)
+    clock = itertools.count()
+    monkeypatch.setattr(status.time, "perf_counter", lambda: float(next(clock)))
+    found = status.status(Experiment("t", (({}, run),), EvaluateSpec(tokens=10**9)))
+    seconds = found.set_index("stage").seconds
+    assert seconds.train == pytest.approx(10**6 / run.train.micro_batch_tokens, abs=1)
+    counted = text.counted(run.data, pipeline.Session().lm(run.model).tokenizer)
+    batch = pipeline.EVALUATION_BATCH_TOKENS // CONTEXT * CONTEXT
+    assert 0 < counted["test"] < 10**5
+    assert seconds.evaluate == pytest.approx(counted["test"] / batch, abs=1)
+    assert not list(store.STORE.glob("*/*"))
+
+
+def test_an_estimate_is_right_on_this_machine(inputs, data):
+    """Within a factor that other work on it does not exceed."""
+    run = run_of(inputs, tokens=200_000)
+    (row,) = status.status(Experiment("t", (({}, run),), None)).to_dict("records")
+    taken = pipeline.Session().train(run).meta["seconds"]
+    assert 1 / 4 < (row["seconds"] + 1) / (taken + 1) < 4
+
+
+def test_text_that_is_repeated_or_too_short_is_told_before_training(inputs, data, capsys):
+    lines = (inputs / "text.jsonl").read_text().splitlines()
+    splits = [text.split_of(json.loads(line)["text"]) for line in lines]
+    own = [line for line, split in zip(lines, splits, strict=True) if split == "train"][:3]
+    (data.parent / "short.jsonl").write_text("\n".join(own))
+    run = run_of(inputs, data={"path": "short.jsonl", "context_length": CONTEXT})
+    said = status.remarks(Experiment("t", (({}, run), ({}, run)), None))
+    assert len(said) == 2
+    assert re.search(
+        r"the train split of short.jsonl has [\d,]+ tokens, which .* \d+ times", said[0]
+    )
+    assert "in the test split of short.jsonl" in said[1]
+    pipeline.Session().train(run)
+    assert [line for line in capsys.readouterr().err.splitlines() if "warning: " in line] == [
+        f"warning: {line}" for line in said
+    ]
+    assert text.remarks(run.data, {"train": 100, "test": CONTEXT}, 400) == []
 
 
 def test_batches_stop_at_the_tokens_asked_for(inputs, data):

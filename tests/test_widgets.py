@@ -96,8 +96,15 @@ def test_a_run_of_the_chosen_sparsity_and_size_is_trained(shown, monkeypatch, in
     assert shown == []  # nothing is trained before the button is pressed
     k.value, factor.value = 2, 3
     assert shown == []
+    progress, left = panel.children[1].children
+    told = []
+    left.observe(lambda change: told.append((progress.value, change["new"])), "value")
     button.click()
     assert not button.disabled
+    steps = run.train.tokens // run.train.batch_tokens
+    assert [step for step, text in told if text] == [*range(1, steps)]
+    assert told[0][1].startswith(f"step 1 of {steps}, about ")
+    assert told[-1] == (steps, "")
     changed = dataclasses.replace(run.sae, k=2, expansion_factor=3)
     made = pipeline.Session("read-only").train(dataclasses.replace(run, sae=changed))
     assert pipeline.Session("read-only").sae(dataclasses.replace(run, sae=changed)).k == 2

@@ -99,12 +99,16 @@
   }
 
   const charts = [...document.querySelectorAll(".vega-lite-chart")].map((f) => new Chart(f));
-  // One drawing after the other, so that the last wish wins.
+  // From top to bottom, each shown before the next is drawn; and one drawing of all after the other,
+  // so that the last wish wins.
   window.chartsDrawn = Promise.resolve();
   const draw = () => {
-    window.chartsDrawn = window.chartsDrawn.then(() =>
-      Promise.all(charts.map((chart) => chart.draw(isDark()))),
-    );
+    window.chartsDrawn = window.chartsDrawn.then(async () => {
+      for (const chart of charts) {
+        await chart.draw(isDark());
+        await new Promise((shown) => setTimeout(shown));
+      }
+    });
   };
   draw();
   new MutationObserver(draw).observe(root, { attributeFilter: ["data-theme"] });

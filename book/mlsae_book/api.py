@@ -1,10 +1,12 @@
 """The reference: the modules of both packages in the order in which to read them.
 
-Their sections are added to the page `api`; what stands there is autodoc's, from the docstrings.
+The page `api` lists them; their sections are added to the pages of `PAGES`. What stands there is
+autodoc's, from the docstrings.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -69,14 +71,34 @@ PACKAGES = {
             "widgets",
             "pretrain",
             "reproduce",
+            "lab",
             "api",
+            "outputs",
+            "glossary",
+            "excerpts",
+            "fonts",
             "execution",
             "sphinx_ext",
         ),
     ),
 }
+#: Pages of the reference, each with its first module; a page ends where the next one begins.
+PAGES = {
+    "api/specs": "mlsae_core.fields",
+    "api/metrics": "mlsae_core.metrics",
+    "api/text": "mlsae_core.documents",
+    "api/training": "mlsae_core.pairs",
+    "api/measuring": "mlsae_core.analysis",
+    "api/worlds": "mlsae_book.questions",
+    "api/tables": "mlsae_book.tables",
+    "api/experiments": "mlsae_book.stages",
+    "api/charts": "mlsae_book.charts",
+}
 #: Modules that only build the book.
-BUILD = ("mlsae_book.api", "mlsae_book.execution", "mlsae_book.sphinx_ext")
+BUILD = tuple(
+    f"mlsae_book.{name}"
+    for name in ("api", "outputs", "glossary", "excerpts", "fonts", "execution", "sphinx_ext")
+)
 
 
 def modules() -> list[str]:
@@ -93,12 +115,37 @@ def _modules(package: str) -> list[str]:
     return [f"{package}.{name}" for name in ordered]
 
 
+def pages() -> dict[str, list[str]]:
+    """Modules by the page of the reference on which they stand; not those that build the book."""
+    firsts = {module: page for page, module in PAGES.items()}
+    found: dict[str, list[str]] = {}
+    page = ""
+    for name in modules():
+        page = firsts.get(name, page)
+        if name not in BUILD:
+            found.setdefault(page, []).append(name)
+    return found
+
+
+def _first_line(name: str) -> str:
+    """What the docstring of a module begins with."""
+    package, *rest = name.split(".")
+    path = PACKAGES[package][0].joinpath(*rest)
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+    return docstring.partition("\n\n")[0].replace("\n", " ")
+
+
 def _add_modules(app, page: str, source: list[str]):
-    """A section for each module at the end of the page."""
+    """A list of all modules at the end of the page `api`, a section for each on its own page."""
     if page == "api":
-        for name in modules():
-            if name not in BUILD:
-                source[0] += f"\n## `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n"
+        for other, names in pages().items():
+            title = Path(app.srcdir, f"{other}.md").read_text(encoding="utf-8").splitlines()[0]
+            source[0] += f"\n## [{title.removeprefix('# ')}]({other}.md)\n\n"
+            for name in names:
+                source[0] += f"- {{py:mod}}`{name}`: {_first_line(name)}\n"
+    for name in pages().get(page, ()):
+        source[0] += f"\n## `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n"
 
 
 def _is_left_out(app, kind: str, name: str, member, skip: bool, options) -> bool | None:

@@ -6,6 +6,9 @@
   A mistake in an equation is a warning, so it fails the build.
 - Outputs are those stored in the notebooks where these are today's (`execution.py`).
 
+Tables, fonts, search and the glossary have modules of their own: `outputs`, `fonts`, `excerpts`,
+`glossary`.
+
 `python -m mlsae_book.sphinx_ext figure` draws the README's figure, and
 `python -m mlsae_book.sphinx_ext` fails where a chapter of `_toc.yml` has no page in `_build/html`.
 """
@@ -14,9 +17,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import re
 import sys
 import unicodedata
+from collections.abc import Callable
 from functools import cache
 from html import escape
 from importlib.metadata import distribution
@@ -30,11 +34,11 @@ from sphinx.util import logging
 from sphinx.util.math import get_node_equation_number
 from sphinx_external_toc.parsing import parse_toc_yaml
 
-from mlsae_book import charts, execution
+from mlsae_book import api, charts, execution
 from mlsae_core import __version__
 
 MATHML = "http://www.w3.org/1998/Math/MathML"
-VEGA, FONT = "vega.js", "STIXTwoMath-Regular.ttf"
+VEGA = "vega.js"
 logger = logging.getLogger(__name__)
 ElementTree.register_namespace("", MATHML)
 
@@ -63,7 +67,10 @@ class VegaLite(MimeRenderPlugin):
 
 
 def figure(spec: dict[str, Any]) -> str:
-    """HTML of one chart; `charts.js` finds it by its class and draws it."""
+    """HTML of one chart; `charts.js` finds it by its class and draws it.
+
+    Room for the chart and its controls is kept, so that nothing moves when it is drawn.
+    """
     spec = dict(spec)
     heading = ""
     title = spec.get("title")
@@ -72,13 +79,23 @@ def figure(spec: dict[str, Any]) -> str:
         if "subtitle" in title:
             heading += f'<p class="chart-subtitle">{escape(title["subtitle"])}</p>'
         del spec["title"]
+    controls = sum("bind" in parameter for parameter in spec.get("params", []))
     return (
-        f'<figure class="vega-lite-chart">{heading}'
-        '<div class="chart-controls"></div><div class="chart-view"></div>'
+        f'<figure class="vega-lite-chart" style="--controls:{controls};--height:{_height(spec)}px">'
+        f'{heading}<div class="chart-controls"></div><div class="chart-view"></div>'
         f'<script type="application/json">{_json(spec)}</script>'
         "<noscript><p>This chart is drawn by JavaScript, which is switched off.</p></noscript>"
         "</figure>"
     )
+
+
+def _height(spec: dict[str, Any]) -> int:
+    """Pixels of a chart in the column of a wide page."""
+    import vl_convert
+
+    single = {} if "width" in spec or "vconcat" in spec else {"width": 768}
+    svg = vl_convert.vegalite_to_svg({**spec, **single}, vl_version="5.20")
+    return round(float(re.search(r'<svg[^>]* height="([\d.]+)"', svg)[1]))
 
 
 def _json(value: Any) -> str:
@@ -90,16 +107,15 @@ def _json(value: Any) -> str:
 
 
 @cache
-def _katex():
-    import quickjs
+def _katex() -> Callable[[str, bool], str]:
+    import dukpy
 
     files = distribution("sphinxcontrib-katex").files or []
     source = next(f for f in files if f.name == "katex.min.js").locate()
-    context = quickjs.Context()
-    context.eval(Path(str(source)).read_text(encoding="utf-8"))
-    return context.eval(
-        "(tex, display) => katex.renderToString(tex, {output: 'mathml', displayMode: display})"
-    )
+    engine = dukpy.JSInterpreter()
+    engine.evaljs(f"{Path(str(source)).read_text(encoding='utf-8')}; null")
+    call = "katex.renderToString(dukpy.tex, {output: 'mathml', displayMode: dukpy.display})"
+    return lambda tex, display: engine.evaljs(call, tex=tex, display=display)
 
 
 def mathml(tex: str, display: bool = False) -> str:
@@ -110,7 +126,7 @@ def mathml(tex: str, display: bool = False) -> str:
     """
     try:
         html = _katex()(tex, display)
-    except Exception as error:  # quickjs has one exception class of its own
+    except Exception as error:  # the engine has one exception class of its own
         raise ValueError(str(error).split("\n")[0]) from None
     tree = ElementTree.fromstring(html)[0]
     for element in list(tree.iter()):
@@ -224,8 +240,6 @@ def _prepare(app, config) -> None:
     if not vega.exists() or not vega.read_text(encoding="utf-8").startswith(bundle):
         bundle += f"(() => {{{vl_convert.javascript_bundle()}}})();\n"
         vega.write_text(bundle, encoding="utf-8")
-    files = distribution("ziamath").files or []
-    shutil.copyfile(str(next(f for f in files if f.name == FONT).locate()), assets / FONT)
     config.html_static_path.append(str(assets))
 
 
@@ -262,8 +276,9 @@ def readme_figure(root: Path) -> Path:
 
 def setup(app) -> dict[str, Any]:
     """Called by Sphinx, which finds this module in ``sphinx.extra_extensions`` of _config.yml."""
-    # Pages written by another version of this module are written again.
-    own = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    # Pages written by another version of these modules are written again.
+    files = (Path(__file__).with_name(f"{name.split('.')[1]}.py") for name in api.BUILD)
+    own = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     app.add_config_value("mlsae_book", own, "env", str)
     app.add_css_file("book.css")
     app.add_js_file("print.js")

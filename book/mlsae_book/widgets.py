@@ -6,6 +6,7 @@ because a page without a kernel cannot run these.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -71,7 +72,8 @@ def metric_by_layer(table: pd.DataFrame, metrics: Sequence[str], title: str) -> 
 def live_training(run: RunSpec, k: Sequence[int], factors: Sequence[int]) -> ipywidgets.VBox:
     """Choose k and the expansion factor, press the button, and see the FVU of that run by layer.
 
-    A run that was trained before is shown at once: results are kept under their key.
+    While it trains, a bar shows how far it is and how many seconds are left. A run that was trained
+    before is shown at once: results are kept under their key.
     """
     choose_k = ipywidgets.Dropdown(options=k, value=run.sae.k, description="k")
     choose_factor = ipywidgets.Dropdown(
@@ -79,13 +81,23 @@ def live_training(run: RunSpec, k: Sequence[int], factors: Sequence[int]) -> ipy
     )
     button = ipywidgets.Button(description="Train", button_style="primary")
     output = ipywidgets.Output()
+    progress = ipywidgets.IntProgress(max=run.train.tokens // run.train.batch_tokens)
+    left = ipywidgets.Label()
 
     def train(_):
+        progress.value, left.value, start = 0, "", time.perf_counter()
+
+        def show(step: int) -> bool:
+            progress.value = step
+            seconds = (time.perf_counter() - start) / step * (progress.max - step)
+            left.value = f"step {step} of {progress.max}, about {seconds:.0f} s left"
+            return False
+
         sae = replace(run.sae, k=choose_k.value, expansion_factor=choose_factor.value)
         button.disabled = True
         output.outputs = ()
         try:
-            artefact = pipeline.Session().train(replace(run, sae=sae))
+            artefact = pipeline.Session(should_stop=show).train(replace(run, sae=sae))
         except SpecError as error:
             output.append_stdout(f"{error}\n")
         else:
@@ -93,10 +105,12 @@ def live_training(run: RunSpec, k: Sequence[int], factors: Sequence[int]) -> ipy
             title = f"k = {sae.k}, R = {sae.expansion_factor}"
             output.append_display_data(charts.training_curves(log, title))
         finally:
+            progress.value, left.value = progress.max, ""
             button.disabled = False
 
     button.on_click(train)
-    return ipywidgets.VBox([ipywidgets.HBox([choose_k, choose_factor, button]), output])
+    choices = ipywidgets.HBox([choose_k, choose_factor, button])
+    return ipywidgets.VBox([choices, ipywidgets.HBox([progress, left]), output])
 
 
 def heatmaps(read: Sequence[tuple[dict, dict, dict]]) -> ipywidgets.VBox:
