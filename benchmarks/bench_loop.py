@@ -56,6 +56,7 @@ SHAPES = {
     "tiny": Shape(2, 32, 2, 97, 256, 4, 2, 16),
     "mini": Shape(6, 128, 4, 4096, 4096, 16, 8, 256),
     "pythia": Shape(6, 512, 8, 50304, 32768, 32, 1, 512),
+    "smollm2": Shape(30, 576, 9, 49152, 4608, 32, 1, 256),
 }
 DEFAULT_MODEL = "neox-6l-128d"
 
@@ -66,6 +67,8 @@ def cases(quick: bool) -> list[Case]:
     found = [_loop_case(steps=2 if quick else 32)]
     for name in shapes:
         found += [_evaluation_case(name), _distributions_case(name)]
+    if not quick:  # where replacing layers costs most: many of them, and a large vocabulary
+        found.append(_evaluation_case("smollm2"))
     return [*found, *map(_memory_case, tokens)]
 
 

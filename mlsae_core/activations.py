@@ -103,6 +103,19 @@ class ActivationSource(Protocol):
         ...
 
 
+class Work:
+    """How much of the present batch is done, for the bar of `one_pass`."""
+
+    def __init__(self):
+        self.bar, self.part = None, 0
+
+    def done(self, part: float):
+        """Show that so much of the batch is done, between 0 and 1."""
+        if self.bar is not None:
+            self.bar.update(part - self.part)
+        self.part = part
+
+
 def one_pass(
     batches: Iterable[T],
     source: ActivationSource,
@@ -111,11 +124,12 @@ def one_pass(
     progress: bool = True,
     done: Pass | None = None,
     share: Share = ALONE,
+    work: Work | None = None,
 ) -> Iterator[T]:
     """The batches of `size` sequences of a source, with a progress bar.
 
     done: what was read before; it counts each batch when the next one is asked for. share: whose
-    they are.
+    they are. work: what moves the bar within a batch.
 
     Raises:
         ValueError: there are none.
@@ -125,11 +139,15 @@ def one_pass(
     total = None
     if source.n_sequences:
         total = math.ceil((math.ceil(source.n_sequences / size) - share.index) / share.count)
-    shown = progress and share.index == 0
-    for batch in tqdm(batches, name, total, disable=not shown, initial=first):
-        yield batch
-        if done:
-            done.batch_done()
+    shown, parts = progress and share.index == 0, work is not None
+    work = work or Work()
+    with tqdm(None, name, total, disable=not shown, initial=first, unit_scale=parts) as work.bar:
+        for batch in batches:
+            yield batch
+            work.done(1)
+            work.part = 0
+            if done:
+                done.batch_done()
     if batch is None and share.index == 0:
         raise ValueError("source: expected at least one sequence, got none")
 
@@ -177,19 +195,19 @@ middle of the gap of SmolLM2-135M, 16,384 tokens of which are below 13 or, 67 of
 
 @torch.no_grad()
 def massive(x: Tensor) -> Tensor:
-    """Whether a token has a massive activation at some layer (Sun et al. 2024, "Massive Activations
-    in Large Language Models"): a vector whose norm is above `MASSIVE` times the median of its
-    sequence and layer. So the tokens are found by what they do, wherever in a sequence they stand.
+    """Which vectors are massive activations (Sun et al. 2024, "Massive Activations in Large
+    Language Models"): those whose norm is above `MASSIVE` times the median of their sequence and
+    layer. So they are found by what they are, wherever in a sequence they stand.
 
     Args:
         x: (layer, batch, position, d_model).
 
     Returns:
-        (batch, position) bool. The median of an even number is the lower one of the middle two; a
-        vector that is alone in its sequence is never massive.
+        (layer, batch, position) bool. The median of an even number is the lower one of the middle
+        two; a vector that is alone in its sequence is never massive.
     """
     norms = torch.linalg.vector_norm(x.float(), dim=-1)
-    return (norms > MASSIVE * norms.median(-1, keepdim=True).values).any(0)
+    return norms > MASSIVE * norms.median(-1, keepdim=True).values
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -228,8 +246,16 @@ class First:
 #: basis of the batch; and further (layer, choice, d_model) vectors in the model's own basis. Each
 #: layer alone is replaced by each of these. Gives, a few predictions at a time, the logits
 #: (prediction, vocabulary) of the unmodified model, those of the others, (layer, choice,
-#: prediction, vocabulary), and the tokens that follow, (prediction,).
-PutBack = Callable[[list[int], Tensor, Tensor], Iterator[tuple[Tensor, Tensor, Tensor]]]
+#: prediction, vocabulary), the tokens that follow, (prediction,), and which of the sequences that
+#: are put back, of all batches, each prediction is from, (prediction,).
+PutBack = Callable[[list[int], Tensor, Tensor], Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]]
+
+
+def spread(chosen: int, of: int, first: int, count: int) -> list[int]:
+    """Which of `count` sequences from number `first` on are among `chosen` spread evenly over `of`,
+    counted from `first`."""
+    numbers = range(first, min(first + count, of))
+    return [n - first for n in numbers if (n + 1) * chosen // of > n * chosen // of]
 
 
 @dataclass(eq=False)
@@ -292,6 +318,15 @@ class TextSource:
             captured = self.lm.capture(tokens, self.layers, self.points)
             yield self._gather(captured, tokens, keep, index, check)
 
+    def marked(self, size: int) -> Iterator[tuple[Batch, Tensor]]:
+        """`batches` in order, each with which of its vectors are `massive`, (layer, token) bool; so
+        of a site that keeps them."""
+        for index, tokens in enumerate(self.blocks.batches(size)):
+            tokens = tokens.to(self.device)
+            captured = self.lm.capture(tokens, self.layers, self.points)
+            batch = self._gather(captured, tokens, self.lm.keep_mask(tokens), index, True)
+            yield batch, massive(captured[self.points[0]])[:, batch.sequence, batch.position]
+
     def _gather(self, captured, tokens: Tensor, keep: Tensor, index: int, check: bool) -> Batch:
         """A batch of captured activations.
 
@@ -322,13 +357,18 @@ class TextSource:
         """(batch, position) bool, where `keep` is and the site excludes nothing."""
         if self.site.massive == "kept":
             return keep
-        return keep & ~massive(captured[self.points[0]]).to(keep.device)
+        return keep & ~massive(captured[self.points[0]]).any(0).to(keep.device)
 
     # --- putting vectors back -----------------------------------------------------------------
 
     def passes(
-        self, size: int, start: int = 0, first: int = 0, every: int = 1
-    ) -> Iterator[tuple[Batch, PutBack]]:
+        self,
+        size: int,
+        start: int = 0,
+        first: int = 0,
+        every: int = 1,
+        replaced: int | None = None,
+    ) -> Iterator[tuple[Batch, PutBack | None]]:
         """`batches` in order, each with what puts vectors in the place of its target's.
 
         Vectors are replaced at the positions of the batch, one layer at a time, and the rest of
@@ -338,39 +378,73 @@ class TextSource:
         Args:
             start: the position from which on the batch has vectors and predictions are made.
             first, every: which batches, as of `batches`.
+            replaced: sequences in which vectors are replaced, spread evenly over the text; of a
+                batch that has none of them nothing can be put back. All by default.
 
         Raises:
             ActivationError: NaN or infinite activations, or nothing but special tokens.
+            SpecError: `replaced` sequences of a text of unknown length.
         """
+        if replaced is not None and not self.n_sequences:
+            raise SpecError("replaced: expected a text that ends, over which to spread sequences")
         own = self.blocks.batches(size, None, first, every)
         for index, tokens in zip(itertools.count(first, every), own, strict=False):
             tokens = tokens.to(self.device)
             keep = self.lm.keep_mask(tokens)
             keep[:, :start] = False
+            if replaced is not None:
+                captured = self.lm.capture(tokens, self.layers, self.points)
+                batch = self._gather(captured, tokens, keep, index, True)
+                chosen = spread(replaced, self.n_sequences, index * size, len(tokens))
+                yield batch, self._put_back_some(batch, start, chosen, index * size, replaced)
+                continue
             original = self.lm.original(tokens, self.points)
             captured = {name: original.activations[name][self.layers] for name in self.points}
             batch = self._gather(captured, tokens, keep, index, True)
-            yield batch, partial(self._put_back, original, batch, start)
+            place = batch.sequence, batch.position
+            yield batch, partial(self._put_back, original, place, start, index * size)
 
-    def _put_back(self, original, batch, start, rows, recon, others):
-        """See `PutBack`."""
+    def _put_back_some(self, batch, start, chosen, first, replaced) -> PutBack | None:
+        """What puts vectors back in some sequences of a batch, whose first one has number `first`.
+
+        They are read again by themselves, so that no more is kept than they need.
+        """
+        if not chosen:
+            return None
+        rows = torch.tensor(chosen, device=self.device)
+        there = torch.isin(batch.sequence, rows)
+        place = torch.searchsorted(rows, batch.sequence[there]), batch.position[there]
+        number = (first + chosen[0]) * replaced // self.n_sequences
+        original = self.lm.original(batch.text[rows], self.points)
+
+        def put_back(layers, recon, others):
+            return self._put_back(original, place, start, number, layers, recon[:, there], others)
+
+        return put_back
+
+    def _put_back(self, original, place, start, number, rows, recon, others):
+        """See `PutBack`; place: sequence and position of each vector; number: of the first one."""
         layers, point, replacements = [self.layers[row] for row in rows], self.points[-1], {}
         choices = zip(layers, self.lens.invert(recon, layers), others, strict=True)
         for layer, own, further in choices:
             copies = original.activations[point][layer].repeat(1 + len(further), 1, 1, 1)
             for copy, vectors in zip(copies, (own, *further), strict=True):
-                copy[batch.sequence, batch.position] = vectors.to(copy.dtype)
+                copy[place] = vectors.to(copy.dtype)
             replacements[layer] = copies
         last = self.lm.resume_layers(original, replacements, point)
         streams = (original.residual[-1][None], last.flatten(0, 1))
         streams = torch.cat([x[:, :, start:-1] for x in streams]).flatten(1, 2)
-        targets = original.tokens[:, start + 1 :].flatten()
+        following = original.tokens[:, start + 1 :]
+        sequences = torch.arange(number, number + len(following), device=self.device)
+        sequences = sequences[:, None].expand_as(following).flatten()
+        targets = following.flatten()
         # A few predictions at a time, so memory does not grow with the batch.
         at_once = LOGITS_AT_ONCE.get(self.device.type, LOGITS_AT_ONCE["cpu"])
         size = max(1, at_once // (len(streams) * self.lm.vocab_size))
-        for piece, target in zip(streams.split(size, 1), targets.split(size), strict=True):
+        pieces = streams.split(size, 1), targets.split(size), sequences.split(size)
+        for piece, target, sequence in zip(*pieces, strict=True):
             logits = self.lm.logits(piece)
-            yield logits[0], logits[1:].unflatten(0, last.shape[:2]), target
+            yield logits[0], logits[1:].unflatten(0, last.shape[:2]), target, sequence
 
     def ablations(self, tokens: int, size: int) -> Tensor:
         """(layer, 2, d_model) zero and the target's mean, in the model's own basis, for `passes`.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from mlsae_core.activations import ActivationSource, needs_model, one_pass
+from mlsae_core.activations import ActivationSource, Work, needs_model, one_pass
 from mlsae_core.metrics import (
     DistributionResult,
     Downstream,
@@ -31,6 +32,10 @@ from mlsae_core.processes import ALONE, Share
 from mlsae_core.resume import Pass
 from mlsae_core.sae import MLSAE
 
+# Numbers in the batch that replaced layers share as it grows: 64 MiB in float32, of which a block
+# makes about 16 times as much. A GPU's batches are as large as its memory allows already.
+VECTORS_AT_ONCE = {"cpu": 2**24}
+
 # What distributions over layers are compared with: see `distributions`.
 NULL_MODELS = ("permuted", "gaussian")
 
@@ -45,6 +50,7 @@ def evaluate(
     mean_tokens: int = 8192,
     layers_at_once: int | None = None,
     start: int = 0,
+    replaced: int | None = None,
     progress: bool = True,
     share: Share = ALONE,
     checkpoint: Path | None = None,
@@ -63,9 +69,12 @@ def evaluate(
         ablations: also replace each layer by zero and by its mean; about three times slower. By
             default where the source can.
         mean_tokens: read before the pass, to take the mean of a layer from them; whole sequences.
-        layers_at_once: layers that share a growing batch; fewer take less memory.
+        layers_at_once: layers that share a growing batch; by default as many as `VECTORS_AT_ONCE`
+            has room for.
         start: the position from which on vectors are replaced and measured, and predictions scored;
             those before it are context.
+        replaced: sequences in which layers are replaced and predictions scored, spread evenly over
+            the source; all by default.
         progress: show a progress bar.
         checkpoint: file to continue from if it exists, and to write every minute.
         share: where several processes measure together, each of which gets the whole table.
@@ -78,15 +87,17 @@ def evaluate(
         can put vectors back, means over `predictions`, in nats per predicted token:
         ``ce_original``, ``ce_replaced``, ``delta_ce``, ``kl`` (original ‖ replaced); ``logit_mse``.
         With `ablations`: ``ce_zero``, ``ce_mean``, and the fraction of the loss that each costs and
-        the reconstruction recovers, ``ce_recovered_zero``, ``ce_recovered_mean``.
+        the reconstruction recovers, ``ce_recovered_zero``, ``ce_recovered_mean``. With `replaced`,
+        of ``delta_ce`` and ``kl``: 95 % bootstrap intervals over sequences, ``_low`` and ``_high``.
 
     Raises:
         ActivationError: NaN or infinite activations, naming the batch and the layers.
-        SpecError: `ablations` or `start` with a source that cannot put vectors back.
+        SpecError: `ablations`, `start` or `replaced` with a source that cannot put vectors back.
         ValueError: an empty source.
     """
-    if ablations or start:
-        needs_model(source, "ablations" if ablations else "start")
+    asked = {"ablations": ablations, "start": start, "replaced": replaced}
+    for name in [name for name, value in asked.items() if value]:
+        needs_model(source, name)
     replaces = hasattr(source, "passes")
     layers, device = source.site.indices(source.n_layers), source.device
     n = len(layers)
@@ -94,7 +105,7 @@ def evaluate(
     if replaces and ablations is not False:
         others = source.ablations(mean_tokens, size)
     reconstruction = Reconstruction(n, source.d_model, device)
-    downstream = Downstream(n, device)
+    downstream = Downstream(n, device, min(replaced or 1, 64))
     ablated = torch.zeros(others.shape[:2], dtype=torch.float64, device=device)  # Σ CE
     active = torch.zeros(n, sae.n_latents + 1, dtype=torch.bool, device=device)
 
@@ -104,10 +115,12 @@ def evaluate(
     )  # fmt: skip
     own = share.index + done.first * share.count, share.count
     if replaces:
-        passes = source.passes(size, start, *own)
+        passes = source.passes(size, start, *own, replaced)
     else:
         passes = ((batch, None) for batch in source.batches(size, None, *own))
-    for batch, put_back in one_pass(passes, source, size, "evaluate", progress, done, share):
+    work, costs = Work(), _costs(source, layers) if replaces else None
+    passes = one_pass(passes, source, size, "evaluate", progress, done, share, work)
+    for batch, put_back in passes:
         target = None if batch.target is batch.source else batch.target
         output = sae(batch.source) if target is None else sae(batch.source, target)
         values, indices = (part.expand(n, -1, -1) for part in output.topk)
@@ -116,14 +129,17 @@ def evaluate(
         # Pairs below the threshold are counted in a spare column.
         spare = indices.masked_fill(values <= sae.dead_threshold, sae.n_latents)
         active.scatter_(1, spare.flatten(1), True)
-        for rows in torch.arange(n).split(layers_at_once or n) if put_back else ():
+        each = (1 + others.shape[1]) * batch.text.numel() * source.d_model
+        at_once = layers_at_once or max(VECTORS_AT_ONCE.get(device.type, n * each) // each, 1)
+        for rows in torch.arange(n).split(at_once) if put_back else ():
             part, rows = slice(int(rows[0]), int(rows[-1]) + 1), rows.tolist()
-            for before, after, following in put_back(rows, recon[part], others[part]):
-                downstream.update(before, after[:, 0], following, rows)
+            for before, after, following, sequence in put_back(rows, recon[part], others[part]):
+                downstream.update(before, after[:, 0], following, rows, sequence)
                 for row, logits in zip(rows, after[:, 1:], strict=True):
                     for column, scores in enumerate(logits):
                         losses = cross_entropy(scores, following)
                         ablated[row, column] += losses.sum(dtype=torch.float64)
+            work.done(float(costs[: rows[-1] + 1].sum() / costs.sum()))
 
     share.merge(reconstruction, downstream)
     ablated, active = share.sum(ablated), (share.sum(active) > 0)[:, :-1].double()
@@ -133,12 +149,33 @@ def evaluate(
         effect = downstream.compute()
         columns["predictions"] = effect.tokens
         columns |= {name: value for name, value in effect._asdict().items() if name != "tokens"}
+        if (replaced or 0) > 1:
+            columns |= _intervals(downstream)
         for name, total in zip(("zero", "mean"), ablated.unbind(1), strict=False):
             ce = columns[f"ce_{name}"] = total / effect.tokens
             recovered = ce_recovered(effect.ce_original, effect.ce_replaced, ce)
             columns[f"ce_recovered_{name}"] = recovered
     columns = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()}
     return pd.DataFrame({"layer": layers} | columns)
+
+
+def _costs(source, layers: list[int]) -> Tensor:
+    """What replacing each layer costs, in passes of a vector through a block: those above it, and
+    the output embeddings, of which a block of 12 d_model² weights is the unit."""
+    head = source.lm.vocab_size / (12 * source.d_model)
+    return source.n_layers - 1 - torch.tensor(layers) + head
+
+
+def _intervals(downstream: Downstream) -> dict[str, np.ndarray]:
+    """95 % bootstrap intervals of every layer, over sequences."""
+    values = downstream.compute()
+    draws = downstream.bootstrap(1000, torch.Generator().manual_seed(0))
+    found = {}
+    for name in ("delta_ce", "kl"):
+        of_layer = zip(getattr(values, name).tolist(), getattr(draws, name).T, strict=True)
+        ends = [basic_interval(value, replicates) for value, replicates in of_layer]
+        found |= dict(zip((f"{name}_low", f"{name}_high"), np.array(ends).T, strict=True))
+    return found
 
 
 def _unstack(x: Tensor, n_layers: int) -> Tensor:

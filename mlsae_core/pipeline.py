@@ -366,6 +366,10 @@ class Session:
             store.check_own(store.STORE / stage / identity)
         return found
 
+    def look_again(self, artefact: Artefact):
+        """Look a result up when it is next asked for, since it now lies elsewhere."""
+        self._made.pop((artefact.meta["stage"], artefact.key), None)
+
     def write(
         self, stage, identity, spec, parents, fill: Callable[[Path], dict], shared: bool = False
     ) -> Artefact:
@@ -441,12 +445,13 @@ class Stage:
 def _evaluate(folder: Path, subject: Subject) -> dict:
     from mlsae_core import analysis
 
-    ablations = subject.settings.ablations
+    settings, context = subject.settings, subject.run.data.context_length
     table = analysis.evaluate(
         subject.source,
         subject.sae,
         subject.size,
-        ablations=ablations,
+        ablations=settings.ablations,
+        replaced=settings.replaced and max(settings.replaced // context, 1),
         checkpoint=subject.checkpoint,
         share=subject.share,
     )

@@ -336,17 +336,22 @@ class EvaluateSpec(Spec):
     Args:
         ablations: also replace each layer by zero and by its mean, for the CE recovered; the
             evaluation then takes about three times as long.
+        replaced: tokens, of whole sequences spread evenly over what is read, at which layers are
+            replaced and predictions scored, with intervals over sequences; all by default.
     """
 
     tokens: int = 1_000_000
     split: Split = "test"
     ablations: bool = True
+    replaced: int | None = added(None)
 
     _prefix = "evaluate."
 
     def __post_init__(self):
         super().__post_init__()
-        self._positive("tokens")
+        self._positive("tokens", "replaced")
+        most = f"at most the {self.tokens} tokens that are read"
+        self._require((self.replaced or 0) <= self.tokens, "replaced", most)
 
 
 @dataclass(frozen=True)
@@ -356,6 +361,7 @@ class Experiment:
     title: one line. runs: (labels, run) pairs, labels being the swept fields or the case. evaluate:
     settings of the analyses, or none for training alone. analyses: which ones, names in
     `pipeline.STAGES`. weights: whether the trained dictionaries are shipped with their tables.
+    half: whether those are rounded to half precision.
     """
 
     title: str
@@ -363,6 +369,7 @@ class Experiment:
     evaluate: EvaluateSpec | None = field(default_factory=EvaluateSpec)
     analyses: tuple[str, ...] = ("evaluate", "distributions")
     weights: bool = True
+    half: bool = False
 
 
 # --- canonical form -------------------------------------------------------------------------
@@ -434,7 +441,8 @@ def load_run(path: str | Path) -> RunSpec | GivenSpec:
 
 
 def load_experiment(path: str | Path) -> Experiment:
-    """Read an experiment: `title`, `run`, `sweep` or `cases`, `evaluate`, `analyses`, `weights`.
+    """Read an experiment: its `title`, `run`, `sweep` or `cases`, and further fields as in
+    `Experiment`.
 
     `sweep` maps fields (of `run`, or `model`) to lists; the runs are their product, in the order of
     the file. `cases` maps a name to the fields in which that run differs from `run`; the label is
@@ -443,7 +451,7 @@ def load_experiment(path: str | Path) -> Experiment:
     values = read_yaml(path)
     if "run" not in values:
         return Experiment(title=Path(path).stem, runs=(({}, run_from_dict(values)),))
-    known = {"title", "run", "sweep", "cases", "evaluate", "analyses", "weights"}
+    known = {"title", "run", "sweep", "cases", "evaluate", "analyses", "weights", "half"}
     reject_unknown(values, known)
     base, sweep, cases = values["run"], values.get("sweep") or {}, values.get("cases") or {}
     if not isinstance(base, dict):
@@ -471,7 +479,7 @@ def load_experiment(path: str | Path) -> Experiment:
         evaluate=None if off else build(EvaluateSpec, evaluate, "evaluate"),
         **{
             name: coerce(name, values[name], _hints(Experiment)[name])
-            for name in ("analyses", "weights")
+            for name in ("analyses", "weights", "half")
             if name in values
         },
     )

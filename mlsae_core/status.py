@@ -105,8 +105,12 @@ def _operations(stage: str, run: SubjectSpec, settings: EvaluateSpec | None) -> 
     encode = 2 * layers * numbers
     if stage == "train":  # decoding and the gradients touch k latents: a tenth of it
         return run.train.tokens * (model + 1.1 * encode) * 2
-    replaced = layers * (model / 2 + 8 * vocabulary * width) if stage == "evaluate" else 0
-    return settings.tokens * (model + encode + replaced) * 2
+    read = settings.tokens * (model + encode)
+    if stage == "evaluate":  # half of the blocks lie above a layer, and the output embeddings
+        choices = 3 if settings.ablations else 1
+        each = layers * choices * (model / 6 + 8 / 3 * vocabulary * width)
+        read += (settings.replaced or settings.tokens) * each
+    return read * 2
 
 
 def _there(run: SubjectSpec, settings: EvaluateSpec | None, known: dict) -> EvaluateSpec | None:

@@ -361,6 +361,31 @@ def ship(artefact: Artefact, only: tuple[str, ...] | None = None) -> Path:
     return target
 
 
+def ship_half(artefact: Artefact, costs: dict) -> Path:
+    """Copy a dictionary into the tracked results, its weights rounded to half precision.
+
+    costs: what that changes, which is noted as ``half`` beside it with the hash of the weights as
+    they were.
+    """
+    from safetensors.torch import load_file, save_file
+
+    name, target = "model.safetensors", SHIPPED / artefact.meta["stage"] / artefact.key
+    before = {"float32": artefact.meta["files"][name]}
+    if (target / "meta.json").is_file():
+        held = read(target, check=False).meta.get("half", {})
+        if before.items() <= held.items():
+            return target
+    tensors = {key: tensor.half() for key, tensor in load_file(artefact.path / name).items()}
+    with atomic_folder(target) as folder:
+        shutil.copytree(artefact.path, folder, dirs_exist_ok=True)
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        files = artefact.meta["files"] | {name: file_hash(folder / name)}
+        carried = {"key": artefact.key, "spec": file_hash(folder / "spec.json"), "files": files}
+        meta = artefact.meta | carried | {"half": before | costs}
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    return target
+
+
 # --- checkpoints ------------------------------------------------------------------------------
 
 

@@ -109,9 +109,9 @@ def test_planted_massive_activations_are_found_wherever_they_stand(lm, layer, se
     x = lm.capture(torch.full((2, 7), 5), range(N_LAYERS))["residual"]
     assert not massive(x).any()
     x[layer, sequence, position] *= 2 * MASSIVE
-    assert massive(x).nonzero().tolist() == [[sequence, position]]
-    assert not massive(x.flip(0) * 1e-3)[1 - sequence].any()  # no scale, no other sequence
-    assert massive(x[:, sequence : sequence + 1]).nonzero().tolist() == [[0, position]]
+    assert massive(x).nonzero().tolist() == [[layer, sequence, position]]
+    assert not massive(x.flip(0) * 1e-3)[:, 1 - sequence].any()  # no scale, no other sequence
+    assert massive(x[:, sequence : sequence + 1]).nonzero().tolist() == [[layer, 0, position]]
 
 
 def test_excluded_massive_activations_are_left_out_at_every_layer(lm, monkeypatch):

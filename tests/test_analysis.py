@@ -1,6 +1,7 @@
 import inspect
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -10,7 +11,8 @@ from tiny_lm import CONFIGS, D_MODEL, N_LAYERS, PAD, read, reading, tiny_lm, tin
 from mlsae_core import activations, analysis
 from mlsae_core.lens import Lens
 from mlsae_core.sae import MLSAE, Output, TopK
-from mlsae_core.spec import SiteSpec
+from mlsae_core.spec import SiteSpec, SpecError
+from mlsae_core.text import TokenBlocks
 
 BATCHES = [tiny_tokens(2, seed=0), tiny_tokens(3, seed=1)]
 BATCHES[0][0, -1] = PAD
@@ -174,7 +176,7 @@ def test_the_last_layer_is_replaced_at_kept_positions_only(monkeypatch, massive)
     original = lm.original(tokens).residual[-1]
     keep = lm.keep_mask(tokens)
     if massive == "excluded":
-        keep &= ~activations.massive(original[None])
+        keep &= ~activations.massive(original[None]).any(0)
     assert table["tokens"][0] == keep.sum() == (6 if massive == "kept" else 3)
     mean = original[keep].mean(0).expand_as(original)
     ce = []
@@ -224,6 +226,73 @@ def test_results_do_not_depend_on_how_the_text_is_batched_nor_change_the_autoenc
         assert (table.ce_mean - one.ce_mean).abs().max() > 1e-3
     assert all(torch.equal(v, before[k]) for k, v in sae.state_dict().items())
     assert not any(math.isnan(v) for v in one.to_numpy().ravel())
+
+
+def test_layers_are_replaced_in_some_sequences_spread_evenly():
+    lm, sae, text = tiny_lm(), tiny_sae(), torch.cat(BATCHES)
+
+    def evaluate(rows, size, **options):
+        blocks = activations.First(TokenBlocks(rows.numpy()), len(rows))
+        source = activations.TextSource(lm, blocks, SiteSpec())
+        options = {"ablations": False, "progress": False} | options
+        return analysis.evaluate(source, sae, size, **options)
+
+    whole, zero = evaluate(text, 5), evaluate(text[[2, 4]], 2, ablations=True).ce_zero
+    one, other = (evaluate(text[[row]], 1) for row in (2, 4))
+    for size in (1, 2, 5):
+        table = evaluate(text, size, replaced=2, ablations=True)
+        for name in ("tokens", "fvu_global", "l1", "dead", "inactive"):
+            assert table[name].tolist() == pytest.approx(whole[name].tolist(), rel=1e-5)
+        assert table.predictions.eq(12).all()
+        assert table.ce_zero.tolist() == pytest.approx(zero.tolist(), abs=1e-5)
+        for name in ("ce_original", "delta_ce", "kl", "logit_mse"):
+            pair = np.sort([one[name], other[name]], 0)
+            assert table[name].tolist() == pytest.approx(pair.mean(0).tolist(), abs=1e-5)
+            if name in ("delta_ce", "kl"):  # of two draws of one of two, either twice
+                for end, expected in zip(("low", "high"), pair, strict=True):
+                    assert table[f"{name}_{end}"].tolist() == pytest.approx(expected, abs=1e-5)
+    assert not any(name.endswith("_low") for name in whole)
+    with pytest.raises(SpecError, match="replaced: expected a text that ends"):
+        analysis.evaluate(reading(lm, BATCHES), sae, replaced=1, progress=False)
+
+
+@pytest.mark.parametrize("of", [1, 5, 64, 97])
+def test_what_is_spread_evenly_is_as_many_as_asked_however_it_is_cut(of):
+    for chosen in (1, of // 3, of - 1, of):
+        whole = activations.spread(chosen, of, 0, of + 3)
+        assert len(whole) == chosen
+        assert not chosen or max(np.diff(whole), default=1) <= math.ceil(of / chosen)
+        cut = [
+            first + n for first in range(0, of, 4) for n in activations.spread(chosen, of, first, 4)
+        ]
+        assert cut == whole
+
+
+def test_layers_share_as_large_a_batch_as_there_is_room_for(monkeypatch):
+    lm, sae, rows = tiny_lm(), tiny_sae(), []
+    lm.blocks[-1].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    tables = []
+    for vectors, most in ((2**24, (N_LAYERS - 1) * 9), (2 * 9 * 7 * D_MODEL, 2 * 9), (1, 9)):
+        monkeypatch.setitem(analysis.VECTORS_AT_ONCE, "cpu", vectors)
+        rows.clear()
+        tables.append(analysis.evaluate(reading(lm, BATCHES[1:]), sae, progress=False))
+        assert max(rows) == most
+    for table in tables[1:]:
+        pd.testing.assert_frame_equal(table, tables[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_bar_moves_within_a_batch_as_the_work_is_done(monkeypatch):
+    moves = []
+    monkeypatch.setattr(activations.Work, "done", lambda _, part: moves.append(part))
+    options = {"layers_at_once": 1, "ablations": False, "progress": False}
+    analysis.evaluate(reading(tiny_lm(), BATCHES[:1]), tiny_sae(), **options)
+    assert moves == sorted(moves)
+    assert len(moves) == N_LAYERS + 1
+    assert moves[-2:] == [1.0, 1.0]
+    # The first layer runs all blocks above it, the last one none.
+    parts = np.diff([0.0, *moves[:-1]])
+    assert (parts[:-1] - parts[1:]).tolist() == pytest.approx([parts[0] - parts[1]] * 2)
+    assert parts[0] > parts[-1] > 0
 
 
 def test_no_batches_are_refused():

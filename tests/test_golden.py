@@ -8,6 +8,7 @@ import hashlib
 import json
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 from workers import sentences
@@ -64,6 +65,9 @@ GOLDEN = {
         },
     ),
     "prompts": (1, {"entropy": 0.573081, "permuted": 0.668008}),
+    "predictions": (1, {"token": "<", "probability": 0.004173}),
+    "massive": (1, {"fvu": 0.179517, "latents": 37.2294}),
+    "chosen": (1, {"activation": 2.71065, "mean_layer": 1.108585}),
 }
 
 
@@ -103,6 +107,10 @@ def numbers(inputs, data, tmp_path, monkeypatch):
     transfer = pd.read_csv(session.make("transfer", run, settings).file("transfer.csv"))
     importance = pd.read_csv(session.make("importance", run, settings).file("importance.csv"))
     duplicates = pd.read_csv(session.make("duplicates", run, settings).file("duplicates.csv"))
+    massive = session.make("massive", run, settings)
+    groups = pd.read_csv(massive.file("positions.csv"))
+    chosen = json.loads(session.make("chosen", run, settings).file("latents.json").read_text())
+    predictions = pd.read_csv(session.make("predictions", run).file("predictions.csv"))
     world = planted.find_or_compute(
         planted.PlantedSpec(
             n_features=16, d_model=16, n_layers=3, active=4, training_tokens=8192, tokens=2048, k=2
@@ -135,6 +143,12 @@ def numbers(inputs, data, tmp_path, monkeypatch):
             for of in ("truth", "oracle", "estimate")
         },
         "prompts": dict(zip(("entropy", "permuted"), prompts.entropy, strict=True)),
+        "predictions": predictions[["token", "probability"]].iloc[0].to_dict(),
+        "massive": groups[["fvu", "latents"]].mean().to_dict(),
+        "chosen": {
+            "activation": float(np.mean([c["texts"][0]["activation"] for c in chosen])),
+            "mean_layer": float(np.mean([c["mean_layer"] for c in chosen])),
+        },
     }
 
 

@@ -18,6 +18,7 @@ from mlsae_core.metrics import (
     logit_mse,
     uniformity,
 )
+from mlsae_core.metrics.distribution import _resampled
 from mlsae_core.metrics.downstream import _plain_effects
 
 quick = settings(max_examples=20, deadline=None, derandomize=True, database=None)
@@ -201,7 +202,7 @@ def test_the_fused_sums_are_the_plain_ones(seed, size, shift):
     total.update(original, replaced, targets)
     assert torch.equal(original, given[0])
     assert torch.equal(replaced, given[1])
-    plain = [_plain_effects(original.double(), x.double(), targets) for x in replaced]
+    plain = [_plain_effects(original.double(), x.double(), targets).sum(1) for x in replaced]
     torch.testing.assert_close(
         total.sums / 9, torch.stack(plain, 1) / 9, rtol=1e-5, atol=2e-5 if shift else 1e-5
     )
@@ -228,7 +229,30 @@ def test_fused_sums_with_impossible_tokens_are_the_plain_ones():
     targets[0], targets[4] = 0, 0
     total = Downstream(3)
     total.update(original, replaced, targets)
-    plain = [_plain_effects(original, x, targets) for x in replaced]
+    plain = [_plain_effects(original, x, targets).sum(1) for x in replaced]
     torch.testing.assert_close(total.sums, torch.stack(plain, 1), equal_nan=True)
     assert total.sums[:, 0].isinf().any()
     assert total.sums[:3, 2].isfinite().all()
+
+
+def test_intervals_are_of_sequences_drawn_again():
+    original, replaced, targets = draw(0, tokens=12)
+    sequences = torch.arange(12) // 4
+    total, halves = Downstream(3, n_blocks=3), [Downstream(3, n_blocks=3) for _ in range(2)]
+    total.update(original, replaced, targets, sequences=sequences)
+    for half, rows in zip(halves, (slice(0, 5), slice(5, 12)), strict=True):
+        half.update(original[rows], replaced[:, rows], targets[rows], None, sequences[rows])
+    drawn = total.bootstrap(40, torch.Generator().manual_seed(1))
+    weights = _resampled(3, 40, torch.Generator().manual_seed(1)).long()
+    for number, weight in enumerate(weights):
+        rows = torch.arange(12).repeat_interleave(weight.repeat_interleave(4))
+        once = Downstream(3)
+        once.update(original[rows], replaced[:, rows], targets[rows])
+        for mine, expected in zip(drawn[1:], once.compute()[1:], strict=True):
+            torch.testing.assert_close(mine[number], expected)
+    merged = halves[0].merge(halves[1]).bootstrap(40, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(merged.kl, drawn.kl)
+    with pytest.raises(ValueError, match="needs the sequence ids"):
+        total.update(original, replaced, targets)
+    with pytest.raises(ValueError, match="only accumulators of one size"):
+        total.merge(Downstream(3))

@@ -385,6 +385,60 @@ def test_an_experiment_says_which_analyses_and_whether_weights_are_shipped(input
     assert "model.safetensors" in store.read(shipped).meta["files"]
 
 
+def test_weights_shipped_in_half_precision_are_the_measured_ones_and_say_what_that_costs(
+    inputs, data
+):
+    run = run_of(inputs)
+    trained = pipeline.Session().train(run)
+    exact = load_file(trained.file("model.safetensors"))
+    experiment = Experiment("t", (({}, run),), SETTINGS, analyses=("evaluate",), half=True)
+    made = experiments.materialise(experiment, ship=True)
+    shipped = store.read(store.SHIPPED / "train" / trained.key)
+    for name, tensor in load_file(shipped.file("model.safetensors")).items():
+        assert torch.equal(tensor, exact[name].half())
+    note = shipped.meta["half"]
+    assert note["float32"] == trained.meta["files"]["model.safetensors"]
+    assert note["tokens"] == 2048
+    for name in ("fvu_global", "delta_ce"):
+        assert note[name] != note[f"{name}_half"]
+        assert note[name] == pytest.approx(note[f"{name}_half"], rel=0.01, abs=1e-4)
+    sae = pipeline.Session("read-only").sae(run)
+    assert torch.equal(sae.encoder, exact["encoder.weight"].half().float())
+    # What was measured is what is shipped, and shipping again changes nothing.
+    shutil.rmtree(store.STORE)
+    again = pipeline.Session("force").evaluate(run, SETTINGS)
+    measured = pd.read_csv(again.file("evaluation.csv"))
+    pd.testing.assert_frame_equal(made.evaluation, measured, rtol=1e-6)
+    before = (shipped.path / "meta.json").read_text()
+    experiments.materialise(experiment, ship=True)
+    assert (shipped.path / "meta.json").read_text() == before
+
+
+def test_an_evaluation_replaces_layers_in_as_many_tokens_as_asked(inputs, data):
+    settings = EvaluateSpec(tokens=256, replaced=64, ablations=False)
+    run, session = run_of(inputs), pipeline.Session()
+    table = pd.read_csv(session.evaluate(run, settings).file("evaluation.csv"))
+    assert table.predictions.eq(64 // CONTEXT * (CONTEXT - 1)).all()
+    whole = pd.read_csv(session.evaluate(run, SETTINGS).file("evaluation.csv"))
+    assert table.fvu_global.tolist() == pytest.approx(whole.fvu_global.tolist(), rel=1e-5)
+    assert (table.kl_low < table.kl).all()
+    assert (table.kl < table.kl_high).all()
+    with pytest.raises(SpecError, match=r"evaluate.replaced: expected at most the 256 tokens"):
+        EvaluateSpec(tokens=256, replaced=257)
+
+
+def test_metrics_with_massive_activations_are_those_of_a_site_that_keeps_them(inputs, data):
+    session, run = pipeline.Session(), run_of(inputs)
+    kept = session.make("massive", run, SETTINGS)
+    plain = session.evaluate(run, SETTINGS)
+    assert kept.file("evaluation.csv").read_text() == plain.file("evaluation.csv").read_text()
+    groups, found = (pd.read_csv(kept.file(f"{n}.csv")) for n in ("positions", "massive"))
+    assert found.vectors.eq(0).all()  # a model without them
+    one, other = (groups[groups.massive == name] for name in ("kept", "excluded"))
+    one, other = (table.drop(columns="massive").reset_index(drop=True) for table in (one, other))
+    pd.testing.assert_frame_equal(one, other)
+
+
 def test_an_unknown_analysis_is_refused(inputs, data):
     experiment = Experiment("t", (({}, run_of(inputs)),), SETTINGS, analyses=("lm",))
     with pytest.raises(SpecError, match=r"analyses: expected some of .*evaluate.*, got lm"):

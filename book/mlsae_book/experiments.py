@@ -39,7 +39,10 @@ class Materialised(NamedTuple):
 
 
 def materialise(experiment: Experiment, mode: Mode = "cached", ship: bool = False) -> Materialised:
-    """Find or compute every result of an experiment; `ship` copies them to the tracked ones."""
+    """Find or compute every result of an experiment; `ship` copies them to the tracked ones.
+
+    Weights that are shipped in half precision are those that are measured.
+    """
     session = pipeline.Session(mode)
     everything = []
     for labels, run in experiment.runs:
@@ -50,7 +53,12 @@ def materialise(experiment: Experiment, mode: Mode = "cached", ship: bool = Fals
                 slim = stage == "train" and not experiment.weights
                 if stage == "train" and not slim:  # another experiment may have shipped its log
                     artefact = session.with_weights(run, artefact)
-                store.ship(artefact, ("log.csv",) if slim else None)
+                if stage == "train" and experiment.half and not slim:
+                    if "half" not in artefact.meta:
+                        store.ship_half(artefact, rounding_costs(session, run))
+                        session.look_again(artefact)
+                else:
+                    store.ship(artefact, ("log.csv",) if slim else None)
     made: dict[str, list[tuple[dict, Artefact]]] = {}
     for labels, artefact in everything:
         made.setdefault(artefact.meta["stage"], []).append((labels, artefact))
@@ -61,6 +69,26 @@ def materialise(experiment: Experiment, mode: Mode = "cached", ship: bool = Fals
         runs=experiment.runs,
         artefacts=made,
     )
+
+
+def rounding_costs(session: pipeline.Session, run: SubjectSpec, tokens: int = 2048) -> dict:
+    """What a dictionary loses when its weights are rounded to half precision: means over layers of
+    the global FVU and delta CE, as they were and rounded; the latter on one sequence."""
+    import copy
+
+    from mlsae_core import analysis
+
+    settings = EvaluateSpec(tokens=tokens)
+    source, sae = session.source(run, settings), session.sae(run)
+    rounded = copy.deepcopy(sae)
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.half().float()
+    found: dict = {"tokens": tokens}
+    for name, dictionary in (("", sae), ("_half", rounded)):
+        table = analysis.evaluate(source, dictionary, ablations=False, replaced=1, progress=False)
+        for column in ("fvu_global", "delta_ce"):
+            found[column + name] = float(f"{table[column].mean():.8g}")
+    return found
 
 
 def measure(experiment: Experiment, stage: str, **labels) -> list[tuple[dict, Artefact]]:

@@ -6,6 +6,7 @@ imported where something is computed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -58,6 +59,15 @@ def prompts_key(run: SubjectSpec) -> Keyed:
     """Key, spec and parents of the single prompts: of the run and of `PROMPTS`."""
     own, parents = pipeline.measured(run)
     return store.key("prompts", own | {"prompts": PROMPTS}, parents), {"run": flat(run)}, parents
+
+
+def predictions_key(run: SubjectSpec) -> Keyed:
+    """Key, spec and parents of what a model says after each of `PROMPTS`: of the model alone."""
+    parents = {"model": models.key(run.model.path, run.model.revision)}
+    own = keyed(run.model) | {"prompts": PROMPTS}
+    own.pop("path")
+    own.pop("revision", None)
+    return store.key("predictions", own, parents), {"run": flat(run)}, parents
 
 
 def transfer(
@@ -167,6 +177,15 @@ def _prompts(folder: Path, subject: Subject) -> dict:
     table, spread = layers.prompt_distributions(*inputs), layers.prompt_spread(*inputs)
     table.to_csv(folder / "prompts.csv", index=False, float_format="%.4g")
     spread.to_csv(folder / "spread.csv", index=False, float_format="%.6g")
+    return {}
+
+
+def _predictions(folder: Path, subject: Subject) -> dict:
+    """The next tokens that the model finds likely after each of `PROMPTS`: `predictions.csv`."""
+    from mlsae_book.tables import predictions
+
+    table = predictions.next_tokens(subject.source.lm, PROMPTS)
+    table.to_csv(folder / "predictions.csv", index=False, float_format="%.4g")
     return {}
 
 
@@ -371,6 +390,40 @@ def _surrogate(folder: Path, subject: Subject, session: Session, condition: str)
     return {"tokens": run.train.tokens}
 
 
+def _massive(folder: Path, subject: Subject) -> dict:
+    """What massive activations do to the metrics, with and without them: `evaluation.csv`, measured
+    at all tokens whatever the site excludes, `positions.csv` and `massive.csv`."""
+    from mlsae_book.tables import positions
+    from mlsae_core import analysis
+
+    kept = replace(subject.source.site, massive="kept")
+    settings, context = subject.settings, subject.run.data.context_length
+    table = analysis.evaluate(
+        replace(subject.source, site=kept),
+        subject.sae,
+        subject.size,
+        ablations=settings.ablations,
+        replaced=settings.replaced and max(settings.replaced // context, 1),
+        checkpoint=subject.checkpoint,
+    )
+    table.to_csv(folder / "evaluation.csv", index=False, float_format="%.8g")
+    groups, massive = positions.by_position(subject.source, subject.sae, subject.size)
+    groups.to_csv(folder / "positions.csv", index=False, float_format="%.4g")
+    massive.to_csv(folder / "massive.csv", index=False, float_format="%.6g")
+    return {"tokens": int(table.tokens.iloc[0])}
+
+
+def _chosen(folder: Path, subject: Subject) -> dict:
+    """Twenty latents from early to late layers, with their texts: `latents.json`."""
+    from mlsae_book.tables import chosen
+
+    found = chosen.chosen(subject.source, subject.sae, subject.size)
+    found = json.loads(json.dumps(found), parse_float=lambda x: float(f"{float(x):.4g}"))
+    content = json.dumps(found, indent=1, ensure_ascii=False)
+    (folder / "latents.json").write_text(content + "\n", "utf-8")
+    return {"tokens": found[0]["of"] if found else 0}
+
+
 _BY_LAYER = {"by_layer": True, "any_batch": True}
 pipeline.register(
     Stage("drift", 1, _drift, ("text",), any_batch=True, key=drift_key),
@@ -389,6 +442,9 @@ pipeline.register(
     Stage("overlap", 1, _overlap, by_layer=True),
     Stage("importance", 1, _importance),
     Stage("duplicates", 1, _duplicates, **_BY_LAYER),
+    Stage("massive", 1, _massive, **_BY_LAYER),
+    Stage("predictions", 1, _predictions, ("model",), key=lambda run, _: predictions_key(run)),
+    Stage("chosen", 1, _chosen, **_BY_LAYER),
     Stage(
         "prompts",
         1,

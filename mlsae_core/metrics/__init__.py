@@ -43,6 +43,7 @@ from mlsae_core.metrics.geometry import (
     mmcs_between,
     most_similar,
 )
+from mlsae_core.metrics.groups import Groups, GroupsResult
 from mlsae_core.metrics.lifetimes import Correlation, Matches, best_matches, chain_lengths
 from mlsae_core.metrics.persistence import (
     Persistence,

@@ -13,6 +13,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from mlsae_core.metrics.distribution import _blocks, _resampled
 from mlsae_core.metrics.reconstruction import _at_least_float32, _check_same
 
 
@@ -138,7 +139,7 @@ class DownstreamResult(NamedTuple):
 
 
 def _effects(original: Tensor, replaced: Tensor, targets: Tensor) -> Iterator[Tensor]:
-    """Sums over tokens of CE original, delta CE, KL and logit MSE, (4,) float64, of each layer.
+    """CE original, delta CE, KL and logit MSE of every token, (4, token) float64, of each layer.
 
     Equal to `cross_entropy`, `kl_divergence` and `logit_mse`, with fewer passes over the logits.
     With the difference d = replaced − original of a position's logits and the rise of their
@@ -162,15 +163,15 @@ def _effects(original: Tensor, replaced: Tensor, targets: Tensor) -> Iterator[Te
         squared = torch.linalg.vector_norm(difference, dim=-1).square() / p.shape[-1]
         kl = rise - difference.mul_(p).sum(-1)
         per_token = torch.stack([ce[:, 0], -(log_q + ce)[:, 0], kl, squared]).double()
-        sums = per_token.sum(1)
-        yield sums if sums.isfinite().all() else _plain_effects(original, logits, targets)
+        finite = per_token.isfinite().all()
+        yield per_token if finite else _plain_effects(original, logits, targets)
 
 
 def _plain_effects(original: Tensor, replaced: Tensor, targets: Tensor) -> Tensor:
     """The same for one layer, by definition."""
     before, after = (cross_entropy(x, targets).double() for x in (original, replaced))
     others = kl_divergence(original, replaced), logit_mse(original, replaced)
-    return torch.stack([before, after - before, *(x.double() for x in others)]).sum(1)
+    return torch.stack([before, after - before, *(x.double() for x in others)])
 
 
 class Downstream:
@@ -178,12 +179,22 @@ class Downstream:
 
     One instance per intervention: reconstruction, zero ablation, mean ablation; `ce_recovered`
     puts their cross-entropies together. Positions may come in any pieces.
+
+    Args:
+        n_layers: layers that are replaced.
+        device: where the sums are kept; it must know float64.
+        n_blocks: blocks of sequences to resample, for `bootstrap`; 1 if no interval is wanted.
     """
 
-    def __init__(self, n_layers: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, n_layers: int, device: torch.device | str = "cpu", n_blocks: int = 1
+    ) -> None:
         self.tokens = torch.zeros(n_layers, dtype=torch.int64, device=device)
         # rows: CE original, delta CE, KL, logit MSE
         self.sums = torch.zeros(4, n_layers, dtype=torch.float64, device=device)
+        # the same of each block, and its tokens
+        blocks = n_blocks if n_blocks > 1 else 0
+        self.blocks = self.sums.new_zeros(blocks, 5, n_layers)
 
     @torch.no_grad()
     def update(
@@ -192,6 +203,7 @@ class Downstream:
         replaced: Tensor,
         targets: Tensor,
         layers: Sequence[int] | None = None,
+        sequences: Tensor | None = None,
     ) -> None:
         """Add some positions.
 
@@ -201,6 +213,7 @@ class Downstream:
             targets: the tokens that come next, (token,).
             layers: which layers `replaced` holds, as indices below n_layers; all of them in
                 order by default.
+            sequences: the sequence of each position, (token,); needed if n_blocks > 1.
         """
         rows = list(range(len(self.tokens)) if layers is None else layers)
         expected = (len(rows), *original.shape)
@@ -210,18 +223,41 @@ class Downstream:
                 f"{tuple(original.shape[:1])}, got {tuple(replaced.shape)} and "
                 f"{tuple(targets.shape)}"
             )
-        for row, sums in zip(rows, _effects(original, replaced, targets), strict=True):
-            self.sums[:, row] += sums.to(self.sums.device)
+        n_blocks, blocks = len(self.blocks), None
+        if n_blocks:
+            blocks = _blocks(sequences, len(targets), n_blocks).to(self.sums.device)
+        for row, effects in zip(rows, _effects(original, replaced, targets), strict=True):
+            self.sums[:, row] += effects.sum(1).to(self.sums.device)
             self.tokens[row] += len(targets)
+            if blocks is not None:
+                counted = torch.cat([effects, torch.ones_like(effects[:1])]).T
+                self.blocks[:, :, row].index_add_(0, blocks, counted.to(self.sums.device))
 
     def merge(self, other: Downstream) -> Self:
         """Add what another accumulator has seen (disjoint positions); returns self."""
         _check_same(self.sums.shape, other.sums.shape)
+        _check_same(self.blocks.shape, other.blocks.shape)
         self.tokens += other.tokens.to(self.tokens.device)
         self.sums += other.sums.to(self.sums.device)
+        self.blocks += other.blocks.to(self.sums.device)
         return self
 
     def compute(self) -> DownstreamResult:
         """The metrics of everything seen so far; nan at layers that were never replaced."""
-        original, delta, kl, squared = self.sums / self.tokens
-        return DownstreamResult(self.tokens.clone(), original, original + delta, delta, kl, squared)
+        return _means(self.sums, self.tokens.clone())
+
+    def bootstrap(
+        self, n_replicates: int, generator: torch.Generator | None = None
+    ) -> DownstreamResult:
+        """The same of resampled data, each field (n_replicates, layer), for `basic_interval`.
+
+        Each replicate draws n_blocks blocks of sequences with replacement (Efron 1979).
+        """
+        weights = _resampled(len(self.blocks), n_replicates, generator).to(self.sums.device)
+        drawn = torch.einsum("rb,bel->erl", weights, self.blocks)
+        return _means(drawn[:4], drawn[4])
+
+
+def _means(sums: Tensor, tokens: Tensor) -> DownstreamResult:
+    original, delta, kl, squared = sums / tokens
+    return DownstreamResult(tokens, original, original + delta, delta, kl, squared)

