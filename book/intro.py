@@ -105,7 +105,7 @@ tables.variance_table(numbers).set_index("quantity")
 #
 # ## What this book is
 #
-# Every page is a notebook that ran, on language models that this project trained itself, so that
+# Every page is a notebook that ran. All but one use language models that this project trained itself, so that
 # everything about them is known: their text, their tokenizer, their seed, their loss.
 #
 # | chapter | question |
@@ -119,7 +119,8 @@ tables.variance_table(numbers).set_index("quantity")
 # | {doc}`carried` | Is what is active at several layers carried, rewritten or shared? |
 # | {doc}`tuned_lens` | Does the picture change in a basis that follows the drift? |
 # | {doc}`single_layer` | Is one dictionary for all layers as good as one for each? |
-# | {doc}`explorer` | What does a single latent stand for, and what does it do? |
+# | {doc}`explorer` | What does a single latent stand for, and what does it do? Type a prompt and see. |
+# | {doc}`smollm2` | Does any of this hold in a model that people use? |
 #
 # The appendices hold the rest of the paper's figures, its neighbours ({doc}`gemma_scope`), a test on
 # features that we planted ourselves ({doc}`planted`), and every definition beside its test
