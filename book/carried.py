@@ -20,7 +20,7 @@
 # - or that it *stops* is no fact about the stream: TopK keeps the $k$ largest, and others have become larger.
 #
 # The variance ratios of {cite:t}`lawson2025` ({doc}`variance`) cannot tell these apart. This page tries to, in the order in which
-# a sceptic would ask. Every number stands beside null models that *contain* a residual stream, and beside toys in which the answer is known.
+# a sceptic would ask, beside null models that *contain* a residual stream where there are any, and toys in which the answer is known.
 
 # %% tags=["remove-cell", "nbval-ignore-output"]
 from mlsae_book import charts, experiments, stages, toys
@@ -68,9 +68,11 @@ draw.beside(
 )
 
 # %% [markdown]
-# **What to see.** In the default run 57 % of the pairs are active at one layer, the rest nearly always (0.943) at layers that follow each other. That is far from
-# Gaussian vectors or from other tokens, where nothing connects the layers. But it is near what a sum of *other tokens'* updates gives, 59 %, and
-# the whole histogram is. So that a latent is active at several layers of a token, and at how many, is for the most part what adding does.
+# **What to see.** In the default run 57 % of the pairs are active at one layer. The rest is nearly always at layers that follow each other
+# (*contiguous* in the table). That is far from Gaussian vectors or from other tokens, where nothing connects the layers. But a sum of
+# *other tokens'* updates gives nearly as much, 59 %, and nearly the whole histogram. So that a latent is active at several layers of a
+# token, and at how many, is in the trained model for the most part what adding does. With *random weights* it is not: there more pairs are of
+# one layer than in both sums (0.670 against 0.584).
 #
 # **What would contradict it.** A share of one-layer pairs far from that of the summed null models, on either side.
 #
@@ -101,8 +103,9 @@ draw.beside(
 )
 
 # %% [markdown]
-# **What to see.** With other $k$, or one threshold, about half of the pairs are still of one layer: what the choice of $k$ decides is not that. With hysteresis it is less than a
-# fifth, and a pair lasts 2.9 layers in the mean, not 1.8. So most latents that seem to belong to one layer at a token go on next door, just below the $k$ largest.
+# **What to see.** With other $k$, or one threshold, about half of the pairs are still of one layer, so the share is no matter of $k$. With
+# hysteresis it is less than a fifth. So most latents that seem to belong to one layer at a token are still among the $4k$ largest next
+# door. What is missing here is a null model: how far hysteresis would take the share in a sum of other tokens' updates was not measured.
 #
 # Where do the one-layer latents stand, and where next door? The share of the active pairs by their rank, among the largest of a vector, where they are active and at
 # the better of the neighbouring layers:
@@ -111,11 +114,11 @@ draw.beside(
 carried.rank_classes(ranks[ranks.case == "default"]).round(3)
 
 # %% [markdown]
-# **What to see.** Three quarters of the one-layer pairs stand in the last half of the ranks even where they are active. Next door 42 % are among the next sixteen, and a third is
-# beyond the 64 largest: those are the latents that do belong to a layer.
+# **What to see.** Three quarters of the one-layer pairs stand in the last half of the ranks even where they are active; of the other pairs
+# 0.395 do. Next door 42 % are among the next sixteen, and a third is beyond the 64 largest. Only those can be said to belong to a layer.
 #
-# **What would contradict it.** A share that stays where it is under hysteresis, as it does in the toy whose features are handed over to others
-# (below).
+# **What would contradict it.** A share that falls little under hysteresis. The toy whose features are handed over to others (below) keeps
+# nearly half of it; here a third stays.
 #
 # ## Do blocks keep what is active, or erase it?
 #
@@ -149,11 +152,14 @@ columns = ["measured", "null", "excess", "excess_low", "excess_high"]
 excess.set_index(["case", "layer"])[columns].round(3)
 
 # %% [markdown]
-# **What to see.** About half of the active latents survive a block, and with another token's update as many, within 0.03. The first block keeps a little more of them than
-# that, the later ones a little less; the intervals exclude zero, the size is small. So on average blocks pass on what is active, and neither write it again nor erase it.
+# **What to see.** About half of the active latents survive a block, and with another token's update as many, within 0.03. The first block
+# keeps a little more of them than that. The second cannot be told from the null model. The last three keep a little less. So a block passes
+# on, in the mean, what is active, and neither writes it again nor erases it to any great extent. Over all five blocks, though, more survive
+# than in the null model: 0.117 against 0.091 (in the chart, *5 block(s)*). The small differences of single blocks do not add up to nothing.
 #
-# A second training, shorter and with other weights at the end (*seed 0*), has the same pattern. That the test can fail is seen with *random weights*. There survival is below the null model after every block, by 0.08 at first. The vectors of such a model are functions of their
-# token alone, and its dictionary holds tokens at layers; what a block adds there leads from one latent to another.
+# A second training (*seed 0*) has the same pattern. That the test can fail is seen with *random weights*. There survival is below the null
+# model after every block, by 0.08 at first. Why was not tested. Perhaps the dictionary of such a model holds tokens at layers, and what a
+# block adds leads from one of them to the next.
 #
 # The average hides latents that differ. Of those active at 100 tokens or more, *more* and *less* are the shares that survive the block more or less often
 # than with another token's update, beyond two standard errors (chance alone would give 0.02 each):
@@ -163,8 +169,8 @@ latents = latents[(latents.of == "another token's updates") & (latents.case == "
 latents.set_index("layer")[["latents", "more", "less", "q05", "q50", "q95"]].round(3)
 
 # %% [markdown]
-# **What to see.** Single latents are treated: a fifth or more of them survive more often than chance allows, and about as many less often. Some are kept and some erased, and in the mean the two
-# cancel.
+# **What to see.** Single latents are treated: a fifth or more of them survive more often than chance allows. After the first block a
+# tenth survive less often, after the others about as many as survive more often. Some are kept and some erased, and in the mean the two nearly cancel.
 #
 # **What would contradict it.** An excess of the same sign at every layer, and large: then blocks would treat what is active in a way of their own.
 #
@@ -178,8 +184,8 @@ latents.set_index("layer")[["latents", "more", "less", "q05", "q50", "q95"]].rou
 # \rho = \frac{\sum (a - a_\text{run again})}{\sum a}, \qquad \delta = \frac{\sum (a - a_\text{updates kept})}{\sum a} .
 # $$ (eq-carried)
 #
-# Both near 1: carried. $\rho$ near 0 while $\delta$ is near 1: blocks compute it again. $\rho$ above $\delta$: they add to what is there. The null models take out as long a piece
-# of another latent that is active in the same vector, or of a random direction.
+# Both near 1: carried. $\rho$ near 0 while $\delta$ is near 1: blocks compute it again. $\rho$ above $\delta$: they add to what is there.
+# The null models take out as long a piece of another latent that is active in the same vector, or of a random direction.
 
 # %% tags=["hide-input"]
 taken_out = experiments.measure(load_experiment("experiments/ablated.yml"), "effects")
@@ -195,9 +201,11 @@ draw.beside(
 )
 
 # %% [markdown]
-# **What to see.** In the default run both drops are 0.74, after one block as after two. So what is active later is for three quarters the very piece that was there before. Nothing restores it:
-# $\rho$ would be near 0. And little is added *because* of it, since $\rho - \delta$ is 0.01 with an interval that has zero in it. The last quarter was written in between, or stands in other parts of the vector, whether or
-# not the latent had been active. The null models have 0.01 to 0.05.
+# **What to see.** After one block both drops are 0.74, and after two or three nearly the same. So where a latent stays active, what is active
+# later is for three quarters the very piece that was there before. Blocks do not restore it: $\rho$ would be near 0. And after one block
+# little is added *because* of it: the interval of $\rho - \delta$ has zero in it (*all* in the table below). The last quarter was written in
+# between, or stands in other parts of the vector, whether or not the latent had been active. The null models have at most 0.05. This is the
+# default run alone, and says nothing of latents that have stopped.
 #
 # By where the latent is at home:
 
@@ -209,8 +217,9 @@ columns = ["samples", "total", "direct", "blocks", "blocks_low", "blocks_high"]
 homes[homes.gap == 1].set_index(["case", "home"])[columns].round(3)
 
 # %% [markdown]
-# *home* says whether the latent's mean layer lies before the one at which it was taken out, at it, or after it; *blocks* is $\rho - \delta$. A latent past its home is carried whole
-# (0.99) and a little taken away; one that has its home before it is still being written (0.61), and blocks add to it for being there. Both are small beside what is carried.
+# *home* says whether the latent's mean layer lies before the one at which it was taken out, at it, or after it; *blocks* is $\rho - \delta$.
+# A latent past its home is carried whole, and blocks take a little away because of it. One that has its home before it is still being
+# written ($\delta$ is 0.61), and blocks add a little to it for being there. What blocks do because of it is small beside what is carried.
 #
 # **What would contradict it.** A $\rho$ well below $\delta$, as in the toy whose blocks compute features again.
 #
@@ -225,8 +234,10 @@ toys.signatures().set_index("blocks").round(2)
 # %% [markdown]
 # *total* is $\rho$ and *direct* $\delta$, of latents that are still active one block later.
 #
-# **What to see.** Each kind of block has its signature. Where features are *carried*, survival is that of the null model and $\rho = \delta$. *Amplified*: an excess, and $\rho > \delta$.
-# *Erased*: far fewer survive. *Recomputed*: $\rho = 0$. *Rewritten*, handed over to other features: few survive, and a good part of the one-layer share stays with hysteresis.
+# **What to see.** Each kind of block has its signature. Where features are *carried*, survival is that of the null model and
+# $\rho = \delta$. *Amplified*: an excess, and $\rho > \delta$. *Erased*: far fewer survive. *Recomputed*: $\rho = 0$, and somewhat fewer
+# survive. *Rewritten*, handed over to other features: $\rho = 0$ as well, so that alone does not tell the two apart; but few survive, and
+# nearly half of the one-layer share stays with hysteresis.
 #
 # ## What do Eq. 11 and 12 measure?
 #
@@ -245,13 +256,17 @@ draw.beside(
 )
 
 # %% [markdown]
-# **What to see.** Deal each layer the codes of another token, and Eq. 11 is 0.63 where 0.55 is measured: it asks at which layers a latent is used over all the text, and hardly for what
-# happens at a token. Eq. 12 does ask: without the token it falls from 0.28 to 0.01. But a stream that takes other tokens' updates has 0.24. So most of Eq. 12, too, is what adding does.
-# Random directions spread latents more, since they do not point where the blocks write in the mean.
+# **What to see.** Deal each layer the codes of another token, and Eq. 11 is 0.63 where 0.55 is measured. It asks at which layers a latent is
+# used over all the text, and hardly for what happens at a token. Eq. 12 does ask: measured at 0.28, it is near zero without the token. But a
+# stream that takes other tokens' updates has 0.24. So most of Eq. 12, too, is what adding does. Random directions spread latents over more
+# layers, perhaps since they do not point where the blocks write in the mean.
 #
-# With *random weights* Eq. 11 is 0.55 as well, and for another reason: there the same null model has 0.84. Two models can have one ratio and nothing else in common.
+# With *random weights* Eq. 11 is 0.55 as well. But there the stream of other tokens' updates is far from it, at 0.84. So one and the same ratio
+# can stand beside quite different null models.
 #
-# **What would contradict it.** A measured value far from that of the streams of other tokens' updates.
+# The intervals of Eq. 11 do not all contain their own estimate: sequences drawn twice make a small bias. Read them as widths.
+#
+# **What would contradict it.** A measured value far from that of the streams of other tokens' updates, as with random weights.
 #
 # ## Several layers at once
 #
@@ -283,11 +298,18 @@ together.pivot_table(
 # %% [markdown]
 # *delta_ce* and *excess*, the difference to the sum of each alone, in the mean over all runs of so many adjacent layers; *mean*: the layers' means stand in.
 #
-# **What to see.** Errors do not add up: every set costs less than its layers one by one, since what one reconstruction has lost the next cannot lose again. And here the dictionary for all layers comes into its
-# own. At one layer it is worse than the layer's own dictionary (0.535 against 0.472 nats). At two, three and four layers together it is as good or better (0.900 against 0.913 for two), and only over five and
-# six the own ones lead again. Dictionaries of a sixth of the latents are behind throughout. What an MLSAE has written at one layer it can read at the next.
+# **What to see.** Errors do not add up: every set costs less than its layers one by one, perhaps since what one reconstruction has lost the
+# next cannot lose again. At one layer the dictionary for all layers is worse than the layer's own (0.535 against 0.472 nats). At two, three
+# and four layers together it is as good in the mean over all runs, and a little ahead (0.900 against 0.913 for two). Over five and six the own
+# ones lead again. But these means have no intervals, and from the first layer on (the chart) the own dictionaries are ahead at every number
+# of layers. Dictionaries of a sixth of the latents are behind in the mean.
 #
-# **What would contradict it.** Differences to the sum that are no smaller for the MLSAE than for dictionaries that share nothing. It is one seed of each, and short training.
+# Nor is the saving a mark of sharing. It is larger for the MLSAE than for the layers' own dictionaries. But dictionaries of a sixth of the latents,
+# which share nothing and lose more at each layer, save about as much, and from four layers on more. That an MLSAE reads at the next layer
+# what it has written at this one is not shown.
+#
+# **What would contradict it.** For the MLSAE: a saving well beyond that of dictionaries that share nothing and lose as much at one layer. It
+# is one seed of each, and short training.
 #
 # ## How long do features live without an MLSAE?
 #
@@ -309,10 +331,13 @@ chains = chains.fillna({"least": 0})
 chains.pivot_table(index=["of", "least", "mean"], columns="layers", values="share").round(3)
 
 # %% [markdown]
-# **What to see.** *least* is the correlation that a match must have (0: not asked), *same* the share of an MLSAE's matches that are the latent itself. At 0.5, 11 % to 21 % of the latents have a match at the next layer, where other tokens give 1 %. So most chains are
-# of one layer, while most latents of the MLSAE live at four or more (at more than a tenth of the tokens of their best layer). But the ceiling is as low: of one and the same layer, dictionaries of two seeds share 12 %. Short chains then say
-# that dictionaries trained so briefly are not found again, not that features are short-lived. (Those of adjacent layers have one seed, so their first weights in common, and still share little.) Within the MLSAE 44 % to 68 % are
-# matched, nearly always with themselves. This experiment decides nothing yet.
+# *least* is the correlation that a match must have (0: not asked), *same* the share of an MLSAE's matches that are the latent itself.
+#
+# **What to see.** A fifth of the latents or fewer have a match at the next layer, where other tokens give 1 %. So most chains are of one
+# layer. Most latents of the MLSAE live at four or more (at more than a tenth of the tokens of their best layer). But the ceiling is as low:
+# of one and the same layer, dictionaries of two seeds share 12 %. Short chains then say that dictionaries trained so briefly are not found
+# again, not that features are short-lived. (Those of adjacent layers have one seed, so their first weights in common, and still share
+# little.) Within the MLSAE about half of the latents are matched, nearly always with themselves. This experiment decides nothing yet.
 #
 # **What would contradict it.** Two seeds of a layer that share most latents: then chains would be lifetimes.
 #
@@ -321,20 +346,22 @@ chains.pivot_table(index=["of", "least", "mean"], columns="layers", values="shar
 # | what one might think | asked by | what would show it | what is found | verdict |
 # | --- | --- | --- | --- | --- |
 # | At a token, a latent belongs to one layer | selections without a margin | a one-layer share that stays | it falls from 0.57 to 0.19 | mostly the margin of TopK |
-# | Blocks write again what is active, or erase it | survival beside another token's update | an excess, or a lack | both, within 0.03 | in the mean neither; single latents, yes |
-# | A latent that stays is computed anew | ablation, updates kept or not | a total drop near 0 | 0.74, and as much with updates kept | carried |
+# | Blocks write again what is active, or erase it | survival beside another token's update | an excess, or a lack | both, within 0.03 at one block | in the mean hardly; single latents, yes |
+# | A latent that stays is computed anew | ablation, updates kept or not | a total drop near 0 | 0.74, and as much with updates kept | for three quarters carried |
 # | Eq. 11 below 1 shows features with layers of their own | streams of other tokens' updates | a null model far above | 0.62, where 0.55 is measured | for the most part a property of sums |
 # | Eq. 12 shows features that stay | the same | a null model far below | 0.24, where 0.28 is measured | for the most part a property of sums |
-# | A dictionary for all layers is only smaller | several layers at once | as large an extra cost as without sharing | as good as a dictionary for each layer, at two to four layers | its reconstructions compose |
+# | A dictionary for all layers is only smaller | several layers at once | no larger a saving than without sharing | in the mean as good as a dictionary for each layer at two to four layers; smaller dictionaries save as much | undecided |
 # | Features live as long as the latents of an MLSAE | chains of dictionaries of single layers | chains as long | short ones, but two seeds share as little | undecided |
 #
-# So what do the two ratios measure? Eq. 11: at which layers the rows of a dictionary are used over all the text. It hardly depends on what happens at a token, and it moves with the
-# size of updates, the offsets of layers and the choice of $P(J)$. Eq. 12: for how many layers a sum keeps a latent among the $k$ largest. Neither tells carried from rewritten. In this model what is active at
-# several layers of a token has mostly been *carried* there. The same ratio in a model with random weights has another cause.
+# So what do the two ratios measure? Eq. 11: at which layers the rows of a dictionary are used over all the text. It hardly depends on what
+# happens at a token, and it depends on the choice of $P(J)$ ({doc}`variance`). Eq. 12: for how many layers a sum keeps a latent among the $k$
+# largest. Neither tells carried from rewritten. In this model what is active at several layers of a token has mostly been *carried* there. In
+# a model with random weights the same ratio stands beside other null models, so it need not have the same cause.
 #
-# **What would change this.** A model, perhaps a larger one, whose blocks restore or erase what is active: survival would leave the null models, and $\rho$ would leave $\delta$. Features that move
-# between tokens, which we do not follow: everything here is read at the token itself. And features that turn from layer to layer, which hand over to other latents; to survival that looks
-# like erasing. All of it is one small language model, and dictionaries with TopK.
+# **What would change this.** A model, perhaps a larger one, whose blocks restore or erase what is active: survival would leave the null
+# models, and $\rho$ would leave $\delta$. Features that move between tokens, which we do not follow: everything here is read at the token
+# itself. And features that turn from layer to layer, which hand over to other latents; to survival that looks like erasing. All of it is one
+# small language model, and dictionaries with TopK.
 #
 # ## How this page was made
 #
