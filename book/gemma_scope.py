@@ -11,7 +11,7 @@
 #
 # **Do three findings on large single-layer autoencoders hold for small multi-layer ones?**
 #
-# {cite:t}`lieberum2024` trained autoencoders on every layer of Gemma 2. Three of their questions can be
+# {cite:t}`lieberum2024` trained autoencoders on every layer of Gemma. Three of their questions can be
 # asked of ours: whether a transcoder of the MLP does as well as an autoencoder of its output, what
 # sparsity costs, and whether a dictionary survives fine-tuning. A fourth, how evenly active latents
 # matter, was measured for {doc}`explorer` and is repeated here in short.
@@ -61,10 +61,10 @@ charts.metric_by_layer(
 )
 
 # %% [markdown]
-# **What to see.** Whichever error is chosen, the transcoder is worse at every layer. Its FVU is about twice that of the
-# autoencoder, from layer 2 on between 0.39 and 0.52; its delta CE is the larger by a factor of 2.0 to 2.3. So Gemma
-# Scope's finding holds: replacing the MLP costs more than compressing its output. The costliest MLP is the
-# first one, 0.32 nats against 0.14, though its output is the easiest to reconstruct.
+# **What to see.** Whichever error is chosen, the transcoder is worse at every layer. Its FVU and its delta CE are about twice those of
+# the autoencoder. So the sign is that of Gemma Scope's finding: replacing the MLP costs more than compressing its output. How much of
+# it is the task, and how much the training, is not told apart (below). The costliest MLP is the first one, with 0.32 nats, though its
+# output is the easiest to reconstruct.
 #
 # **What would contradict it.** A layer at which the difference is negative: there the transcoder would do
 # better, having seen of the output two numbers alone (see below).
@@ -74,10 +74,10 @@ difference = fidelity.paired(mlp.evaluation, "case", "transcoder", "sae", "delta
 difference.set_index("layer").round(4)
 
 # %% [markdown]
-# The difference is of single runs, but of one sign and near one factor at all six layers. Part of it may be
+# The difference is of single runs, but of one sign and near one factor at all layers. Part of it may be
 # training rather than the task: 42 % of the transcoder's latents were never active in the test sample, and none
-# of the autoencoder's, so it works with the smaller dictionary. One thing makes our transcoder's task easier than theirs: what it predicts is the standardised
-# output, which is mapped back with the mean and standard deviation of the *true* output of each vector, as
+# of the autoencoder's, so it works with the smaller dictionary. One thing makes our transcoder's task easier than theirs: what it
+# predicts is the standardised output, which is mapped back with the mean and standard deviation of the *true* output of each vector, as
 # the autoencoder's is. That makes the comparison even, but a transcoder that took the place of
 # the MLP would have to predict these two numbers as well.
 #
@@ -94,11 +94,10 @@ fidelity_charts.against_sparsity(
 )
 
 # %% [markdown]
-# **What to see.** All lines fall, in FVU, delta CE and KL, and up to $k = 64$ none of them flattens: the last doubling,
-# to 64 latents for 128 dimensions, lowers the mean FVU by 35 % and delta CE by 43 %, the most of all four. So there is
-# no $k$ here beyond which more latents no longer pay. FVU and delta CE agree on that, and disagree on the layers: at
-# every $k$, layer 4 has a larger FVU and a smaller delta CE than layer 3. L0 is $k$: at no layer were fewer
-# latents positive.
+# **What to see.** All lines fall, in FVU, delta CE and KL, and none of them flattens: of all doublings the last one, to half as many
+# latents as dimensions, lowers FVU and delta CE the most. So there is no $k$ here beyond which more latents no longer pay. FVU and delta
+# CE agree on that, and disagree on the layers: at every $k$, layer 4 has a larger FVU and a smaller delta CE than layer 3. L0 is $k$: at
+# no layer were fewer latents positive.
 #
 # **What would contradict it.** A line that rises: more active latents, and a worse reconstruction.
 
@@ -121,12 +120,11 @@ latent_charts.uniformity(
 )
 
 # %% [markdown]
-# **What to see.** $r_{L0}$ grows at every step, from 0.54 after the first layer to 0.69 after the last, and the
-# intervals of no two layers overlap. It is below the same measure of the activations alone throughout. We once concluded that more
-# latents matter at later layers, and that the gradient sets them apart. Neither stands: with gradients of another token, or random
-# ones, the measure rises in the same way ({doc}`explorer`), so the rise says nothing of the prediction.
+# **What to see.** $r_{L0}$ grows from layer to layer, and is below the same measure of the activations alone throughout. We once
+# concluded that more latents matter at later layers, and that the gradient sets them apart. Neither stands: with gradients of another
+# token, or random ones, the measure rises in the same way ({doc}`explorer`), so the rise says nothing of the prediction.
 #
-# **What would contradict it.** A later layer with an interval below that of an earlier one. Gemma Scope finds
+# **What would contradict it.** Null models with another course over the layers. Gemma Scope finds
 # that effects spread over more latents as L0 grows; with one $k$ this chart cannot say.
 #
 # ## After fine-tuning
@@ -155,11 +153,10 @@ charts.metric_by_layer(
 )
 
 # %% [markdown]
-# **What to see.** On the same text the mean FVU is 0.188 in the tuned model and 0.127 in the base model, and larger at
-# every layer; fine-tuning moved the activations some way off what the dictionary learnt. But the
-# dictionary still fits: at each of the first five layers FVU is below the best that {doc}`single_layer` shows for a
-# dictionary borrowed from another layer, 0.26 against 0.29 at layer 4. The mean delta CE rises less, from 0.23 to
-# 0.28 nats, and KL hardly, from 0.28 to 0.29.
+# **What to see.** On the same text FVU is larger in the tuned model than in the base model at every layer, in the mean by half; fine-tuning
+# moved the activations some way off what the dictionary learnt. But the dictionary still fits: at all layers but the last FVU is below the
+# best that {doc}`single_layer` shows for a dictionary borrowed from another layer. The mean delta CE rises less, from 0.23 to 0.28
+# nats, and KL hardly.
 #
 # A model's own text changes little of this: global FVU on rollouts is within 0.015 of that on the given text, at all layers
 # and in both models. Delta CE is positive throughout, so in no case do reconstructions lower the loss.
@@ -172,7 +169,7 @@ columns = ["fvu_global", "fvu_per_dimension", "ce_original", "delta_ce", "kl"]
 fidelity.means(tuned, "target", columns).round(4)
 
 # %% [markdown]
-# Or is the tuned model harder to reconstruct, whatever the dictionary? Each of the two with one of its own, trained on 1 M tokens of
+# Or is the tuned model harder to reconstruct, whatever the dictionary? Each of the two with one of its own, trained on as many tokens of
 # docstrings and measured on docstrings:
 
 # %% tags=["hide-input"]
@@ -181,16 +178,15 @@ fidelity.means(own.evaluation, "model", columns).round(4)
 
 # %% [markdown]
 # **What to see.** It is not: with a dictionary of its own the tuned model's FVU is that of the base model. So what is lost above is the
-# fit of a dictionary to a model that has moved. (Delta CE is larger, 0.39 against 0.33, where the text is no longer what the
-# model was tuned on.)
+# fit of a dictionary to a model that has moved. (Its delta CE is larger; but this is text that the model was not tuned on.)
 #
 # ## A set of single-layer autoencoders, in Gemma Scope's format
 #
 # Whoever has Gemma 2 and Gemma Scope at hand can put them through all of this. Six autoencoders of our own stand in for
-# them: one for each layer of the default model, with 512 latents, trained as BatchTopK with $k = 16$ on 300,000
-# tokens, without standardisation, and written to files as Gemma Scope's are: `params.npz` in a folder for each layer,
+# them: one for each layer of the default model, with 512 latents, trained briefly as BatchTopK with $k = 16$,
+# without standardisation, and written to files as Gemma Scope's are: `params.npz` in a folder for each layer,
 # JumpReLU, with the threshold that BatchTopK has learnt. From here on these files alone are read. The spec is
-# `experiments/scope.yml`. With other two lines it is Gemma Scope's, here the first six of 26 layers:
+# `experiments/scope.yml`. With other two lines it is Gemma Scope's, here the first six layers:
 #
 # ```yaml
 #   model: google/gemma-2-2b
@@ -198,7 +194,7 @@ fidelity.means(own.evaluation, "model", columns).round(4)
 # ```
 #
 # The same lines change `experiments/scope_alone.yml`, which measures each of the six at all layers. Beside them stands an
-# MLSAE that was trained in the same way on all six layers: 512 latents for what the set has 3,072 for.
+# MLSAE that was trained in the same way on all six layers, with a sixth of the latents that the set has in all.
 
 # %% tags=["remove-cell"]
 together = experiments.materialise(load_experiment("experiments/scope.yml"))
@@ -221,16 +217,16 @@ charts.metric_by_layer(
 )
 
 # %% [markdown]
-# **What to see.** The set has nearly one L0, 13.4 to 14.5. The MLSAE has one threshold for all layers, and vectors, which grow
-# longer from layer to layer, exceed it with more and more latents: 7 at layer 0, 27 at layer 5. So it loses most where it has
-# fewest, 0.85 nats against 0.24 at layer 0, and at layers 4 and 5 it loses less than the set, 0.54 nats against 0.60 and 0.62. In
+# **What to see.** The set has nearly one L0, about 14. The MLSAE has one threshold for all layers, and vectors, which grow
+# longer from layer to layer, exceed it with more and more latents: 7 at the first layer, 27 at the last. So it loses most where it has
+# fewest. In delta CE it loses less than the set at the last two layers, where it has more latents active. In
 # {doc}`single_layer`, where every vector is standardised and has the same L0, the MLSAE is second at each layer.
 #
 # **What would contradict it.** An MLSAE that loses less with the same L0.
 #
 # **Transfer.** What does the autoencoder of layer $i$ do at layer $j$? The vector has the same width there, so that it can be
-# encoded; nothing was trained for it. "Active at layer 4", of a latent of layer 2's autoencoder, means that a vector of
-# layer 4 exceeds the latent's threshold in the direction that the encoder learnt at layer 2, and no more. Since these
+# encoded; nothing was trained for it. That a latent of layer $i$'s autoencoder is "active at layer $j$" means that a vector of
+# layer $j$ exceeds the latent's threshold in the direction that the encoder learnt at layer $i$, and no more. Since these
 # autoencoders take vectors as they are, and not standardised, there are two ways to exceed it: to
 # have what the latent stands for, or to lie elsewhere and be longer.
 
@@ -257,14 +253,13 @@ transfer_charts.matrix(
 
 # %% [markdown]
 # **What to see.** As they are, vectors of later layers are read with too many latents and those of earlier ones with too few:
-# layer 0's autoencoder has 13 active at home and 164 at layer 4, layer 4's 14 at home and 5 at layer 0. So FVU passes 1,
-# which is worse than the mean vector; and at layers 3 and 4 delta CE is smallest with the autoencoder of the layer before, which has
-# about twice as many latents active there. With mean and spread made alike L0 is between 13 and 30, and the diagonal has the smallest number of
-# each column. Off it FVU falls from 0.60 to 0.30 and delta CE from 1.42 to 0.88 nats, where `own` is 0.18 and 0.51: of what borrowing
-# costs, 0.30 of 0.42 in FVU and 0.54 of 0.91 nats are mean and spread. The rest is directions.
-# (`best_at_own` counts the five layers but the last at which the autoencoder trained there has the smallest number.)
+# the first layer's autoencoder has 13 active at home and up to 199 elsewhere. So FVU passes 1, which is worse than the mean vector; and
+# at layers 3 and 4 delta CE is smallest with the autoencoder of the layer before, which has about twice as many latents active there. With
+# mean and spread made alike L0 differs far less, and the diagonal has the smallest FVU, delta CE and KL of each column. Of what borrowing
+# costs (*other* less *own* in the tables) more than half is mean and spread, in FVU and in delta CE. The rest is what these two leave,
+# directions among it. (`best_at_own` counts the layers but the last at which the autoencoder trained there has the smallest number.)
 #
-# **What would contradict it.** A second picture like the first: then directions alone would tell layers apart.
+# **What would contradict it.** A second picture like the first: then mean and spread would not be what tells layers apart.
 
 # %% tags=["hide-input"]
 columns = ["own", "other", "mlsae", "best_at_own"]
@@ -274,9 +269,9 @@ transfer.summary(transfer.matrix(as_they_are, one.evaluation, errors))[columns].
 transfer.summary(transfer.matrix(moved, one.evaluation, errors))[columns].round(3)
 
 # %% [markdown]
-# **Distributions over layers.** Taken together the set has nothing to show: a latent of layer 2's autoencoder reads layer
-# 2 alone, so that $P(L = 2 \mid j) = 1$ by construction. Each autoencoder by itself at all layers has a picture. Choose one, and the vectors
-# it reads.
+# **Distributions over layers.** Taken together the set has nothing to show: a latent of layer $i$'s autoencoder reads layer
+# $i$ alone, so that $P(L = i \mid j) = 1$ by construction. Each autoencoder by itself at all layers has a picture. Choose one, and the
+# vectors it reads.
 
 # %% tags=["remove-cell"]
 read = experiments.all_distributions(alone, "everywhere")
@@ -291,23 +286,23 @@ sweep_charts.gallery(
 
 # %% [markdown]
 # `own` is the mean over latents of $P(L = i \mid j)$ at the layer $i$ where the autoencoder was trained; a latent without
-# preference would have 0.167. `own_moved` is the same of vectors moved to its own layer's mean and spread, `own_gaussian`
+# preference would have a sixth. `own_moved` is the same of vectors moved to its own layer's mean and spread, `own_gaussian`
 # of random directions as long as the vectors of each layer; `last` is the share of the last layer, of vectors as they are.
 
 # %% tags=["hide-input"]
 transfer.own_shares(read, read_moved).set_index("trained").round(3)
 
 # %% [markdown]
-# **What to see.** Whichever layer an autoencoder is of, its latents have 47 % to 67 % of their probability at the last
-# layer (`last`), where vectors are longest, and those of layers 0 to 3 have 2 % to 6 % at their own. It is not that longer vectors
-# are enough: random directions as long give the own layer 13 % to 16 %. With mean and spread made alike the last layer's
-# share goes, but the own layer does not win: it has 8 % to 13 %, the *least* of all six in each case. An
-# autoencoder is sparsest where it was trained, and elsewhere takes more latents for what it does not know. So where a borrowed latent is
-# active says where vectors fit its dictionary worst, and a picture like those of {doc}`distributions` takes a dictionary
-# that was trained on all layers. Even of the MLSAE here (the table below), whose one threshold longer vectors exceed more often, the largest probability
-# is 0.48 on average, and 0.36 under the null model with Gaussian input.
+# **What to see.** Whichever layer an autoencoder is of, its latents have about half of their probability or more at the last
+# layer, where vectors are longest, and those of the first four layers have 6 % or less at their own. It is not that longer vectors are
+# enough: random directions as long give these layers more (`own_gaussian`). With mean and spread made alike the last layer's share falls,
+# but the own layer does not win: it has the *least* of the six, or no more than the least. With these vectors an autoencoder is sparsest
+# where it was trained (at the last layer, level with its neighbour), and elsewhere takes more latents. Perhaps it takes them for what it
+# does not know: then where a borrowed latent is active says where vectors fit its dictionary worst. A picture like those of
+# {doc}`distributions` takes a dictionary that was trained on all layers. Even of the MLSAE here (the table below), whose one threshold
+# longer vectors exceed more often, the largest probability is 0.48 on average, and 0.36 under the null model with Gaussian input.
 #
-# **What would contradict it.** A share of the own layer, with mean and spread made alike, above 0.167.
+# **What would contradict it.** A share of the own layer, with mean and spread made alike, above a sixth.
 #
 # The MLSAE of this section:
 
@@ -329,11 +324,12 @@ latent_charts.uniformity(
 effects.set_index("layer")[["r_l0", "low", "high", "r_activation", "l0"]].round(3)
 
 # %% [markdown]
-# **What to see.** $r_{L0}$ is between 0.68 and 0.73, in no order of layers, where activations alone have 0.92 to 0.94: the
-# gradient tells apart what is about equally active. The growth from layer to layer that the MLSAE has above is not there; but
-# these are 128 vectors of other dictionaries, with intervals 0.03 to 0.04 wide.
+# **What to see.** $r_{L0}$ is about 0.7 at every layer, in no order of layers, and that of activations alone is above 0.9. We once read
+# from such a gap that the gradient tells apart what is about equally active. That is withdrawn: for the MLSAE random gradients leave the
+# same gap ({doc}`explorer`), and for this set that null model was not run. The growth from layer to layer that the MLSAE has above is not
+# there; but these are few vectors, and other dictionaries.
 #
-# **What would contradict it.** An interval that reaches the line of the activations alone.
+# **What would contradict it.** Of the missing growth: intervals that rise from layer to layer.
 #
 # **After fine-tuning** (Figures 19 to 23). As above, but on 8,192 tokens; and here Figure 23 has something to show, since
 # these autoencoders do not standardise: in *tuned, rescaled* every vector of the tuned model is multiplied by the ratio of its
@@ -358,10 +354,10 @@ charts.metric_by_layer(
 fidelity.means(set_tuned, "target", ["fvu_global", "l0", "ce_original", "delta_ce", "kl"]).round(4)
 
 # %% [markdown]
-# **What to see.** On the same text FVU is 0.228 in the tuned model and 0.198 in the base model, but delta CE is the smaller one, 0.40
-# nats against 0.43. Vectors of the tuned model are longer, so that 18 latents are active instead of 14. Rescaled to the base model's norms
-# they have 16, an FVU of 0.243 and a delta CE of 0.46 nats: what fine-tuning costs by itself is 23 % in FVU and 7 % in delta CE. As
-# for the MLSAE above, a model's own text changes little.
+# **What to see.** On the same text FVU is larger in the tuned model than in the base model, but delta CE is smaller. Vectors of the tuned
+# model are longer, so that 18 latents are active instead of 14. Rescaled to the base model's norms they have 16, and both FVU and delta
+# CE are above those of the base model. So what fine-tuning costs is in part hidden by more latents, and still is a little when rescaled.
+# As for the MLSAE above, a model's own text changes FVU little.
 #
 # **What would contradict it.** A line of the rescaled vectors that lies on that of the base model: then fine-tuning would have
 # changed nothing but norms.
@@ -373,10 +369,10 @@ fidelity.means(set_tuned, "target", ["fvu_global", "l0", "ce_original", "delta_c
 # - transcoders of Gemma 2B's MLPs raise the loss by more than autoencoders of the output (Figure 11). Ours do;
 # - the base model's autoencoders can *lower* the tuned model's loss on user prompts (Figure 20), which
 #   fine-tuning did not train it to predict. Ours do not; but our tuned model was trained on questions and answers
-#   alike, and predicts both better than the base model (2.5 nats against 4.4);
+#   alike, and predicts them better than the base model;
 # - on rollouts they reach a reasonable FVU, with a gap to autoencoders of the tuned model that is wider than in
-#   the loss (Figure 21), and at 2B they transfer well by FVU (Figure 22). In ours the gap is the wider one in FVU too,
-#   54 % on rollouts, against 20 % in delta CE; it is the distance to the same dictionary in the base model.
+#   the loss (Figure 21), and the small model's transfer well by FVU (Figure 22). In ours, too, FVU on rollouts rises by more than
+#   delta CE does; but that gap is the distance to the same dictionary in the base model.
 #
 # Figure 23 rescales the tuned model's activations to the norm that the base model's have. The
 # MLSAE standardises each vector by itself before it encodes it and undoes that afterwards, so a
