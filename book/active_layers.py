@@ -11,10 +11,10 @@
 #
 # **At how many layers is a latent active?**
 #
-# The variance of the layer index treats layers as positions: a latent active at layers 0 and 5 has more
-# of it than one active at 2, 3 and 4. Counting layers is blunter. Appendix C.3 of
+# The variance of the layer index treats layers as positions: a latent active at the first and the last layer has more
+# of it than one active at three layers in between. Counting layers is blunter. Appendix C.3 of
 # {cite:t}`lawson2025` calls a layer *active* for a latent where the latent is non-zero at more than a
-# threshold $\tau$ of the $N$ tokens (theirs: 10,000 of 10 million, 0.1 %), and takes the mean over latents of
+# threshold $\tau$ of the $N$ tokens (theirs: 0.1 %), and takes the mean over latents of
 #
 # $$
 # \frac{1}{n_L} \, \bigl| \{ \ell : |\{ t : h_j(x_{t,\ell}) > 0 \}| > \tau N \} \bigr| .
@@ -47,18 +47,17 @@ paper = table.query("threshold == 0.001").set_index(["sweep", "run"])
 paper[["active_layers", "nowhere"]].round(3)
 
 # %% [markdown]
-# **What to see.** At the threshold of 0.1 % the share rises with $k$, as in the paper's Figure 28: 0.39, 0.60, 0.82
-# and 0.84 for $k$ from 4 to 32. At $k = 64$ it is back at 0.42, since a third of the latents are above the
-# threshold at no layer: 64 of 2,048 latents are enough to use a part of them all the time and the rest rarely.
-# With $R$ from 1 to 64 it falls from 0.99 to 0.30, as in the paper; at 64, too, nearly half of the latents are above the
-# threshold nowhere. But at the lowest threshold nearly every latent is active at nearly every layer (0.86 to 1.00), and at one of
-# 10 % hardly any is active anywhere (0.09 or less, but for $R$ of 1 and 2): the number is a reading of the threshold before it is one of
-# the dictionary.
+# **What to see.** At the paper's threshold the share rises with $k$ up to $k = 32$, as in the paper's Figure 28. At $k = 64$ it is back
+# near its first value. There, as at $k = 4$, a third of the latents are above the threshold at no layer: perhaps so many active ones
+# are enough to use a part of the dictionary all the time and the rest rarely. With $R$ the share falls, as in the paper; at $R = 64$
+# nearly half of the latents are above the threshold nowhere. But at the lowest threshold nearly every latent is active at nearly every
+# layer, and at a tenth of the tokens hardly any is active anywhere, but for the smallest $R$ (the chart). So the number is a reading of
+# the threshold before it is one of the dictionary.
 #
 # ## What the threshold does by itself
 #
 # A layer has $k$ active latents at each token, so the mean latent is active at $k/n$ of them, whatever
-# was learnt: 0.8 % at $R = k = 16$, but 0.2 % at $k = 4$, near the threshold. Part of the trend is that
+# was learnt. At $k = 4$ that is 0.2 % in a dictionary of $R = 16$, near the threshold. Part of the trend is that
 # arithmetic. Measured against a tenth of the mean latent's count instead, what is left of it is the
 # dictionary's own:
 
@@ -72,12 +71,14 @@ sweep_charts.points(
 )
 
 # %% [markdown]
-# **What to see.** From $k = 4$ to 16 the share now rises from 0.69 to 0.85, where it went from 0.39 to 0.82; it
-# then falls, to 0.78 at $k = 32$ and 0.28 at $k = 64$. So little of the paper's trend in $k$ is left beyond the arithmetic. More than half of the fall with $R$ is kept, from 0.97 to 0.59. Over models the share is 0.67 (neox-8l-192d) to 0.84 (Gemma 2) at the
-# paper's threshold, and falls with the size of GPT-NeoX, 0.84, 0.82 and 0.67, as in the paper; but that is the arithmetic again, since a
-# larger model has more latents at the same $k$: in units of the mean count it is 0.78, 0.85 and 0.79. The lens at its own layers keeps its lead (0.92 against 0.85 without), for all of them have
-# the same $k$ and $n$. With random weights the share is 0.84 at the paper's threshold and 0.87 at this one, where trained ones
-# have 0.82 and 0.85: this number does not tell a model that has learnt from one that has not.
+# **What to see.** With $k$ the share now rises only up to $k = 16$, and by less than half of what it did (0.69 to 0.85, where it was
+# 0.39 to 0.82). Then it falls. So well under half of the paper's trend in $k$ is left beyond the arithmetic. More than half of the fall
+# with $R$ is kept.
+#
+# With the size of GPT-NeoX the share falls at the paper's threshold, as in the paper. But that is the arithmetic again, since a
+# larger model has more latents at the same $k$: in units of the mean count the model of middle size has the most. The lens at its own layers
+# keeps its lead, for all bases have the same $k$ and $n$. With random weights the share is 0.87 in these units, as high as with trained
+# ones (0.85), and so it is at the paper's threshold (the table): this number does not tell a model that has learnt from one that has not.
 #
 # **What would contradict it.** Lines in the first chart that keep their order and distance at every
 # threshold: then the choice of one would not matter.

@@ -42,21 +42,21 @@ sweep_charts.points(
 )
 
 # %% [markdown]
-# **What to see.** Entropy rises with $k$, as in the paper, from 0.68 at $k = 4$ to 0.82 at $k = 32$, and is lower
-# again, 0.78, at $k = 64$, where most latents are hardly used ({doc}`active_layers`). A lens at its own layers
-# raises it from 0.77 to 0.87; aligned as in the released code it lowers it to 0.71. With $R$ from 1 to 64
-# it falls from 0.86 to 0.69, and it rises with the size of GPT-NeoX, 0.75, 0.77 and 0.78, both as in the paper; other
-# architectures have 0.71 (GPT-2) to 0.79 (Llama). With layers permuted within
-# each token, when a latent has no layer of its own, it is near 1 (0.96 at $R = 64$, 0.97 or more elsewhere): what keeps the
-# numbers below that is the dictionary. It is *not* what the model has learnt: with random weights the mean entropy is 0.68,
-# lower than with trained ones ({doc}`variance` says more). The lines are long: in one dictionary there are latents of nearly one
-# layer and latents of all.
+# **What to see.** Entropy rises with $k$ up to $k = 32$, as in the paper, and is lower again at $k = 64$, where a third of the latents are
+# hardly used ({doc}`active_layers`). A lens at its own layers raises it from 0.77 to 0.87; aligned as in the released code it lowers it.
+# With $R$ it falls, and with the size of GPT-NeoX it rises a little, both as in the paper. Part of the fall with $R$ is that latents are
+# active at fewer tokens (*often* in the table). Of the architectures GPT-2 has the least and Llama the most.
+#
+# With layers permuted within each token entropy is near 1, and it must be: a latent has no layer of its own there, by construction. So to
+# lie below that null model says only that layers are not interchangeable. It says nothing of what the model has learnt: with random
+# weights the mean entropy is 0.68, lower than with trained ones ({doc}`variance` says more). The lines are long: in one dictionary there
+# are latents of nearly one layer and latents of all. These are single runs without intervals, so small differences carry nothing.
 #
 # **What would contradict it.** An entropy as high as the permuted one: latents without a layer; or one
 # near 0: six dictionaries in one.
 #
-# The same as a table. *permuted* is the mean with layers permuted at each token. *often* is the mean over the latents that are active at 100 tokens
-# or more: of few tokens an entropy comes out too small, and at large $R$ there are many such latents.
+# The same as a table. *permuted* is the mean with layers permuted at each token. *often* is the mean over the latents that are active at
+# 100 tokens or more: of few tokens an entropy comes out too small, and at large $R$ there are many such latents.
 
 # %% tags=["hide-input"]
 quantiles = ["q05", "q25", "q50", "q75", "q95"]

@@ -59,19 +59,17 @@ sweep_charts.points(
 )
 
 # %% [markdown]
-# **What to see.** The MMCS falls as $k$ rises, as in the paper's Figure 23: 0.49, 0.43, 0.35, 0.29 and 0.29 for
-# $k$ from 4 to 64. The independent control, of 2,048 rows in 128 dimensions, has 0.30. So most of each number
-# says nothing about the dictionary but its shape, and from $k = 32$ on rows are no nearer to one another than
-# random directions are. The paper has no such baseline beside its numbers; part of their fall with the
-# size of the model must be that random directions in more dimensions are further apart. A lens hardly matters:
-# 0.36 and 0.35 instead of 0.35, though the basis is another.
+# **What to see.** The MMCS falls as $k$ rises, as in the paper's Figure 23, from 0.49 at the smallest $k$ to 0.29. The
+# independent control has 0.30. So most of each number says nothing about the dictionary but its shape, and from $k = 32$ on rows are
+# no nearer to one another than random directions are. The paper has no such baseline beside its numbers; part of their fall with the
+# size of the model must be that random directions in more dimensions are further apart. A lens hardly matters, though the basis is
+# another.
 #
-# With $R$ from 1 to 64 the MMCS rises, as in the paper, from 0.15 to 0.39, but so does the control's, from 0.24 to 0.33. At $R = 1$ and 2
-# rows keep further apart than chance would place them, at $R = 4$ they are even with it, from 8 on nearer.
-# With the size of GPT-NeoX the MMCS falls from 0.37 to 0.35 and 0.35, as in Table 2, but its controls fall faster, from 0.40 to 0.30
-# and 0.25: beside chance, the rows of a larger model are nearer to one another. Among the models of equal width,
-# which share their control of 0.30, GPT-2 has the largest MMCS, 0.37, and Gemma 2 the smallest, 0.34. With random weights it is
-# 0.35, as with trained ones.
+# With $R$ the MMCS rises, as in the paper, but so does the control's. In the smallest dictionaries rows keep further apart than chance
+# would place them, and from $R = 8$ on they are nearer. With the size of GPT-NeoX the MMCS falls, as in Table 2, but its controls fall
+# faster: beside chance, the rows of a larger model are nearer to one another. Models of equal width share their control. Among them GPT-2
+# has the largest MMCS and Gemma 2 the smallest, but they are near to one another, with one run each. With random weights it is 0.35, as
+# with trained ones.
 #
 # **What would contradict it.** An MMCS that rises with $k$, or does not leave the control at any $k$.
 #
@@ -87,8 +85,9 @@ beside = geometry.anisotropic(session.source(run, EvaluateSpec(tokens=8192)), se
 beside.set_index("rows").round(3)
 
 # %% [markdown]
-# **What to see.** Rows that merely point where the activations point have 0.50, the dictionary 0.38. So beside *this* control its rows are not near to one another
-# but keep apart, and being above the isotropic one, at small $k$ or large $R$, is no sign of features that were learnt more than once.
+# **What to see.** Rows that merely point where the activations point have 0.50, the dictionary 0.38. So beside *this* control its rows are
+# not near to one another but keep apart. Being above the isotropic one is then by itself no sign of features that were learnt more than
+# once. (For the other runs this control was not drawn.)
 #
 # **What would contradict it.** A dictionary whose rows are nearer to one another than these.
 #
@@ -122,9 +121,8 @@ sweep_charts.histogram(
 )
 
 # %% [markdown]
-# **What to see.** At $k = 4$ even the lower quartile of the rows (0.43) lies above the independent control's
-# 95th percentile (0.35): nearly every row has a neighbour. At $k = 16$ the two distributions overlap for most
-# of their width.
+# **What to see.** At $k = 4$ even the lower quartile of the rows lies above nearly all of the independent control: most rows have a
+# neighbour nearer than chance would give. At $k = 16$ the two distributions overlap for most of their width.
 #
 # In JupyterLab, with a control of the kernel's:
 
@@ -134,7 +132,7 @@ widgets.cosines(cosines)
 # %% [markdown]
 # ## How this page was made
 #
-# The numbers depend on the trained dictionaries alone. The controls are drawn with seed 0.
+# The numbers depend on the trained dictionaries alone, but for the control with second moments. The controls are drawn once, with one seed.
 
 # %% tags=["hide-input"]
 sweeps.across(experiments.notes, made).drop(columns="position").set_index(["sweep", "run"])

@@ -11,15 +11,17 @@
 #
 # **Does a multi-layer dictionary hold the same feature once per layer?**
 #
-# One dictionary for all layers might cheat: learn a feature of layer 1 and the same feature of layer
-# 4 as two latents. Such twins would have similar decoder rows, and there would be $n_L$ of each.
+# One dictionary for all layers might cheat: learn a feature of one layer and the same feature of another
+# as two latents. Such twins would have similar decoder rows, and there would be $n_L$ of each.
 # Appendix B.6 of {cite:t}`lawson2025` (Figure 24) looks at the cosine similarities of *all* pairs of
 # rows, between two controls of equal shape:
 #
 # - *independent*: rows from $\mathcal{N}(0, I)$, whose similarities follow $\mathcal{N}(0, 1/d)$;
 # - *copies*: $n / n_L$ rows from $\mathcal{N}(0, I)$, each copied $n_L$ times, plus noise from
-#   $\mathcal{N}(0, I)$, whose twins have a similarity around 1/2. This is what cheating would look
+#   $\mathcal{N}(0, I)$, whose twins have a similarity around one half. This is what cheating would look
 #   like.
+#
+# Both are isotropic, and activations are not. {doc}`mmcs` has a harder control, which makes similar rows more common by itself.
 
 # %% tags=["remove-cell"]
 from mlsae_book import charts, experiments, widgets
@@ -59,14 +61,13 @@ share = geometry.above(by_sparsity, 0.4).set_index(["run", "rows"])["share"]
 share.unstack("rows").reindex(by_sparsity["run"].unique()).mul(1e4).round(2)
 
 # %% [markdown]
-# **What to see.** On the logarithmic axis the copies have a second hump around 1/2; no dictionary has one,
-# its tail falls all the way. But at $k = 4$ more pairs lie above 0.4 than in the control of copies (41 against
-# 22 in 10,000); at $k = 8$ there are 9.6, at 16 there are 0.8, and from 32 on hardly any. So the paper's finding,
-# that there are few similar pairs beside the positive control, holds for our larger $k$ and fails for the
-# smallest. Similar rows need not be the same feature at two layers: this histogram knows nothing of layers. At $k = 32$
-# and 64 there is a tail on the left too, down to rows that are nearly opposite.
+# **What to see.** On the logarithmic axis the copies have a second hump around one half; no dictionary has one,
+# its tail falls all the way. But at $k = 4$ more pairs lie above 0.4 than in the control of copies, 41 against
+# 22. With larger $k$ their number falls to hardly any. So the paper's finding, that there are few similar pairs beside the
+# positive control, holds for our larger $k$ and fails for the smallest. Similar rows need not be the same feature at two
+# layers: this histogram knows nothing of layers. At the two largest $k$ there is a tail on the left too, towards opposite rows.
 #
-# **What would contradict it.** A dictionary whose tail does not depend on $k$, or a hump at 1/2.
+# **What would contradict it.** A dictionary whose tail does not depend on $k$, or a hump at one half.
 #
 # ## By size
 
@@ -86,11 +87,11 @@ share = geometry.above(by_size, 0.4).set_index(["run", "rows"])["share"]
 share.unstack("rows").reindex(by_size["run"].unique()).mul(1e4).round(2)
 
 # %% [markdown]
-# **What to see.** Of 10,000 pairs 0 lie above 0.4 at $R = 1$ and 2, 0.08 and 0.3 at 4 and 8, and 0.8 to 1.0 from 16 on. Each
-# row of the control of copies has five others like it, whatever the size, so that their share falls: 374 at $R = 1$
-# and 5.6 at 64. As a fraction of that the
-# dictionary's share grows all the way, from nothing to a seventh. Between 0.2 and 0.4 the dictionary has fewer pairs than copies at $R = 1$ and 2, as
-# many at 4, and two to two and a half times as many from 8 on: similar rows there are, but no humps of twins.
+# **What to see.** Hardly any pairs lie above the limit in small dictionaries, and about one in 10,000 from $R = 16$ on. Each
+# row of the control of copies has five others like it, whatever the size, so that their share falls as the dictionary grows. As a
+# fraction of that the dictionary's share grows all the way, from nothing to a seventh. A little below the limit (0.2 to 0.4, in the
+# chart) the smallest dictionaries have fewer pairs than copies, and those from $R = 8$ on at least twice as many: similar rows there are,
+# but no humps of twins.
 #
 # ## By model
 #
@@ -112,7 +113,7 @@ share = geometry.above(by_model, 0.4).set_index(["run", "rows"])["share"]
 share.unstack("rows").reindex(by_model["run"].unique()).mul(1e4).round(2)
 
 # %% [markdown]
-# **What to see.** In each model similar pairs are few beside copies: 0.5 to 2.4 in 10,000, where the copies have 22 to 30. In
+# **What to see.** In each model similar pairs are few beside copies, by a factor of ten or more. In
 # neox-4l-64d, whose rows have half the dimensions, even independent rows have twice as many as the dictionary.
 #
 # **What would contradict it.** A model whose share comes near that of its copies.
@@ -138,12 +139,12 @@ share = geometry.above(by_lens, 0.4).set_index(["run", "rows"])["share"]
 share.unstack("rows").reindex(by_lens["run"].unique()).mul(1e4).round(2)
 
 # %% [markdown]
-# **What to see.** 0.9 and 0.8 pairs in 10,000 above 0.4 with the lens, 0.8 without: no difference to speak of.
+# **What to see.** With the lens there are as many pairs as without, about one in 10,000: no difference to speak of.
 
 # %% [markdown]
 # ## How this page was made
 #
-# The numbers depend on the trained dictionaries alone. The controls are drawn with seed 0.
+# The numbers depend on the trained dictionaries alone. The controls are drawn once, with one seed.
 
 # %% tags=["hide-input"]
 sweeps.across(experiments.notes, made).drop(columns="position").set_index(["sweep", "run"])
