@@ -11,10 +11,11 @@
 #
 # **What does a training step cost beside other packages, and how far is it from the machine's limit?**
 #
-# {cite:t}`lawson2025` trained most of their MLSAEs, on 1 billion tokens each, in **12 to 24 hours on one
-# NVIDIA RTX 3090**. At its rate on one NVIDIA H200 the loop of this project takes **16 minutes** for as many tokens
-# at their default shape, or 23 where an eighth of the latents is dead ([below](on-a-gpu)). All other numbers of this page are of a *processor*: they come from
-# `python -m benchmarks` on the machine below, in which all implementations of a suite took turns.
+# {cite:t}`lawson2025` trained most of their MLSAEs, on a billion tokens each, in **12 to 24 hours on one
+# NVIDIA RTX 3090**. On one NVIDIA H200, a faster card by far, the loop of this project would take **16 minutes** for as many tokens
+# at their default shape, and longer where latents are dead: that is the rate of a few steps ([below](on-a-gpu)), not a whole run. All
+# other numbers of this page are of a *processor*: they come from `python -m benchmarks` on the machine below, in which all
+# implementations of a suite took turns.
 
 # %% tags=["remove-cell"]
 import json
@@ -74,25 +75,25 @@ results.loc[["training step"], columns].set_index(["case", "implementation"]).ro
 # %% [markdown]
 # **What to see.** `times_ours` is how many times longer another implementation takes. What is left between
 # the first row and the limit is selection, gradients and the optimiser: little at *pythia*, where a step reaches 0.87 of the
-# limit, more at *mini*, whose product is small (0.40), and more where a quarter of the latents is dead and a second
-# selection joins the first (0.56 and 0.21). Candidates found in bfloat16, then scored again exactly, pass the
-# limit of float32 at *pythia* where none is dead (1.10; the limit itself was measured 14 % higher for the other case) and
-# gain nothing at *mini*. Other packages take 4.3 times as long, or more. Only k of the latents take part in
+# limit, more at *mini*, whose product is small, and more where a quarter of the latents is dead and a second
+# selection joins the first. Candidates found in bfloat16, then scored again exactly, pass the
+# limit of float32 at *pythia* where none is dead (the limit itself was measured 14 % higher for the other case), and at *mini*
+# they are slower. Other packages take 4.3 times as long, or more. Only k of the latents take part in
 # anything but the one product, so a dense method repeats that product about five times over. Peak memory, in
 # 10⁶ bytes, is that of a process that does nothing else, and contains Python and PyTorch.
 #
-# **What would contradict it.** A row of another package with `times_ours` below 1, or a share of the limit
+# **What would contradict it.** A row of another package that is faster than ours, or a share of the limit
 # that is smaller for the larger shape.
 #
-# At this rate 1 billion tokens would take, in hours, without the language model:
+# At this rate a billion tokens would take, in hours, without the language model:
 
 # %% tags=["hide-input"]
 ours = results.loc[["training step"]].query("implementation == 'mlsae_core'")
 ours[["case", "per_second", "hours_for_1e9_tokens"]].set_index("case").round(0)
 
 # %% [markdown]
-# That is longer than the paper's 12 to 24 hours where the shape is the paper's (*pythia*): a
-# processor of few cores is no graphics card. The small shape of this book (*mini*) is another matter.
+# That is longer than the paper's hours where the shape is the paper's (*pythia*): a
+# processor of few cores is no graphics card. At the small shape of this book (*mini*) it is less than a day.
 #
 # ## The loop, evaluation, and distributions over layers
 #
@@ -143,14 +144,14 @@ results.loc[["memory of distributions"], ["case", "peak_megabytes"]].set_index("
 # ## Memory at larger shapes
 #
 # Two training steps with AuxK at the widths of larger models, each in a process of its own. Weights, their gradients and
-# Adam's two moments take 32 bytes per latent and dimension: 8.6 and 10.9 GB. No activations of the language model are
+# Adam's two moments take 32 bytes per latent and dimension. No activations of the language model are
 # kept for a backward pass, so there is nothing to checkpoint.
 
 # %% tags=["hide-input"]
 results.loc[["memory"], ["case", "peak_megabytes"]].set_index("case").round(0)
 
 # %% [markdown]
-# **What to see.** 9.1 and 11.3 GB, 0.5 GB more than the weights and the optimiser need: scores are held for one chunk of
+# **What to see.** Either peak is 0.5 GB above what the weights and the optimiser need: scores are held for one chunk of
 # vectors at a time, however many there are.
 #
 # **What would contradict it.** A peak far above those of the weights and the optimiser.
@@ -194,11 +195,11 @@ tables.shown(gpu, "real")
 
 # %% [markdown]
 # **What to see.** With kernels of its own (`--kernel triton`) and the language model compiled (`--compile`) the loop does
-# 1.0 million tokens a second while no latent is dead, and 0.73 million with 4,096 dead latents and AuxK; plain PyTorch
-# does 0.44 million. A whole step takes sparsify 4.6 to 5.6 times as long on the same card. And the book's default run
-# ends where the CPU's does, at an FVU of 0.127, in every precision.
+# a million tokens a second while no latent is dead, where plain PyTorch does less than half of that. With an eighth of the latents
+# dead, and AuxK, it is slower by more than a quarter (the chart). A whole step takes sparsify at least 4.6 times as long on the same
+# card. And the book's default run ends where the CPU's does ({doc}`evaluation`), at an FVU of 0.127, in every precision.
 #
-# Where a micro-batch of 49,152 vectors spends its time, beside the *roofline*: the least time in which the card can move
+# Where a micro-batch spends its time, beside the *roofline*: the least time in which the card can move
 # the bytes and multiply the matrices that are needed.
 
 # %% tags=["hide-input"]

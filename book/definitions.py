@@ -39,22 +39,21 @@ pd.read_csv("definitions.csv").set_index("quantity")
 # %% [markdown]
 # ## Where the released code differs
 #
-# The data are drawn with seed 0: a *planted* residual stream of 2048 tokens and 4 layers whose features
+# The data are drawn with a fixed seed: a small *planted* residual stream whose features
 # are known (see {doc}`planted`), and Gaussian numbers for lens, logits and dictionary. *Factor* is the
-# released number over ours, and ours is 0 where float64 leaves less than 1e-9.
+# released number over ours, and ours is zero where float64 leaves next to nothing.
 
 # %% tags=["hide-input"]
 definitions.shown(definitions.differences(seed=0))
 
 # %% [markdown]
 # **What to see.** Most of these are not roundings. In a world whose Eq. 12 is one half by construction
-# our estimator gives 0.50 and the released one 0.09; Eq. 11, in truth 0.44, becomes 0.97. The paper's ranges,
-# 54 to 88 % for Eq. 11 and 1 to 10 % for Eq. 12, may have been computed in that way, so they should be compared
-# with ours only with this table in mind. (The snapshot of the code that we read loads GPT-NeoX alone; the numbers for GPT-2, Gemma 2 and
-# Llama came from some other state of it.)
+# our estimator gives 0.50 and the released one 0.09. Eq. 11 is 0.97 by the released one, more than twice ours. The paper's ranges
+# may have been computed in that way, so they should be compared with ours only with this table in mind. (The snapshot of the code
+# that we read loads GPT-NeoX alone; the paper's numbers for other architectures came from some other state of it.)
 #
 # **What would contradict it.** Factors near one. There are some: averaging the FVU over batches, the
-# direction of KL and half of the pairs in MMCS change a number by less than a fifth, here.
+# direction of KL, special tokens and half of the pairs in MMCS change a number by a tenth or less, here.
 #
 # ### How much depends on the setting
 #
@@ -85,7 +84,7 @@ definitions.shown(definitions.special_tokens(seed=0))
 
 # %% [markdown]
 # **FVU** (Section 3). *Global* takes one mean over tokens and dimensions, *per-dimension* the mean vector.
-# The stream of this cell has an offset of standard deviation 3 over its dimensions. We train with the global one, as the paper
+# The stream of this cell has a constant offset of its dimensions. We train with the global one, as the paper
 # does, and print both. The mean of batch ratios is not the ratio of the sums.
 
 # %%
@@ -94,7 +93,7 @@ definitions.shown(definitions.fvu_variants(seed=0))
 # %% [markdown]
 # **Dead latents** (Section 3). Ours counts training tokens; the released code counts steps, whatever
 # their size, and evaluation advances its counters. A latent silent for three training and five
-# evaluation batches of 1000 tokens:
+# evaluation batches of a thousand tokens:
 
 # %%
 definitions.shown(definitions.dead_window())
@@ -137,7 +136,7 @@ definitions.shown(definitions.dictionary(seed=0))
 # %% [markdown]
 # ## How this page was made
 #
-# Computed when the page is built, from seed 0, without a language model. The variants are in
+# Computed when the page is built, from one seed, without a language model. The variants are in
 # `book/mlsae_book/as_released.py`, written from descriptions of the released code's behaviour and tested against numbers worked
 # out by hand (`tests/test_released.py`); nothing but this page calls them. That each function and test
 # of the first table exists is itself a test (`tests/test_definitions.py`).
