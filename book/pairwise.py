@@ -62,8 +62,8 @@ share.unstack("rows").reindex(by_sparsity["run"].unique()).mul(1e4).round(2)
 
 # %% [markdown]
 # **What to see.** On the logarithmic axis the copies have a second hump around one half; no dictionary has one,
-# its tail falls all the way. But at $k = 4$ more pairs lie above 0.4 than in the control of copies, 41 against
-# 22. With larger $k$ their number falls to hardly any. So the paper's finding, that there are few similar pairs beside the
+# its tail falls all the way. But at $k = 4$ more pairs lie above 0.4 than in the control of copies, 41
+# against 22. With larger $k$ their number falls to hardly any. So the paper's finding, that there are few similar pairs beside the
 # positive control, holds for our larger $k$ and fails for the smallest. Similar rows need not be the same feature at two
 # layers: this histogram knows nothing of layers. At the two largest $k$ there is a tail on the left too, towards opposite rows.
 #
