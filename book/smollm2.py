@@ -28,6 +28,7 @@ import pandas as pd
 from IPython.display import HTML
 
 from mlsae_book import charts, experiments, stages
+from mlsae_book.charts import layers as layer_charts
 from mlsae_book.charts import positions as position_charts
 from mlsae_book.charts import sweeps as sweep_charts
 from mlsae_book.tables import chosen, layers, positions, spread, sweeps
@@ -57,18 +58,26 @@ position_charts.by_position(
 # %% tags=["hide-input"]
 massive = experiments.tables(results.artefacts["massive"], "massive.csv").set_index("layer")
 massive["times"] = massive.norm / massive.norm_of_others
-massive.loc[[0, 5, 10, 11, 12, 15, 20, 25, 27, 28, 29]].round(1)
+shown = {
+    "vectors": "massive vectors",
+    "tokens": "of tokens",
+    "at_first": "at the first position",
+    "norm": "their length",
+    "norm_of_others": "length of others",
+    "times": "times as long",
+}
+massive.loc[[0, 5, 10, 11, 12, 15, 20, 25, 27, 28, 29], list(shown)].rename(columns=shown).round(1)
 
 # %% [markdown]
 # A vector is called massive here if it is more than 20 times as long as the median of its sequence and layer, and its token is then
 # left out at every layer (`massive: excluded` in a run's file): of training, of means, of every metric, and of what is replaced
 # when a layer is put back.
 #
-# **What to see.** After block 11 the first vector of every sequence has a length of 23,900, and keeps it to layer 27, while the others
-# grow from 141 to 626. At layers 2 to 8 it is five to nine times as long as others, at 9 and 10 like them again, and at the last two layers 14 and 6 times. No other vector of this text
-# is massive. So 32 tokens of 8,124 carry 99 % of the variance of layer 11, and 98 % of that of layer 20. What stands
-# there hardly matters: it takes the same 32 latents to write it in every sequence. At all other positions lengths are within a sixth of their mean, and what
-# is lost grows slowly with the position: at layer 20 from an FVU of 0.10 at the second to 0.14 in the second half.
+# **What to see.** After block 11 the first vector of every sequence is a hundred times as long as the others and more, and it
+# stays long to layer 27. Before that, at layers 2 to 8, it is longer than others as well, but not by enough to be called massive.
+# No other vector of this text is massive. So 32 tokens of 8,124 carry nearly all of the variance of these layers: 99 % at layer 11.
+# What stands there hardly matters, for the same 32 latents write it in every sequence. At all other positions lengths are within a
+# sixth of their mean, and what is lost grows slowly with the position.
 #
 # **What would contradict it.** Sinks at other positions, or in some sequences only: then they would be of a token, not of a place. (Larger
 # models are reported to have them [anywhere in a sequence](https://github.com/saprmarks/dictionary_learning/pull/52).)
@@ -92,7 +101,8 @@ charts.metric_by_layer(
 
 # %% tags=["hide-input"]
 metrics = ["fvu_global", "fvu_per_dimension", "mse", "l1", "l0", "delta_ce", "kl"]
-positions.both_ways(without, with_them, [5, 20], metrics).set_index("metric").round(4)
+table = positions.both_ways(without, with_them, [5, 20], metrics).set_index("metric").round(4)
+table.rename(index=charts.METRICS)
 
 # %% [markdown]
 # And what the chapter {doc}`drift` measures, of which no dictionary is a part:
@@ -104,13 +114,13 @@ positions.drift_both_ways(results.artefacts["drift"][0][1], kept[0][1], [5, 20])
 
 # %% [markdown]
 # **What to see.** The dictionary has never seen a sink, and can write it all the same: vectors are standardised one by one, so their
-# length is no obstacle, and 4 % of the sink's variance is left. Since the sinks *are* the variance, that is then the FVU of
-# every layer from 11 to 27, 0.04 or 0.05 instead of 0.10 to 0.14: it measures one vector. MSE rises forty-fold at layer 11; L0 and L1 do not
-# notice. And the model loses more, 0.36 nats instead of 0.16 at layer 11, in the mean over layers 0.34 instead of
-# 0.27, since it needs its sink exactly. So the better FVU goes with the worse loss. Without sinks the two rank the layers
-# much as in {doc}`evaluation` (rank correlation 0.85). Drift
-# notices the sinks where they come up: from layer 10 to 11 the centred similarity is 0.66 with them and 0.93 without, and all later ones are larger
-# by up to 0.03, since they are about a mean that the sinks have moved. Users of other libraries have met
+# length is no obstacle, and 4 % of the sink's variance is left. Since the sinks *are* the variance of layers 11 to 27, that is
+# then the FVU of these layers, a third of what it is without sinks: it measures one vector. MSE rises with their length; L0 and
+# L1 do not notice. And the model loses more, in the mean over layers 0.34 nats instead of 0.27, since it needs its sink
+# exactly. So the better FVU goes with the worse loss. Without sinks the two rank the layers much as in {doc}`evaluation`.
+#
+# Drift notices the sinks where they come up: from layer 10 to 11 the centred similarity is 0.66 with them and 0.93 without. All
+# later ones are a little larger with them, since they are about a mean that the sinks have moved. Users of other libraries have met
 # [an FVU that is very low](https://github.com/EleutherAI/sparsify/pull/113) for the same reason, and leave such tokens out as well.
 #
 # **What would contradict it.** The same FVU both ways.
@@ -147,6 +157,36 @@ spread.entropies(read).merge(spread.at_the_ends(read)).set_index("case").round(3
 # as in {doc}`entropy`, where the null models have 0.92 to 0.96: latents are spread over many of the 30 layers, and not evenly.
 #
 # **What would contradict it.** A measured ratio at its null models.
+#
+# ## And with random weights?
+#
+# The null model that says most in {doc}`variance` is a language model that has learnt nothing. Three more dictionaries read a thirtieth of
+# the text (32,768 tokens): by the same recipe, with the sinks kept, and on SmolLM2's shape with random weights. Compare them with
+# each other only; so little training leaves an FVU of twice the one above.
+
+# %% tags=["hide-input"]
+small = experiments.materialise(load_experiment("experiments/fetched/smollm2_small.yml"))
+layer_charts.variance_ratios(
+    layers.variance_sweeps({"dictionary": small.artefacts["distributions"]}),
+    title="With random weights the first ratio is lower still",
+    subtitle="Lines: 95 % bootstrap intervals over blocks of sequences. 4,096 test tokens.",
+)
+
+# %% tags=["hide-input"]
+costs = ["fvu_global", "delta_ce", "l0"]
+means = small.evaluation.groupby("case", sort=False)[costs].mean().round(3)
+means.rename(columns=charts.METRICS)
+
+# %% [markdown]
+# **What to see.** With random weights the first ratio is 0.51, where the trained model has 0.74. So here, too, that latents prefer layers is no
+# sign of learning: the model that has learnt nothing shows more of it. The two are not alike otherwise: of the random model this dictionary
+# reconstructs little, with an FVU of 0.72. (It loses next to nothing with it, since there is nothing to lose.) Its interval is
+# wide and does not contain its estimate; the order is clear all the same. The second ratios are about equal.
+#
+# A dictionary that was trained with the sinks, and is measured with them, has less than half the FVU of the one without, and
+# loses more, 1.5 nats instead of 1.3. Its first ratio is a little higher.
+#
+# **What would contradict it.** A first ratio near 1 with random weights.
 #
 # ## The paper's prompt
 #
@@ -204,7 +244,7 @@ HTML(chosen.as_html(latents, names))
 # | --- | --- | --- | --- | --- |
 # | norms grow over the layers | a picture (Figure 4) | 47 to 884, at all steps but one | with sinks 47 to 903, at all steps | holds |
 # | vectors of adjacent layers are alike | a picture (Figure 1) | 0.87 to 0.95, but 0.62 at the last step | with sinks 0.66 where they come up | holds, but for the last step |
-# | latents prefer layers: Eq. 11 is below 1 | 0.54 to 0.88 | 0.502 [0.497, 0.525] | 0.99 permuted, 0.97 Gaussian | holds, at the edge of their range |
+# | latents prefer layers: Eq. 11 is below 1 | 0.54 to 0.88 | 0.502 [0.497, 0.525] | 0.99 permuted, 0.97 Gaussian; random weights 0.51, where the same small budget gives 0.74 | holds, at the edge of their range; no sign of learning |
 # | at one token a latent is at few layers: Eq. 12 is small | 0.01 to 0.10 | 0.124 [0.119, 0.126] | 0.45 permuted, 0.04 Gaussian | holds; their estimator gives smaller numbers ({doc}`variance`) |
 # | in one prompt many latents are at one layer only | a picture (Figure 3) | 31 % of 1,038 latents | 27 % permuted | holds, but is mostly the size of the sample |
 # | over many tokens latents are at several layers | a picture (Figure 2) | entropy 0.73 of its maximum | 0.96 permuted, 0.92 Gaussian | holds |
@@ -214,10 +254,9 @@ HTML(chosen.as_html(latents, names))
 #
 # ## What was not done
 #
-# One dictionary of one seed, at one $k$ and one $R$; intervals are over the text alone. No other $k$ or $R$, no single-layer autoencoders, no surrogate
-# but the two null models, no tuned lens. Three further runs at a thirtieth of the budget are declared (`smollm2_small.yml`: the same recipe, one
-# that keeps the sinks, one on random weights), and six more (`smollm2_more.yml`); their results are not shipped. So there is no null model with
-# *random weights* here, which in {doc}`variance` says most: that a preference for layers is no sign of learning.
+# One dictionary of one seed, at one $k$ and one $R$; intervals are over the text alone. No single-layer autoencoders, no surrogate
+# but the three null models, no tuned lens. Further runs at the small budget are declared, of other seeds, $k$ and $R$
+# (`smollm2_more.yml`); their results are not shipped.
 #
 # ## How this page was made
 #
