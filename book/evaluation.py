@@ -247,11 +247,10 @@ experiments.published("table1").set_index("model")
 #
 # ## How this page was made
 #
-# The dictionary is the one of {doc}`training`. Special tokens are excluded from FVU, MSE,
-# L1 and L0; delta CE and KL score every prediction of a next token, and *tokens* in the row of the
-# training counts all positions. The code released with the paper reports
-# $\operatorname{KL}(\text{replaced} \,\|\, \text{original})$, summed over positions. The original pass is computed once, and all replaced layers share one growing batch through the rest
-# of the model.
+# The dictionary is the one of {doc}`training`. Special tokens are excluded from FVU, MSE, L1 and L0; delta CE and KL score every
+# prediction of a next token, and *tokens* in the row of the training counts all positions. The code released with the paper reports
+# $\operatorname{KL}(\text{replaced} \,\|\, \text{original})$, summed over positions. The original pass is computed once, and all
+# replaced layers share one growing batch through the rest of the model.
 
 # %% tags=["hide-input"]
 results.provenance.set_index("stage")

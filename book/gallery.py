@@ -100,8 +100,8 @@ sweep_charts.gallery(
 )
 
 # %% [markdown]
-# **What to see.** Aligned, the lens makes columns paler: mean entropy is 0.87, without it 0.77. With the alignment of the released
-# code there are more columns of one strong cell than without a lens.
+# **What to see.** Aligned, the lens makes columns paler: the mean entropy is 0.87 with it and 0.77 without. With the alignment of the
+# released code there are more columns of one strong cell than without a lens.
 #
 # ## Sparsity, with the tuned lens
 #
@@ -131,8 +131,8 @@ sweep_charts.gallery(
 )
 
 # %% [markdown]
-# **What to see.** The trend is that of the dictionaries without a lens, each a step paler: at $R = 64$ the mean entropy is 0.80,
-# without the lens 0.69. In the prompt the share of the latents at one layer only rises with $R$ as it does without it.
+# **What to see.** The trend is that of the dictionaries without a lens, each a step paler: at $R = 64$ the mean entropy is 0.80 with
+# it and 0.69 without. In the prompt the share of the latents at one layer only rises with $R$ as it does without it.
 #
 # ## Random weights
 #
@@ -146,8 +146,9 @@ sweep_charts.gallery(
 )
 
 # %% [markdown]
-# **What to see.** Without training there is a diagonal all the same, and it has *more* strong cells: mean entropy is 0.68, with
-# trained weights 0.77. So these pictures show that layers differ; that something was learnt they do not show ({doc}`variance`).
+# **What to see.** Without training there is a diagonal all the same, and it has *more* strong cells: the mean entropy is 0.68 with
+# random weights and 0.77 with trained ones. So these pictures show that layers differ; that something was learnt they do not show
+# ({doc}`variance`).
 #
 # ## How much of a single prompt is the size of the sample
 #
