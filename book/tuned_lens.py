@@ -194,7 +194,7 @@ ratios.pivot(index="run", columns="ratio", values=["low", "value", "high"]).roun
 # it falls a little, the paper's direction if not its size. The two lenses differ in more than their alignment: as released, the first
 # layer goes through the badly conditioned translator of the embeddings. So whether the alignment decides the sign cannot be told from
 # these two. The second ratio hardly moves when aligned, where the paper's grows, and falls to 0.17 as released. With layers permuted
-# it goes the same ways, and further, so these changes say nothing beyond that null model.
+# it goes the same ways, and further, so neither change is more than that null model has.
 #
 # There is a third possibility. The scripts of the released code that measure these ratios load a dictionary that was trained through
 # the lens, and read activations *without* it (`analysis/variances.py`, `analysis/dists.py` and `figures/prompt_heatmaps.py` at commit

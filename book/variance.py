@@ -70,9 +70,10 @@ layer_charts.variance_ratios(
 # more than vectors without a common origin would make it. With layers permuted it is as measured at $k = 4$, and more than measured
 # from $k = 8$ on. There the layers of a latent at one token are nearer to each other than chance would place them.
 #
-# With $R$ both ratios fall. Part of that is the sample: at $R = 64$ many latents are active at ten tokens or fewer, which makes their
-# spread look small (next section). And the second falls no faster than its null model: what is measured is about two thirds of the
-# value with layers permuted at every $R$. The paper has the first rise with the number of latents; ours does not.
+# With $R$ both ratios fall. Part of that is the sample: at large $R$ there are many latents that are active at few tokens
+# ({doc}`entropy`), which makes their spread look small (next section). And the second falls no faster than its null model: what is
+# measured is about two thirds of the value with layers permuted at every $R$. The paper has the first rise with the number of
+# latents; ours does not.
 #
 # Over the models the first ratio goes from 0.54 (GPT-2) to 0.65 (neox-4l-64d). With the size of GPT-NeoX it *falls*, where the
 # paper's broadly rises with that of Pythia. The second rises with that size, but so, and more steeply, does its value with layers
@@ -80,9 +81,9 @@ layer_charts.variance_ratios(
 #
 # A lens at its own layers raises the first ratio, from 0.62 to 0.75; with the alignment of the released code it is a little lower
 # than without a lens. The paper reports that a lens lowers it, to 0.41 or less: of ours only the released alignment goes that way,
-# and not so far. (And only with activations through the lens: {doc}`tuned_lens`.) In the default run, the same recipe on four times
-# the training text, the first ratio is 0.56 and the second is higher. So in this pair of runs longer training makes latents keep more
-# to their layers.
+# and not so far. (With dictionaries of a lens that read activations without it, as in the released scripts, nothing is measured here:
+# {doc}`tuned_lens`.) In the default run, the same recipe on four times the training text, the first ratio is 0.56 and the second is
+# higher. So in this pair of runs longer training makes latents keep more to their layers.
 #
 # **Random weights.** The last sweep is a null model of another kind: an MLSAE trained in the same way on a copy of `neox-6l-128d`
 # whose weights were drawn at random and never trained. Its first ratio is 0.55, below the trained model's. So that latents prefer
@@ -177,9 +178,9 @@ ratios.groupby(["sweep", "ratio"], sort=False).value.agg(["min", "max"]).round(3
 
 # %% [markdown]
 # The first ratio lies in the paper's range but for the smallest $k$. The second lies above the paper's range and comes down to its
-# end only at the largest $k$. Language model, $R$, $k$ and text differ, and so does the estimator (next), which alone is enough for
-# that. It is worth knowing what a low second ratio would mean: with Gaussian input, where activity at several layers is chance, it is
-# 0.012 at $k = 16$, within the paper's range.
+# upper end only at the largest $k$. Language model, $R$, $k$ and text differ, and so does the estimator (next), which alone is enough
+# for that. It is worth knowing what a low second ratio would mean: with Gaussian input, where activity at several layers is chance,
+# it is 0.012 at $k = 16$, within the paper's range.
 #
 # ## How much the definition matters
 #
