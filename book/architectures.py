@@ -11,10 +11,10 @@
 #
 # **Is what we found a matter of how GPT-NeoX is built?**
 #
-# Appendix B.3 of {cite:t}`lawson2025` trains MLSAEs on GPT-2 small, Llama 3.2 3B and Gemma 2 2B as well (Figures 13 to 18,
-# and rows of Table 1 and Figure 5) and finds heatmaps like those of Pythia. But these models differ from Pythia in
-# everything at once: size, text, tokenizer, training. Ours differ in the architecture alone. Each has six layers of 128
-# dimensions and read the same 9 M tokens of the same text, cut by the same tokenizer, with the same seed:
+# Appendix B.3 of {cite:t}`lawson2025` trains MLSAEs on GPT-2 small, Llama 3.2 3B and Gemma 2 2B as well (heatmaps and single prompts
+# in Figures 13 to 18) and finds pictures like those of Pythia. But these models differ from Pythia in everything at once: size, text,
+# tokenizer, training. Ours differ in the architecture alone. Each has six layers of 128 dimensions and read the same 9 M tokens of
+# the same text, cut by the same tokenizer, with the same seed:
 #
 # - `neox-6l-128d`: rotary positions, attention and MLP side by side;
 # - `gpt2-6l-128d`: learned positions, attention before the MLP;
@@ -45,7 +45,7 @@ models[["parameters", "training_tokens", "validation_loss", "bigram_loss", "seco
 # %% [markdown]
 # ## Heatmaps
 #
-# The counterparts of Figures 13, 15 and 17, with that of GPT-NeoX. Choose a model.
+# The counterparts of the paper's heatmaps, with that of GPT-NeoX. Choose a model.
 
 # %% tags=["hide-input"]
 sweep_charts.gallery(
@@ -62,18 +62,18 @@ sweep_charts.gallery(
 spread.at_the_ends(read).set_index("model").round(3)
 
 # %% [markdown]
-# **What to see.** A broad diagonal in each of the four: as the paper says of its models, the pictures are alike. By
-# numbers ({doc}`entropy`) GPT-2's latents are the most concentrated, with a mean entropy of 0.71 of its maximum, and
-# Llama's the least, with 0.79. Latents of the first layer alone are rare in all of them, 0.3 % to 1.9 %, and of the last
-# rarer still. The paper's note on Llama is not found here: ours has the *fewest* latents at its first layer, so
-# what they saw in Llama 3.2 3B need not be a matter of the architecture.
+# **What to see.** A broad diagonal in each of the four: as the paper says of its models, the pictures are alike. (So is that of
+# random weights in the {doc}`gallery`, so this is no sign that they learn the same.) By the mean entropy ({doc}`entropy`) the latents
+# of `gpt2-6l-128d` are the most concentrated, and those of `llama-6l-128d` the least. Latents of the first layer alone are rare in
+# all of them, 1.9 % at most, and of the last rarer still. The paper's note on Llama is not found here: ours has the *fewest* latents
+# at its first layer. So what they saw in their Llama need not be a matter of the architecture.
 #
 # **What would contradict it.** A model whose columns are all strong in one cell, or whose share at the first layer is
 # many times the median of the others.
 #
 # ## Single prompts
 #
-# The counterparts of Figures 14, 16 and 18, with the paper's prompt.
+# The counterparts of the paper's figures of single prompts, with its prompt.
 
 # %% tags=["hide-input"]
 prompt = stages.PROMPTS[0]
@@ -98,9 +98,8 @@ spreads = experiments.tables(results.artefacts["prompts"], "spread.csv")
 spreads[spreads.prompt == prompt].drop(columns="prompt").set_index(["model", "of"]).round(3)
 
 # %% [markdown]
-# **What to see.** Of the prompt's latents 38 % (GPT-2) to 44 % (GPT-NeoX) are active at one layer only. As in
-# {doc}`distributions`, most of that is the size of the sample: with layers permuted at each token it is 32 % to 38 %, and
-# what is left is 6 or 7 points in every architecture.
+# **What to see.** Of the prompt's latents about 40 % are active at one layer only, in every architecture. As in {doc}`distributions`,
+# most of that is the size of the sample: with layers permuted at each token it is little less, and what is left is 6 or 7 points.
 #
 # **What would contradict it.** An architecture in which the prompt's share is no larger than with layers permuted.
 #
@@ -120,11 +119,11 @@ layer_charts.variance_ratios(
 ratios.pivot(index="run", columns="ratio", values=["low", "value", "high"]).round(3)
 
 # %% [markdown]
-# **What to see.** Eq. 11 is 0.54 in GPT-2, 0.59 in Llama, 0.62 in GPT-NeoX and 0.63 in Gemma 2; Eq. 12 is 0.18, 0.23,
-# 0.21 and 0.19. No two intervals overlap, but the intervals cover the text alone: two dictionaries of one model that differ in their seed
-# have disjoint ones, too ({doc}`variance`). Beside the range over seeds, GPT-2 stands apart from the rest; Gemma 2 and GPT-NeoX,
-# one run each, do not. Over $k$ alone the first ratio goes from 0.50 to
-# 0.80, over $R$ from 0.56 to 0.75 ({doc}`variance`).
+# **What to see.** The first ratio is lowest in `gpt2-6l-128d`, 0.54, and highest in Gemma, 0.63; the second is lowest in
+# `gpt2-6l-128d`, too, and highest in Llama. No two intervals overlap, but the intervals cover the text alone: two dictionaries of one
+# model that differ in their seed have disjoint ones, too ({doc}`variance`). Beside the range over seeds, `gpt2-6l-128d` and Llama
+# stand apart in the first ratio, `gpt2-6l-128d` alone under the other choice of $P(J)$ as well. Gemma and GPT-NeoX, one run each,
+# hardly do. Over $k$ and over $R$ the ratio goes further than here, up to 0.80.
 #
 # **What would contradict it.** A ratio outside of what $k$ does to that of GPT-NeoX, or one at its null models.
 #
@@ -146,10 +145,10 @@ averages = ["fvu_global", "fvu_per_dimension", "l1", "delta_ce", "kl"]
 results.evaluation.groupby("model", sort=False)[averages].mean().round(4)
 
 # %% [markdown]
-# **What to see.** Global FVU grows with every layer in all four. GPT-2's is the smallest at five of the six layers. But
-# replacing its first two layers costs 0.31 and 0.38 nats, 1.7 to 2.5 times what it costs Llama (0.12 and
-# 0.22). So between models FVU does not rank what is lost: by the mean FVU the order is GPT-2, Llama, Gemma 2, GPT-NeoX, by the mean
-# delta CE it is Llama, Gemma 2, GPT-NeoX, GPT-2. Nor is it that GPT-2 had more to lose, since it is the weakest
+# **What to see.** Global FVU grows with every layer in all four. That of `gpt2-6l-128d` is the smallest at five of the six layers.
+# But replacing its first layer costs 0.31 nats where Llama's costs 0.12, and its second layer, too, is the dearest of the four. So
+# between models FVU does not rank what is lost: by the mean FVU of either kind the order is `gpt2-6l-128d`, Llama, Gemma, GPT-NeoX;
+# by the mean delta CE it is Llama, Gemma, GPT-NeoX, `gpt2-6l-128d`. Nor is it that the last had more to lose, since it is the weakest
 # model of the four.
 #
 # **What would contradict it.** The same order of the models in FVU and in delta CE.
@@ -161,10 +160,9 @@ published = experiments.published("table1")
 published[published.model.str.contains("GPT-2|Llama|Gemma|Pythia-160m")].set_index("model")
 
 # %% [markdown]
-# Of Pythia-160m and GPT-2 small, which are of similar size, GPT-2 has the lower FVU and the higher delta CE; so it has
-# here beside GPT-NeoX. Gemma 2 2B with its delta CE of 1.48 and Llama 3.2 3B with its FVU of 0.30 stand out in the paper;
-# with size, text, tokenizer and training alike, neither stands out here. Those numbers belong to these models, then,
-# or to their size, and not to the architecture alone.
+# Of Pythia-160m and GPT-2 small, which are of similar size, the latter has the lower FVU and the higher delta CE; so it has here
+# beside GPT-NeoX. The paper's Gemma stands out with its delta CE, and its Llama with its FVU. With size, text, tokenizer and training
+# alike, neither stands out here. So nothing on this page says that those numbers are a matter of the architecture alone.
 #
 # ## How this page was made
 

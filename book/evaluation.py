@@ -63,19 +63,17 @@ charts.metric_by_layer(
 )
 
 # %% [markdown]
-# **What to see.** FVU grows with every layer, from about 0.05 to 0.2, and the per-dimension FVU is always
-# the larger of the two. Delta CE grows too, from 0.1 to 0.4 nats, but not at every step: layer 4 is
-# reconstructed worse than layer 3 and costs less. So FVU ranks these six layers nearly as the
-# model's loss does. That is little evidence that it is a proxy for what the model needs: both rise with depth, and between
-# models the two give different orders ({doc}`architectures`).
+# **What to see.** FVU grows with every layer, of both kinds. Delta CE grows too, but not at every step: layer 4 is reconstructed
+# worse than layer 3 and costs less. So FVU ranks these six layers nearly as the model's loss does. That is little evidence that it is
+# a proxy for what the model needs: both rise with depth, and between models the two give different orders ({doc}`architectures`).
 #
 # The two FVU differ by a constant. Where the layers' mean vector is long, a good part of the *global* variance is that of one
 # vector which all tokens share, and a bias would do for it. The bias of an MLSAE is one for all layers. The column *offset* of
 # the table is that part: half of the variance of the first layer, a twentieth of the last. So the first layers' low global FVU
 # is in part an easy half.
 #
-# **What would contradict it.** Layers that the two rank in different orders throughout. The one
-# exchange here, of 0.015 nats, is no accident of this run: it is found at each of the five $k$ and the seven $R$ below.
+# **What would contradict it.** Layers that the two rank in different orders throughout. The one exchange here, of 0.015 nats, is no
+# accident of this run: it is found with each of the seeds, the $k$ and the $R$ below.
 #
 # The same numbers as a table:
 
@@ -88,12 +86,11 @@ shown[columns].set_index("layer").round(4)
 # %% [markdown]
 # ## What a layer is worth
 #
-# Delta CE needs a scale. Replacing the residual stream by zero, or by its mean, destroys all that
-# the layer knows of the text; the fraction of that damage which the reconstruction avoids is the *CE
-# recovered*. It is a forgiving number, since the damage is large: read it beside delta CE, not
-# instead. Where the loss after ablation is above the 8.3 nats of a uniform guess, ablation does harm of its own, and
-# the fraction flatters: layer 4's (by zero) is mostly the size of its denominator. (The mean is that of the
-# first 8192 tokens.)
+# Delta CE needs a scale. Replacing the residual stream by zero, or by its mean, destroys all that the layer knows of the text; the
+# fraction of that damage which the reconstruction avoids is the *CE recovered*. It is a forgiving number, since the damage is large:
+# read it beside delta CE, not instead. A uniform guess has a loss of 8.3 nats. In all rows but one, the last layer by zero, the loss
+# after ablation is above that: ablation does harm of its own, and the fraction flatters. At layer 4 by zero it is mostly the size of
+# its denominator. (The mean is that of the first 8192 tokens.)
 
 # %% tags=["hide-input"]
 ablation = ["ce_original", "ce_replaced", "ce_zero", "ce_mean"]
@@ -118,8 +115,9 @@ overlapping = stages.overlap(pipeline.Session(), results.runs[0][1], settings)
 experiments.tables([({}, overlapping)], "apart.csv").set_index("text").round(3)
 
 # %% [markdown]
-# **What to see.** The *language model* predicts repeated text better by far: it has learnt some by heart, so its loss on the whole split flatters it. The
-# dictionary's FVU is the same on both. So what this book measures of reconstructions does not depend on it.
+# **What to see.** The *language model* predicts repeated text better by far. It may know some by heart, and what is repeated may be
+# easy text as well; either way its loss on the whole split flatters it. The dictionary's FVU hardly differs, and it is not the lower
+# on repeated text. So repeated text does not flatter the FVU of this book. Of its other measures this says nothing.
 #
 # **What would contradict it.** An FVU that is lower on repeated text.
 #
@@ -140,9 +138,9 @@ range_over_seeds = fidelity.repeated(seeds.evaluation, "seed", ["fvu_global", "l
 range_over_seeds.query("layer == 'mean'").set_index("metric").round(4)
 
 # %% [markdown]
-# **What to see.** Lines that hide behind their points, but for L1, where those of layers 0 and 1 overlap. The mean FVU over layers moves by about 0.0014, delta CE by
-# about 0.003 nats, and these are the yardsticks for differences between the runs further down. Layer 4 costs less than
-# layer 3 with all three seeds. Three seeds give a range, not a confidence interval.
+# **What to see.** Lines that hide behind their points, but for L1, where those of the first two layers overlap. The mean FVU over
+# layers moves by about 0.0014 between seeds. Delta CE moves by about 0.003 nats. These are the yardsticks for differences between the
+# runs further down. Layer 4 costs less than layer 3 with all three seeds. Three seeds give a range, not a confidence interval.
 #
 # **What would contradict it.** Lines as long as the distances between layers.
 #
@@ -161,15 +159,14 @@ fidelity_charts.over_sweep(
 )
 
 # %% [markdown]
-# **What to see.** As in the paper, FVU, MSE, delta CE and KL fall at every layer with each doubling of either. Doubling
-# $R$ lowers the mean FVU by 15 % at first and by 6 % at last, from 32 to 64; doubling $k$ lowers it by 21 or 22 % three times and by more than a
-# third the fourth. L1 falls with $R$ and rises with $k$, as in the paper. And MSE, which no variance divides, rises with the layer
-# throughout. The paper's exception, a last layer that gets worse at large $R$, is not found up to $R = 64$;
-# theirs go to 256.
+# **What to see.** As in the paper, FVU, MSE, delta CE and KL fall at every layer with each doubling of either. Doubling $R$ lowers
+# the mean FVU less and less, by 15 % at first; doubling $k$ lowers it by about a fifth three times and by more than a third the
+# fourth (in the tables). L1 falls with $R$ and rises with $k$, as in the paper. And MSE, which no variance divides, rises with the
+# layer throughout. The paper's exception, a last layer that gets worse at large $R$, is not found up to $R = 64$; theirs go to 256.
 #
-# **What would contradict it.** A line that rises with $R$ or $k$, other than L1's with $k$. Each point is one
-# run, but each step of the mean is at least four times the range over seeds (six times in global FVU, MSE
-# and delta CE), other than L1's beyond $R = 8$, which are one to three times.
+# **What would contradict it.** A line that rises with $R$ or $k$, other than L1's with $k$. Each point is one run, but each step of
+# the mean is at least four times the range over seeds, other than those of L1 beyond $R = 8$. The last two of these are about that
+# range or less, so whether L1 goes on falling there is not known.
 
 # %% tags=["hide-input"]
 columns = ["fvu_global", "fvu_per_dimension", "mse", "l1", "delta_ce", "kl", "dead"]
@@ -179,9 +176,8 @@ fidelity.means(factors.evaluation, "expansion_factor", columns).round(4)
 fidelity.means(sparsity.evaluation, "k", columns).round(4)
 
 # %% [markdown]
-# At $R = 16$ and $k = 16$ this is the recipe of the first chart with a quarter of its training text. Four
-# times the text lowered the mean FVU from 0.151 to 0.127 and delta CE from 0.33 to 0.26 nats (measured on more test
-# text), less than a doubling of $k$ does.
+# At $R = 16$ and $k = 16$ this is the recipe of the first chart with a quarter of its training text. Four times the text lowered the
+# mean FVU to 0.127, and delta CE by about as large a fraction (measured on more test text). A doubling of $k$ does more.
 #
 # ## The last layer and dead latents
 #
@@ -197,10 +193,9 @@ fidelity_charts.last_layer(
 )
 
 # %% [markdown]
-# **What to see.** Two lines that fall together, 0.13 apart at $R = 1$ and 0.10 at $R = 64$, and few dead latents: one in a
-# thousand at $R = 16$, one in a hundred at 64. So the paper's effect has little cause to appear here, and
-# does not. In relative terms the last layer does fall behind, from 1.5 times the others' FVU to 1.7 times at $R = 8$,
-# where no latent is dead, and 1.8 times at 64.
+# **What to see.** Two lines that fall together, and few dead latents, one in a hundred at most. So the paper's effect has little
+# cause to appear here, and does not. In relative terms the last layer does fall behind, from 1.5 times the others' FVU to 1.8 times
+# at the largest $R$. But half of that has come about by $R = 8$, where no latent is dead.
 #
 # **What would contradict it.** Lines that go apart where the bars grow.
 #
@@ -218,14 +213,13 @@ charts.metric_by_layer(
 )
 
 # %% [markdown]
-# **What to see.** In all six models FVU grows with every layer, global FVU by a factor of 2.6 to 4.1 from the first to the last,
-# while their means over layers lie between 0.130 and 0.161. What the architectures do to it is the subject of
-# {doc}`architectures`. Of the three GPT-NeoX, the larger one has at every common layer the smaller global FVU, by more than seeds
-# move it; yet its *mean* is the larger (0.130, 0.151 and 0.161), since it has more layers and the last ones are the hardest. Per
-# dimension there is no such order: at layers 0 to 2 the smallest model has the smallest FVU (at 0 by less than seeds move it), at 4 and 5 the largest model has.
-# Delta CE falls with the size at every common layer, but for layer 3 of the smallest model, which is its last; its mean is 0.341,
-# 0.331 and 0.319. In the paper FVU and delta CE remain consistent over the sizes of Pythia. MSE depends on the scale of
-# a model's activations, L1 on its width.
+# **What to see.** In all six models FVU grows with every layer, in global FVU more than twofold from the first to the last. What the
+# architectures do to it is the subject of {doc}`architectures`. Of the three GPT-NeoX, the larger one has at every common layer the
+# smaller global FVU, by more than seeds move it. Yet its *mean* is the larger, from 0.130 in the smallest to 0.161 in the largest,
+# since it has more layers and the last ones are the hardest. Per dimension there is no such order: at the first three layers the
+# smallest model has the smallest FVU (at the first by less than seeds move it), further on the largest model may have. Delta CE falls
+# with the size at every common layer but one, the last of the smallest model. In the paper FVU and delta CE remain consistent over
+# the sizes of Pythia. MSE depends on the scale of a model's activations, L1 on its width.
 #
 # **What would contradict it.** A size that is below the others at all layers in both kinds of FVU, as GPT-2 is below the
 # GPT-NeoX of its size.
@@ -253,11 +247,10 @@ experiments.published("table1").set_index("model")
 #
 # ## How this page was made
 #
-# The dictionary is the one of {doc}`training`. Special tokens are excluded from FVU, MSE,
-# L1 and L0; delta CE and KL score every prediction of a next token, and *tokens* in the row of the
-# training counts all positions. The code released with the paper reports
-# $\operatorname{KL}(\text{replaced} \,\|\, \text{original})$, summed over positions. The original pass is computed once, and all replaced layers share one growing batch through the rest
-# of the model.
+# The dictionary is the one of {doc}`training`. Special tokens are excluded from FVU, MSE, L1 and L0; delta CE and KL score every
+# prediction of a next token, and *tokens* in the row of the training counts all positions. The code released with the paper reports
+# $\operatorname{KL}(\text{replaced} \,\|\, \text{original})$, summed over positions. The original pass is computed once, and all
+# replaced layers share one growing batch through the rest of the model.
 
 # %% tags=["hide-input"]
 results.provenance.set_index("stage")

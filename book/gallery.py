@@ -11,12 +11,20 @@
 #
 # **How does the picture change with the dictionary's size, its sparsity, the model and the lens?**
 #
-# Appendix D of {cite:t}`lawson2025` prints the heatmap of {doc}`distributions` again for every
-# combination of model, $R$ and $k$, and that of a single prompt beside each (Figures 30 to 41; Figures 13 to 18 are those of
-# other architectures). Here the reader turns the pages. A column is a latent, its colours are
-# $P(L = \ell \mid j)$ of {eq}`eq-layer-distribution`, and columns are sorted by the mean layer. Every picture has a
-# second choice: *many tokens*, or *one prompt*, the paper's "When John and Mary went to the store, John gave". In the
-# latter an empty cell is a layer at which the latent is never active.
+# Appendix D of {cite:t}`lawson2025` prints the heatmap of {doc}`distributions` again for every combination of model, $R$ and $k$, and
+# that of a single prompt beside each. Here the reader turns the pages. A column is a latent, its colours are $P(L = \ell \mid j)$ of
+# {eq}`eq-layer-distribution`, and columns are sorted by the mean layer. Every picture has a second choice: *many tokens*, or *one
+# prompt*, the paper's "When John and Mary went to the store, John gave". In the latter an empty cell is a layer at which the latent
+# is never active. The figures of the paper that belong to each section:
+#
+# | Section | Many tokens | One prompt |
+# |---|---|---|
+# | Sparsity | Figures 32, 36 | Figures 33, 37 |
+# | Expansion factor | Figures 30, 34 | Figures 31, 35 |
+# | Model ({doc}`architectures`) | Figures 13, 15, 17 | Figures 14, 16, 18 |
+# | Tuned lens | Figure 6 | Figure 7 |
+# | Sparsity, with the tuned lens | Figure 40 | Figure 41 |
+# | Expansion factor, with the tuned lens | Figure 38 | Figure 39 |
 
 # %% tags=["remove-cell"]
 from mlsae_book import charts, experiments, stages, widgets
@@ -34,7 +42,7 @@ sample = "At most 80 latents of each dictionary, evenly spaced in the order of t
 # %% [markdown]
 # ## Sparsity
 #
-# Figures 32 and 36; of one prompt, 33 and 37.
+# From few active latents per vector to many.
 
 # %% tags=["hide-input"]
 sweep_charts.gallery(
@@ -44,13 +52,13 @@ sweep_charts.gallery(
 )
 
 # %% [markdown]
-# **What to see.** At $k = 4$ many columns are strong in one cell; by $k = 32$ most are pale over several layers. The
-# mean entropy ({doc}`entropy`) says the same: 0.68 and 0.82 of what it could be, but 0.78 at $k = 64$. In the prompt 44 % to 51 % of the latents are active
-# at one layer only up to $k = 16$, and 27 % at 64.
+# **What to see.** At $k = 4$ many columns are strong in one cell; by $k = 32$ most are pale over several layers. The mean entropy
+# ({doc}`entropy`) says the same: it rises up to there, and is lower again at $k = 64$. In the prompt the share of latents that are
+# active at one layer only falls from $k = 8$ on; with layers permuted it falls as well (table at the end).
 #
 # ## Expansion factor
 #
-# Figures 30 and 34; of one prompt, 31 and 35.
+# From as many latents as dimensions to many times more.
 
 # %% tags=["hide-input"]
 sweep_charts.gallery(
@@ -60,12 +68,13 @@ sweep_charts.gallery(
 )
 
 # %% [markdown]
-# **What to see.** The larger the dictionary, the more strong cells: mean entropy falls from 0.86 at $R = 1$ to 0.69 at 64. In
-# the prompt this is far plainer: 8 % of the latents are active at one layer only at $R = 1$, 55 % at 64.
+# **What to see.** The larger the dictionary, the more strong cells: mean entropy falls from 0.86 at $R = 1$ to 0.69 at $R = 64$. In
+# the prompt this looks far plainer, with 8 % of the latents at one layer only at the smallest $R$ and 55 % at the largest. But with
+# layers permuted that share rises nearly as far (table at the end), so it is mostly a matter of how few tokens a latent has.
 #
 # ## Model
 #
-# Figures 13 to 18 and more about them are in {doc}`architectures`.
+# More about the other architectures is in {doc}`architectures`.
 
 # %% tags=["hide-input"]
 sweep_charts.gallery(
@@ -75,13 +84,13 @@ sweep_charts.gallery(
 )
 
 # %% [markdown]
-# **What to see.** A diagonal in each. The fewer layers, the more strong cells: neox-4l-64d has the most, neox-8l-192d the fewest; of the models of
-# six layers GPT-2 has the most and Llama the fewest ({doc}`architectures`). In the prompt
-# 36 % (neox-8l-192d) to 58 % (neox-4l-64d) of the latents are active at one layer only.
+# **What to see.** A diagonal in each. The fewer layers, the more strong cells: `neox-4l-64d` has the most, `neox-8l-192d` the fewest.
+# Of the models of six layers GPT-2 has the most and Llama the fewest. In the prompt the three GPT-NeoX have the same order, with
+# layers permuted, too: among fewer layers a latent is at one of them more easily.
 #
 # ## Tuned lens
 #
-# Figures 6 and 7; what the lens does is the subject of {doc}`tuned_lens`.
+# What the lens does is the subject of {doc}`tuned_lens`.
 
 # %% tags=["hide-input"]
 sweep_charts.gallery(
@@ -91,12 +100,12 @@ sweep_charts.gallery(
 )
 
 # %% [markdown]
-# **What to see.** Aligned, the lens makes columns paler (mean entropy 0.87 instead of 0.77); with the alignment of
-# the released code there are more columns of one strong cell (0.71).
+# **What to see.** Aligned, the lens makes columns paler: the mean entropy is 0.87 with it and 0.77 without. With the alignment of the
+# released code there are more columns of one strong cell than without a lens.
 #
 # ## Sparsity, with the tuned lens
 #
-# Figures 40 and 41, with the aligned lens.
+# With the aligned lens.
 
 # %% tags=["hide-input"]
 sweep_charts.gallery(
@@ -106,13 +115,13 @@ sweep_charts.gallery(
 )
 
 # %% [markdown]
-# **What to see.** Paler at each $k$ than without the lens: mean entropy is 0.81, 0.87 and 0.90, where it was 0.68, 0.77 and 0.78. (Whether it, too, is
-# highest at 32 was not measured.) In the prompt 47 %, 37 % and 25 % of the latents are active at one layer only: fewer than
-# without the lens at 16 and 64 (44 % and 27 %), not at 4 (44 %).
+# **What to see.** Paler at each $k$ than without the lens, in mean entropy, too. (Whether that is highest at $k = 32$ here as well
+# was not measured.) In the prompt fewer of the latents are active at one layer only than without the lens at $k = 16$ and $k = 64$,
+# but not at $k = 4$ (table at the end).
 #
 # ## Expansion factor, with the tuned lens
 #
-# Figures 38 and 39, with the aligned lens.
+# With the aligned lens.
 
 # %% tags=["hide-input"]
 sweep_charts.gallery(
@@ -122,8 +131,8 @@ sweep_charts.gallery(
 )
 
 # %% [markdown]
-# **What to see.** The trend is that of the dictionaries without a lens, each a step paler: mean entropy falls from 0.95 at $R = 1$ to 0.80 at
-# 64, where it fell from 0.86 to 0.69. In the prompt 8 % to 48 % of the latents are active at one layer only, where it was 8 % to 55 %.
+# **What to see.** The trend is that of the dictionaries without a lens, each a step paler: at $R = 64$ the mean entropy is 0.80 with
+# it and 0.69 without. In the prompt the share of the latents at one layer only rises with $R$ as it does without it.
 #
 # ## Random weights
 #
@@ -137,8 +146,9 @@ sweep_charts.gallery(
 )
 
 # %% [markdown]
-# **What to see.** Without training there is a diagonal all the same, and it has *more* strong cells (mean entropy 0.68
-# instead of 0.77). So these pictures show that layers differ; that something was learnt they do not show ({doc}`variance`).
+# **What to see.** Without training there is a diagonal all the same, and it has *more* strong cells: the mean entropy is 0.68 with
+# random weights and 0.77 with trained ones. So these pictures show that layers differ; that something was learnt they do not show
+# ({doc}`variance`).
 #
 # ## How much of a single prompt is the size of the sample
 #
@@ -151,11 +161,10 @@ spreads = spreads[spreads.prompt == stages.PROMPTS[0]]
 spreads.pivot_table("one_layer", ["sweep", "position", "run"], "of").droplevel("position").round(3)
 
 # %% [markdown]
-# **What to see.** Everywhere the prompt's share is larger than with layers permuted, by 6 to 9 points in most runs, by 1 to 5 through the aligned lens and at
-# the two smallest $R$. But by far the larger
-# part of it is there with layers permuted, too, and follows $R$, $k$ and the lens as the whole does: what the single prompts show
-# is first of all how few tokens they have. Furthest above stand random weights (14 points), the smallest model (13), and
-# the lens as released (15).
+# **What to see.** Everywhere the prompt's share is larger than with layers permuted, in most runs by 6 to 9 points, and by less
+# through the aligned lens and at the two smallest $R$. But by far the larger part of it is there with layers permuted, too, and
+# follows $R$, $k$ and the lens as the whole does: what the single prompts show is first of all how few tokens they have. Nor is what
+# is left a sign of something learnt: random weights are among the furthest above, with the smallest model and the lens as released.
 #
 # **What would contradict it.** A run whose columns are all alike, or all of one strong cell: layers that do not
 # matter, or one dictionary per layer under a common name. Of the prompts, a share no larger than with layers permuted.

@@ -61,14 +61,13 @@ transfer_charts.matrix(
 )
 
 # %% [markdown]
-# **What to see.** Down every column the smallest number stands on the diagonal, in all four metrics: an
-# autoencoder does best where it was trained. Along every row FVU grows with each step away from the
-# diagonal, since adjacent layers are the most alike ({doc}`drift`). The row beneath is second in every
-# column. At layer 1, say, the MLSAE has an FVU of 0.097, the layer's own autoencoder 0.066, and the best
-# that is borrowed from another layer 0.152.
+# **What to see.** Down every column the smallest number stands on the diagonal, in all four metrics: an autoencoder does best where
+# it was trained. Along every row FVU grows with each step away from the diagonal, since adjacent layers are the most alike
+# ({doc}`drift`). The row beneath is second in every column. At layer 1, say, the MLSAE has an FVU of 0.097, the layer's own
+# autoencoder 0.066, and the best that is borrowed from another layer has more than twice that.
 #
-# The price of sharing falls with depth. The MLSAE's FVU is 2.2 times that of the diagonal at layer 0, 1.5
-# times at layer 1, and 1.1 times at layers 3 and 4.
+# The price of sharing falls with depth. The MLSAE's FVU is 2.2 times that of the diagonal at the first layer, and 1.1 times at the
+# last that is shown.
 #
 # **What would contradict it.** A row beneath that is worse than the neighbours of the diagonal: then
 # a dictionary borrowed from the next layer would do better than one that has seen all layers.
@@ -83,18 +82,18 @@ transfer.summary(cells).round(4)
 # over layers. `best_at_own` counts the layers at which the autoencoder trained there is the best of the
 # single-layer ones: all five.
 #
-# One dictionary for all raises FVU from 0.108 to 0.135 and delta CE from 0.240 to 0.306 nats, each by about a
-# quarter; a dictionary of another layer raises them to 0.39 and 1.1 nats. A quarter is less than $k$ buys:
-# with twice the active latents an MLSAE of the same size reaches the diagonal.
+# In the means, one dictionary for all raises FVU and delta CE by about a quarter each. A dictionary of another layer raises them to
+# more than three and four times the diagonal's. A quarter is about what $k$ buys: with twice the active latents an MLSAE of the same
+# size reaches the diagonal.
 
 # %% tags=["hide-input"]
 inner = sparsity.evaluation.query("layer < 5")
 fidelity.means(inner, "k", ["fvu_global", "fvu_per_dimension", "delta_ce", "kl"]).round(4)
 
 # %% [markdown]
-# At $k = 32$ the mean FVU is 0.107 and delta CE 0.221 nats, both a little below `own`. All of these are single
-# runs, but the differences between the MLSAE and the diagonal have one sign at all layers and in all metrics, and their
-# means are about twenty times what seeds alone do to the MLSAE's ({doc}`evaluation`).
+# At $k = 32$ delta CE and KL are below `own` in the mean. Global FVU is the same, within what seeds do, and FVU per dimension a
+# little above. All of these are single runs, but the differences between the MLSAE and the diagonal have one sign at all layers and
+# in all metrics, and their means are more than ten times what seeds alone do to the MLSAE's ({doc}`evaluation`).
 #
 # ## The smallest model
 #
@@ -111,9 +110,9 @@ transfer_charts.matrix(
 transfer.summary(small_cells).round(4)
 
 # %% [markdown]
-# **What to see.** The same order in every column: own layer, MLSAE, the rest. The MLSAE's FVU is 1.7 times the
-# diagonal's at layer 0 and 1.2 or 1.3 times from layer 1 on. In the mean over the layers but the last it is 0.111 instead of
-# 0.086, and delta CE 0.33 instead of 0.25 nats: 29 % and 34 % more, where neox-6l-128d has 24 % and 28 %.
+# **What to see.** The same order in every column: own layer, MLSAE, the rest. The price is highest at the first layer again, 1.7
+# times the diagonal's FVU. In the mean over the layers but the last FVU is 29 % higher, and delta CE by a third, both by a little
+# more than in `neox-6l-128d`.
 #
 # ## Through a tuned lens
 #
@@ -139,26 +138,26 @@ transfer_charts.matrix(
 transfer.summary(lens_cells).round(4)
 
 # %% [markdown]
-# **What to see.** Off the diagonal the lens helps: the mean FVU falls from 0.30 to 0.23 and delta CE from 0.99 to 0.87
-# nats. So layers are more alike in the lens space, and what is learnt at one is of more use at another. The paper finds the
-# reverse: on Pythia-70m the lens *degrades* single-layer autoencoders at other layers; but its lens has another
-# alignment ({doc}`tuned_lens`). On the diagonal, and for the MLSAE, the lens costs: delta CE rises from 0.25 to 0.28
-# and from 0.33 to 0.44 nats. The order in every column stays: own layer, MLSAE, the rest.
+# **What to see.** Off the diagonal the lens helps in the mean: delta CE falls from 0.99 to 0.87 nats. (So does FVU, of another
+# variance.) It does not at every pair: what was learnt at layer 1 and is used at layer 0, or at layer 2 and used at layer 1, costs
+# more than without the lens. So layers are more alike in the lens space on the whole, and what is learnt at one is mostly of more use
+# at another. The paper finds the reverse: on Pythia-70m the lens *degrades* single-layer autoencoders at other layers; but its lens
+# has another alignment ({doc}`tuned_lens`). On the diagonal the lens costs a little. For the MLSAE it costs more: delta CE rises from
+# 0.33 to 0.44 nats. The order in every column stays: own layer, MLSAE, the rest.
 #
 # **What would contradict it.** A mean off the diagonal that is no lower than without a lens. (FVU is of another variance in
 # the lens space; delta CE and KL are comparable, and there is one seed of each.)
 #
 # ## The paper
 #
-# Figures 19 to 21, on Pythia-70m, 160m and 410m, print no numbers, so none stand beside ours. Appendix B.4
-# says of them that:
+# Figures 19 to 21 print no numbers, so none stand beside ours. Appendix B.4 says of them that:
 #
 # - the single-layer autoencoder of a layer does best at that layer, on the diagonal. Ours do;
 # - the MLSAE does about as well as the single-layer autoencoder of each layer. Ours comes nearer to it than
 #   any other does, and is a quarter worse on average;
-# - the MLSAE is more consistent across layers. It is, beside any one single-layer autoencoder: its FVU
-#   spans 0.14 over the columns, and the rows above span from 0.23 (layer 3's) to 0.84 (layer 0's). Beside the
-#   diagonal it is so by little, 0.144 against 0.160, as each layer has a difficulty of its own;
+# - the MLSAE is more consistent across layers. It is, beside any one single-layer autoencoder: its FVU spans 0.14
+#   over the columns, and every row above spans more. Beside the diagonal it is so by little (see `spread`),
+#   as each layer has a difficulty of its own;
 # - on Pythia-410m, FVU changes sharply between the autoencoders of layers 4 and 5. Ours show no such step.
 #
 # ## What it costs
@@ -179,9 +178,10 @@ found.drop(columns=["seconds", "vectors_per_second"]).round(1)
 #
 # ## At equal budget
 #
-# An MLSAE that reads six layers has, per layer, a sixth of the latents, and with them it loses a quarter. Is that because layers share what there is
-# to learn? This page once said so. The control is a dictionary for each layer of a *sixth* of the latents: if that loses no more, nothing was shared. All
-# of these are trained on 200,000 tokens, with 384 latents for a sixth, which is a little more than one.
+# An MLSAE that reads six layers has, per layer, a sixth of the latents, and with them it loses a quarter. Is that because layers
+# share what there is to learn? This page once said so. The control is a dictionary for each layer of a *sixth* of the latents: if
+# that loses no more, nothing was shared. All of these are trained on 200,000 tokens, with 384 latents for a sixth, which is a little
+# more than one.
 
 # %% tags=["hide-input"]
 equal = experiments.materialise(load_experiment("experiments/equal.yml"))
@@ -190,11 +190,13 @@ control = control[~control.case.str.contains("seed")]
 control.pivot(index="dictionary", columns="layer", values="fvu_per_dimension").round(3)
 
 # %% [markdown]
-# **What to see.** At the first two layers and the last, the MLSAE is worse than a dictionary of a sixth of its latents. At layers 2 to 4 it is better, and makes up for a quarter to a half of what a
-# sixth loses. So sharing gains something where layers are most alike, and at the ends it costs more than it brings. These runs are short; longer ones may be kinder to the dictionary that has most to learn.
+# **What to see.** At the first two layers and the last, the MLSAE is worse than a dictionary of a sixth of its latents. At layers 2
+# to 4 it is better, and makes up for a quarter to a half of what a sixth loses. So sharing gains something where layers are most
+# alike, and at the ends it costs more than it brings. These runs are short, and one of each; longer ones may be kinder to the
+# dictionary that has most to learn.
 #
-# **What would contradict it.** A row *a sixth of the latents* that lies above the MLSAE's at every layer by as much as that lies above *as many latents*: then layers
-# would share nearly all.
+# **What would contradict it.** A row *a sixth of the latents* that lies above the MLSAE's at every layer by as much as that lies
+# above *as many latents*: then layers would share nearly all.
 #
 # ## How this page was made
 #

@@ -60,10 +60,10 @@ lens_charts.divergences(
 )
 
 # %% [markdown]
-# **What to see.** Aligned, the lens reads more than the logit lens at every layer before the last; the divergence after the
-# first block falls from 4.3 to 1.6 nats. As released, each layer is translated by what was fitted to the layer
-# before it. In between that is still better than no lens, but after the first block, which gets the embeddings'
-# translator, and after the last, where nothing needs translating, it is worse than none.
+# **What to see.** Aligned, the lens reads more than the logit lens at every layer before the last; the divergence after the first
+# block falls from 4.3 to 1.6 nats. As released, each layer is translated by what was fitted to the layer before it. In between that
+# is still better than no lens. But after the first block, which gets the embeddings' translator, and after the last, where nothing
+# needs translating, it is worse than none.
 #
 # **What would contradict it.** An *as released* curve under the *aligned* one: then translator $\ell$ would be the
 # one for the output of block $\ell$ after all. That the indices are right is also a test, in which the divergence
@@ -89,9 +89,9 @@ lens_charts.conditions(
 )
 
 # %% [markdown]
-# **What to see.** Aligned, condition numbers stay below 19: an error grows by little more than one digit, of the seven that
-# float32 has. As released, the translator of the embeddings, which stretches some directions 320 times more than others in the
-# six-layer model and 4900 times in the eight-layer one, is used after the first block.
+# **What to see.** Aligned, condition numbers stay below 19: an error grows by little more than one digit, of the seven that float32
+# has. As released, the translator of the embeddings is used after the first block. It stretches some directions 320 times more than
+# others in the six-layer model, and far more in the eight-layer one.
 #
 # ## Reconstruction and downstream loss
 #
@@ -112,15 +112,13 @@ averages = ["fvu_global", "fvu_per_dimension", "l1", "delta_ce", "kl"]
 results.evaluation.groupby("case", sort=False)[averages].mean().round(4)
 
 # %% [markdown]
-# **What to see.** It depends on what is asked. FVU per dimension, which gives each dimension the same weight, is lower
-# at every layer with the aligned lens (mean 0.187, without lens 0.194); global FVU is higher up to block 3 and lower
-# after it (mean 0.172 and 0.151), but of another variance, that of the lens space. Delta CE is comparable, and follows
-# the second pattern: the aligned lens costs 0.02 to 0.04 nats after blocks 0 to 3 and saves 0.01 and 0.04 after the last two, so
-# that in the mean it is slightly *worse*, 0.345 against 0.331. After the last block both dictionaries
-# see the same vectors, so the gain there is not the lens's reading but the dictionary's: latents are divided
-# otherwise among the layers. As released, global FVU is lowest of all after the first block (0.05), and delta
-# CE highest by far, 3.7 nats: the error is small where it is measured and is stretched up to 320 times on its way back. At the
-# other layers, too, delta CE is higher than without a lens.
+# **What to see.** It depends on what is asked. FVU per dimension, which gives each dimension the same weight, is lower at every layer
+# with the aligned lens. Global FVU is higher up to block 3 and lower after it, but of another variance, that of the lens space. Delta
+# CE is comparable, and follows the second pattern: the aligned lens costs a little after the first four blocks and saves a little
+# after the last two, so that in the mean it is slightly *worse*, 0.345 against 0.331. After the last block both dictionaries see the
+# same vectors, so the gain there is not the lens's reading but the dictionary's: latents are divided otherwise among the layers. As
+# released, global FVU is lowest of all after the first block, and delta CE highest by far, 3.7 nats: the error is small where it is
+# measured and is stretched on its way back. At the other layers, too, delta CE is higher than without a lens.
 #
 # **What would contradict it.** The paper's claim is that the lens lowers both FVU and delta CE in most cases. For our
 # model delta CE contradicts it in the mean, and whether FVU does is a matter of which FVU. Differences as
@@ -154,11 +152,10 @@ lenses.spread(read).set_index("case").round(3)
 # *one_layer* is the fraction of latents with more than 99 % of their probability at one layer, *largest* the mean of the
 # largest probability, *entropy* the mean entropy over its maximum.
 #
-# **What to see.** With the aligned lens the diagonal is paler and broader: the favourite layer has 0.36 of the
-# probability in the mean, without lens 0.46, and the entropy is 0.87 of its maximum instead of 0.77. That is what the question
-# at the top of the page hoped for: where layers speak more of the same language, one latent serves more of them.
-# As released it is the reverse; latents are more concentrated than without any lens (0.50; 0.71), since
-# layers that are each translated by the wrong map have less in common than before.
+# **What to see.** With the aligned lens the diagonal is paler and broader: the favourite layer has less of the probability, and the
+# entropy rises from 0.77 to 0.87 of its maximum. That is what the question at the top of the page hoped for, and what one would see
+# if layers spoke more of the same language; that they do, the picture alone does not show. As released it is the reverse: latents are
+# more concentrated than without any lens. Layers that are each translated by the wrong map may have less in common than before.
 #
 # And of Figure 7, the paper's prompt and one of the kind that our model knows:
 
@@ -171,15 +168,15 @@ layer_charts.prompts(
 )
 
 # %% [markdown]
-# **What to see.** Of the latents of the first prompt, 44 % are active at one layer only without a lens, 37 % with the
-# aligned one, 55 % as released; of the second, 50 %, 46 % and 63 %. The order is that of the heatmaps.
+# **What to see.** In both prompts the aligned lens leaves the fewest latents that are active at one layer only, and the lens as
+# released the most. In the first they are 37 % and 55 %. The order is that of the heatmaps. But with layers permuted at each token
+# the first prompt shows it, too, and most of its size ({doc}`gallery`).
 
 # %% [markdown]
 # ## Variance ratios
 #
-# Eq. 11 and Eq. 12 ({doc}`variance`) put numbers on these pictures. The paper finds the first ratio *smaller*
-# with tuned lens (37 % to 41 %, against 54 % to 88 % without), so latents keep more to their layers over many
-# tokens, and the second larger.
+# Eq. 11 and Eq. 12 ({doc}`variance`) put numbers on these pictures. The paper finds the first ratio *smaller* with tuned lens (at
+# most 41 %, against 54 % or more without), so latents keep more to their layers over many tokens, and the second larger.
 
 # %% tags=["hide-input"]
 ratios = layers.variance_sweeps({"Tuned lens": results.artefacts["distributions"]})
@@ -193,15 +190,15 @@ layer_charts.variance_ratios(
 ratios.pivot(index="run", columns="ratio", values=["low", "value", "high"]).round(3)
 
 # %% [markdown]
-# **What to see.** The first ratio *rises* with the aligned lens, from 0.62 to 0.75: the opposite of what the paper
-# finds. As released it falls, to 0.59, the paper's direction if not its size. The two lenses differ in more than their alignment: as
-# released, the first layer goes through a translator that stretches some directions 320 times more than others. So it is not the alignment alone
-# that decides the sign. The second ratio hardly moves when aligned (0.21 to 0.22; the
-# paper's grows) and falls to 0.17 as released.
+# **What to see.** The first ratio *rises* with the aligned lens, from 0.62 to 0.75: the opposite of what the paper finds. As released
+# it falls a little, the paper's direction if not its size. The two lenses differ in more than their alignment: as released, the first
+# layer goes through the badly conditioned translator of the embeddings. So whether the alignment decides the sign cannot be told from
+# these two. The second ratio hardly moves when aligned, where the paper's grows, and falls to 0.17 as released. With layers permuted
+# it goes the same ways, and further, so neither change is more than that null model has.
 #
 # There is a third possibility. The scripts of the released code that measure these ratios load a dictionary that was trained through
-# the lens, and read activations *without* it (`analysis/variances.py`, `analysis/dists.py` and `figures/prompt_heatmaps.py` at
-# commit ba90c51). So the paper's numbers may be those of a dictionary on vectors that it has not learnt. `stages.distributions_of` measures that; it is not shown yet.
+# the lens, and read activations *without* it (`analysis/variances.py`, `analysis/dists.py` and `figures/prompt_heatmaps.py` at commit
+# ba90c51). So the paper's numbers may be those of a dictionary on vectors that it has not learnt. This page does not measure that.
 #
 # Some intervals reach further to one side of the estimate than to the other; one could even exclude it. They are *basic*
 # intervals, which turn the replicates' distribution around the estimate and so correct for bias: a rare
@@ -224,8 +221,8 @@ every = every.assign(sweep=every.sweep.str.removesuffix(", tuned lens"))
 every.pivot_table("value", ["sweep", "run"], ["ratio", "lens"]).dropna().round(3)
 
 # %% [markdown]
-# **What to see.** At every size and sparsity the aligned lens raises the first ratio, by 0.06 at $k = 64$ to 0.17 at $k = 4$. The second it
-# moves by 0.04 at most, down at $k = 4$ and up elsewhere. So for our model the sign does not depend on $R$ or $k$.
+# **What to see.** At every size and sparsity the aligned lens raises the first ratio, by 0.06 or more. The second it moves by 0.04 at
+# most, down at $k = 4$ and up elsewhere. So for our model the sign does not depend on $R$ or $k$.
 #
 # ## How this page was made
 #

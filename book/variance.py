@@ -65,40 +65,40 @@ layer_charts.variance_ratios(
 )
 
 # %% [markdown]
-# **What to see.** The first ratio rises with $k$, from 0.50 at 4 to 0.80 at 64. So latents do prefer layers, the more so the fewer are active. The second falls, from 0.33 to 0.10. With Gaussian
-# input it is 0.003 to 0.045: at one token a latent is active at several layers far more than vectors without a
-# common origin would make it. With layers permuted it is 0.33 at $k = 4$, as measured, and 0.20 to 0.33 after that,
-# more than measured: from $k = 8$ on, the layers of a latent at one token are nearer to each other than chance would
-# place them.
+# **What to see.** The first ratio rises with $k$, from 0.50 to 0.80: the fewer latents are active, the more each keeps to some of the
+# layers. The second falls. With Gaussian input it is near zero at every $k$: at one token a latent is active at several layers far
+# more than vectors without a common origin would make it. With layers permuted it is as measured at $k = 4$, and more than measured
+# from $k = 8$ on. There the layers of a latent at one token are nearer to each other than chance would place them.
 #
-# With $R$ from 1 to 64 the first ratio falls, from 0.75 to 0.56, and the second from 0.36 to 0.16. Part of that is the sample: at $R = 64$ many
-# latents are active at ten tokens or fewer, which make their spread look small (next section). Of the second ratio the Gaussian null model falls from 0.19 to 0.003, the permuted one from 0.52 to 0.24. The paper has the
-# first rise with the number of latents; ours does not. Over the models
-# the first is 0.54 (GPT-2) to 0.65 (neox-4l-64d), the second 0.15 (neox-4l-64d) to 0.24 (neox-8l-192d). With the size of
-# GPT-NeoX the first *falls*, 0.65, 0.62 and 0.59, where the paper's broadly rises with that of Pythia; the second rises, 0.15,
-# 0.21 and 0.24.
+# With $R$ both ratios fall. Part of that is the sample: at large $R$ there are many latents that are active at few tokens
+# ({doc}`entropy`), which makes their spread look small (next section). And the second falls no faster than its null model: what is
+# measured is about two thirds of the value with layers permuted at every $R$. The paper has the first rise with the number of
+# latents; ours does not.
 #
-# A lens at its own layers raises the first ratio, from 0.62 to 0.75; with the alignment of the released code it is
-# 0.59. The paper reports that a lens lowers it, to 0.37 to 0.41: of ours only the released alignment goes that
-# way, and not so far. (And only with activations through the lens: {doc}`tuned_lens`.) For the default run (4 M training tokens, 1 M test tokens) the ratios are 0.563 [0.562, 0.564]
-# and 0.274 [0.273, 0.276]: longer training makes latents keep more to their layers.
+# Over the models the first ratio goes from 0.54 (GPT-2) to 0.65 (neox-4l-64d). With the size of GPT-NeoX it *falls*, where the
+# paper's broadly rises with that of Pythia. The second rises with that size, but so, and more steeply, does its value with layers
+# permuted.
 #
-# **Random weights.** The last sweep is a null model of another kind: an MLSAE trained in the same way on a copy of
-# `neox-6l-128d` whose weights were drawn at random and never trained. Its first ratio is 0.55, below the trained
-# model's 0.62, and the second 0.17 against 0.21. So that latents prefer layers is no sign of anything that was learnt: each
-# block adds something of its own, random or not, and a dictionary that has to reconstruct it deals its latents out.
-# ({cite:t}`heap2025` find that other
-# measures of autoencoders, too, say much the same of random transformers.) This page once concluded that training makes latents serve more layers. We withdraw
-# that: with the other choice of $P(J)$ the order is reversed (next section), and the two models differ in how far their layers turn
-# and in how well they are reconstructed. {doc}`carried` has random weights that turn as far.
+# A lens at its own layers raises the first ratio, from 0.62 to 0.75; with the alignment of the released code it is a little lower
+# than without a lens. The paper reports that a lens lowers it, to 0.41 or less: of ours only the released alignment goes that way,
+# and not so far. (With dictionaries of a lens that read activations without it, as in the released scripts, nothing is measured here:
+# {doc}`tuned_lens`.) In the default run, the same recipe on four times the training text, the first ratio is 0.56 and the second is
+# higher. So in this pair of runs longer training makes latents keep more to their layers.
 #
-# An interval can lie beside its own estimate, as at $k = 4$, where 0.497 goes with [0.499, 0.507], at
-# $k = 8$ and 64, and at $R = 32$ and 64: a latent that was
-# active at few tokens is too narrow in the sample, a resample leaves out some of its tokens and makes it narrower
-# still, and a *basic* interval corrects for that bias by reflecting it about the estimate.
+# **Random weights.** The last sweep is a null model of another kind: an MLSAE trained in the same way on a copy of `neox-6l-128d`
+# whose weights were drawn at random and never trained. Its first ratio is 0.55, below the trained model's. So that latents prefer
+# layers is no sign of anything that was learnt: each block adds something of its own, random or not, and a dictionary that has to
+# reconstruct it deals its latents out. ({cite:t}`heap2025` find that other measures of autoencoders, too, say much the same of random
+# transformers.) This page once concluded that training makes latents serve more layers. We withdraw that: with the other choice of
+# $P(J)$ the order is reversed (next section), and the two models differ in how far their layers turn and in how well they are
+# reconstructed. {doc}`carried` has random weights that turn as far.
 #
-# **What would contradict it.** For the reading that preferring layers is something learnt, a
-# first ratio near 1 with random weights. It is not what we find.
+# An interval can lie beside its own estimate, as at $k = 4$ and at $R = 64$. A latent that was active at few tokens is too narrow in
+# the sample. A resample leaves out some of its tokens and makes it narrower still, and a *basic* interval corrects for that bias by
+# reflecting it about the estimate.
+#
+# **What would contradict it.** A first ratio near 1 with random weights: then preferring layers would be something learnt. It is not
+# what we find.
 #
 # ## Which latents count, and how sure the numbers are
 #
@@ -111,8 +111,9 @@ weighted = sweeps.across(layers.weighted_ratio, read)
 weighted.pivot(index=["sweep", "position", "run"], columns="weighting", values="value").round(3)
 
 # %% [markdown]
-# **What to see.** Weighted by tokens, every ratio is smaller: busy latents keep more to their layers. Over $k$ and $R$ the order of the runs stays. Between
-# trained and random weights it does not: 0.62 and 0.55 become 0.48 and 0.50. So the sign of that difference belongs to $P(J)$.
+# **What to see.** Weighted by tokens, every ratio is smaller: busy latents keep more to their layers. Over $k$ and $R$ the order of
+# the runs stays. Over the models it does not quite: Llama moves past two of the GPT-NeoX. Between trained and random weights it turns
+# round, to 0.48 and 0.50. So the sign of that difference belongs to $P(J)$.
 #
 # There are two more reasons for caution. The variance between the tokens of a latent is estimated from the $n_j$ of them in the sample,
 # which makes it too small by $(n_j - 1)/n_j$. The intervals above allow for it in their place, not in the estimate; the estimate
@@ -126,8 +127,8 @@ shown = corrected.assign(corrected=corrected.corrected.map({False: "plug-in", Tr
 shown.pivot(index="case", columns=["weighting", "corrected"], values="value").round(3)
 
 # %% [markdown]
-# And intervals over the text are not all of the uncertainty. Three dictionaries of one model that differ in nothing but the seed of their
-# training:
+# The correction is small on these, 0.004 at most. And intervals over the text are not all of the uncertainty. Three dictionaries of
+# one model that differ in nothing but the seed of their training:
 
 # %% tags=["hide-input"]
 seeds = experiments.measure(load_experiment("experiments/seeds.yml"), "distributions")
@@ -135,8 +136,9 @@ of_seeds = layers.variance_sweep(seeds).set_index(["ratio", "seed"])[["low", "va
 of_seeds.sort_index().round(4)
 
 # %% [markdown]
-# **What to see.** Two of the three intervals of the first ratio do not even meet. Seeds differ by 0.004, which is as much again as the text
-# contributes. So a difference between two single runs means nothing below about 0.01, however narrow their intervals.
+# **What to see.** In either ratio there are two intervals that do not even meet. Seeds differ by 0.004, about as much as an interval
+# is wide. Three seeds are few to judge by, so we read nothing into a difference of less than about 0.01 between two single runs,
+# however narrow their intervals.
 #
 # **What would contradict it.** Seeds that differ by less than the intervals are wide.
 #
@@ -154,11 +156,11 @@ layer_charts.variance_parts(
 )
 
 # %% [markdown]
-# **What to see.** From $k = 4$ to 64 the part between latents falls from 50 % to 20 %, that between the tokens of a latent
-# rises from 33 % to 71 %, and that within one token falls from 16 % to 8 %. In the default run they are 44 %, 41 % and
-# 15 %. With $R$ from 1 to 64 the part within one token falls from 27 % to 9 %, and that between latents rises from
-# 25 % to 44 %. For the default run $\operatorname{Var}(L)$ is 3.34, more than uniform layers would give, since latents crowd at the first
-# and the last layer.
+# **What to see.** With $k$ the part between latents falls, from 50 % to 20 %. The part between the tokens of a latent takes it over,
+# and that within one token shrinks as well. With $R$ the part within one token falls, from 27 % to 9 %, and the part between latents
+# takes that over; the part between tokens hardly moves. In the default run the parts between latents and between tokens are nearly
+# equal. Its $\operatorname{Var}(L)$ is 3.34, more than uniform layers would give, so probability crowds towards the first and the
+# last layer.
 #
 # ## Beside the paper
 #
@@ -175,10 +177,10 @@ published.set_index(["source", "ratio"])
 ratios.groupby(["sweep", "ratio"], sort=False).value.agg(["min", "max"]).round(3)
 
 # %% [markdown]
-# The first ratio lies in the paper's range but for the smallest $k$. The second, 0.10 to 0.36, lies above the paper's,
-# 0.01 to 0.10, but for the largest $k$, where it just reaches it. Language model, $R$, $k$ and text differ, and so does the estimator (next), which alone is enough
-# for that. It is worth knowing what a low second ratio would mean: with Gaussian input, where activity at several layers is
-# chance, it is 0.012 at $k = 16$, within the paper's range.
+# The first ratio lies in the paper's range but for the smallest $k$. The second lies above the paper's range and comes down to its
+# upper end only at the largest $k$. Language model, $R$, $k$ and text differ, and so does the estimator (next), which alone is enough
+# for that. It is worth knowing what a low second ratio would mean: with Gaussian input, where activity at several layers is chance,
+# it is 0.012 at $k = 16$, within the paper's range.
 #
 # ## How much the definition matters
 #
@@ -195,10 +197,11 @@ source = session.source(run, EvaluateSpec(tokens=8192))  # on a bare clone with 
 layers.ratio_definitions(source, session.sae(run)).set_index("definition").round(3)
 
 # %% [markdown]
-# **What to see.** On these tokens (8,192, less the special ones) ours gives 0.54 and 0.28, the released code's way 0.93 and 0.04. That code averages over
-# tokens at which a latent is silent, too, so that probabilities sum to far less than one; of such,
-# $\operatorname{E}[L^2] - \operatorname{E}[L]^2$ is nearly $\operatorname{E}[L^2]$, for one latent as for all together. So the estimator alone takes our second ratio into the paper's range, and the first
-# out of it: numbers of the two kinds should not be set beside each other.
+# **What to see.** On the same tokens the released code's way turns our second ratio into 0.04, and the first into 0.93. That code
+# averages over tokens at which a latent is silent, too, so that probabilities sum to far less than one. Of such,
+# $\operatorname{E}[L^2] - \operatorname{E}[L]^2$ is nearly $\operatorname{E}[L^2]$, for one latent as for all together. So the
+# estimator alone takes our second ratio into the paper's range, and the first out of it: numbers of the two kinds should not be set
+# beside each other.
 #
 # ## How this page was made
 #
