@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted(ROOT.glob("book/*.ipynb"))
-NUMBER = re.compile(r"(?<![\w.{/])[−-]?\d[\d,]*\.\d+(?![\w.}])|(?<![\w.])\d+(?:\.\d+)?(?= ?%)")
+NUMBER = re.compile(r"(?<![\w.{/])[−-]?\d[\d,]*\.\d+(?![\w}]|\.\d)|(?<![\w.])\d+(?:\.\d+)?(?= ?%)")
 #: Formulas, code, links with what they lead to, sections of papers.
 NO_PROSE = re.compile(
     r"\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\{[a-z:]+\}`[^`]*`|https?:\S+|Section [\d.]+", re.S
