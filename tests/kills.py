@@ -70,6 +70,11 @@ def dictionaries(good: Path, folder: Path) -> list[str]:
     return ["book", "dictionaries", write_spec(folder, fields), "--name", "set"]
 
 
+def report(good: Path, folder: Path) -> list[str]:
+    spec = write_spec(folder, run_fields(good))
+    return ["book", "report", spec, str(folder / "pages"), "--tokens", "512"]
+
+
 def reproduce(good: Path, folder: Path) -> list[str]:
     """Of results that are shipped, which the first call makes."""
     made, command = good / "shipping", materialise(good, folder)
@@ -127,6 +132,7 @@ COMMANDS = {
     "pretrain": recipe,
     "materialise": materialise,
     "dictionaries": dictionaries,
+    "report": report,
     "reproduce": reproduce,
     "push": push,
     "fetch": fetch,
