@@ -6,12 +6,11 @@ What no machine could hold, and files that do not belong together, are refused i
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlsae_core import models, store
+from mlsae_core import files, models, store
 from mlsae_core.spec import ModelSpec, SpecError
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ def check_shards(folder: Path, path: str):
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return
-    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    named = set(files.mapping(index)["weight_map"].values())
     there = {file.name for file in folder.glob("*.safetensors")}
     shards = {file.name for file in folder.glob("model-*-of-*.safetensors")}
     for wrong, what in ((named - there, "is not there"), (shards - named, "is not in it")):

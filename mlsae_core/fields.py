@@ -234,22 +234,30 @@ def build(cls, values, name: str = ""):
     return cls(**values)
 
 
+#: Bytes; real ones have some hundreds, and whoever names another file by mistake is told at once.
+LARGEST_YAML = 2**20
+
+
 def read_yaml(path: str | Path, typed: bool = False) -> dict:
     """A YAML file as a mapping, with one clear error for whatever is wrong with it.
 
     typed: numbers and truth values as YAML reads them; otherwise they stay text, for `coerce`.
     """
     path = Path(path)
-    if path.is_dir():
-        raise SpecError(f"{path}: is a folder; expected a YAML file")
-    if not path.is_file():
-        raise SpecError(f"{path}: no such file; expected a YAML file")
     try:
+        if path.is_dir():
+            raise SpecError(f"{path}: is a folder; expected a YAML file")
+        if not path.is_file():
+            raise SpecError(f"{path}: no such file; expected a YAML file")
+        if path.stat().st_size > LARGEST_YAML:
+            raise SpecError(f"{path}: expected a YAML file of at most {LARGEST_YAML} bytes")
         content = path.read_text(encoding="utf-8")
         values = yaml.load(content, Loader=_Loader if typed else _TextLoader)
     except SpecError:
         raise
-    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise SpecError(f"{path}: expected `field: value` lines, got {shown(values)}")

@@ -17,6 +17,12 @@ from pathlib import Path
 from mlsae_core import store
 from mlsae_core.spec import SpecError, canonical, read_yaml
 
+#: Bytes of a model's file that is no weights; a tokenizer of 250,000 tokens has 35 million.
+LARGEST = 2**27
+#: What transformers reads whole of a model's folder.
+_READ = ("*config.json", "*.index.json", "tokenizer*.json", "tokenizer.model", "vocab.*")
+_READ += ("merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.*")
+
 
 def shipped() -> list[str]:
     """Names of the language models whose weights are under ``data/models``."""
@@ -42,7 +48,7 @@ def folder(path: str) -> Path | None:
     """
     if Path(path).name == path:
         if (store.MODELS / path / "config.json").is_file():
-            return store.MODELS / path
+            return _checked(store.MODELS / path)
         if (store.MODELS / path / "recipe.yml").is_file():
             raise SpecError(
                 f"model.path: {path} is not trained yet; `python -m mlsae_book pretrain {path}` "
@@ -56,7 +62,7 @@ def folder(path: str) -> Path | None:
             raise SpecError(
                 f"model.path: {path} has no config.json; expected a Hugging Face folder"
             )
-        return here
+        return _checked(here)
     if here.is_file() and _is_gguf(here):
         return dequantised(here).path
     if here.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or _is_gguf(here):
@@ -65,6 +71,15 @@ def folder(path: str) -> Path | None:
             f"a folder (both from {Path.cwd()}, if relative), got {path}"
         )
     return None
+
+
+def _checked(folder: Path) -> Path:
+    """A folder in which no file is larger than others can read that are no weights."""
+    for pattern in _READ:
+        for file in folder.glob(pattern):
+            if file.is_file() and file.stat().st_size > LARGEST:
+                raise SpecError(f"model.path: expected at most {LARGEST} bytes in {file}, got more")
+    return folder
 
 
 def weights(path: str) -> Path | None:

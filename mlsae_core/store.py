@@ -37,6 +37,8 @@ MODELS, SHIPPED, STORE = DATA / "models", DATA / "shipped", DATA / "store"
 # The version of every stage: of models and text here, and whoever has others adds them. Raise one
 # when its numbers change; tests/test_golden.py fails when they do without.
 STAGES = {"models": 1, "tokens": 1}
+#: Bytes of the name of a folder that is written; those that are made beside it have longer ones.
+LONGEST_NAME = 200
 #: Says how those of a folder under `data/dictionaries` were made.
 DICTIONARY_MARK = "training.json"
 
@@ -168,12 +170,17 @@ def atomic_folder(path: Path, replace: bool = True, mark: str = "meta.json") -> 
 
 def check_own(path: Path, mark: str = "meta.json"):
     """Refuse to write where something is that was not written here, an empty folder aside."""
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise StoreError(f"{path}: expected a name of at most {LONGEST_NAME} bytes, got more")
     if path.is_dir():
         if (path / mark).is_file() or not any(path.iterdir()):
             return
         raise StoreError(f"{path}: expected a folder with {mark}, as written here; move it away")
-    if path.exists():
-        raise StoreError(f"{path}: expected a folder, got a file; move it away")
+    for place in (path, *path.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise StoreError(f"{place}: expected a folder, got a file; move it away")
+            return
 
 
 def settle(path: Path):

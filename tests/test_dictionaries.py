@@ -94,6 +94,23 @@ def test_a_name_does_not_lead_out_of_the_folder(data, made, outside):
         dictionaries.make(Experiment("none", ()), outside)
 
 
+@pytest.mark.parametrize("name", ["", " ", "x ", ".x", "a\nb", "a\x1b[31mb", "~/x", "/x"])
+def test_what_is_no_plain_name_is_refused(data, made, name):
+    """An empty one would be the folder of all sets, which `--force` then replaces."""
+    with pytest.raises(SpecError, match=r"name: expected one without a path, .* got '"):
+        dictionaries.make(Experiment("none", ()), name, force=True)
+    assert [path.name for path in (data / "dictionaries").iterdir()] == ["three"]
+
+
+def test_where_no_set_can_be_is_said_before_anything_is_trained(data):
+    with pytest.raises(SpecError, match="a name of at most 200 bytes"):
+        dictionaries.make(Experiment("none", ()), "ä" * 101)
+    (data / "dictionaries").write_text("mine")
+    with pytest.raises(SpecError, match="dictionaries: expected a folder, got a file; move it"):
+        dictionaries.make(Experiment("none", ()), "set")
+    assert (data / "dictionaries").read_text() == "mine"
+
+
 def test_an_unknown_name_is_one_line_that_has_the_known_ones(inputs, made):
     message = r"a folder or a hub id `owner/name`, or a name .* \(three\), got thre; relative"
     with pytest.raises(SpecError, match=message):

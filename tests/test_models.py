@@ -1,6 +1,7 @@
 """Where language models are looked for, and what identifies them; GGUF files and fetched ones."""
 
 import json
+import os
 import shutil
 import subprocess
 import zipfile
@@ -23,6 +24,22 @@ def model(folder, **files):
     for name, content in (defaults | files).items():
         (folder / name).write_text(content)
     return str(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+def test_a_file_beside_weights_that_is_far_too_large_is_not_read(data, tmp_path, name):
+    path = model(tmp_path / "a")
+    os.truncate(model(tmp_path / "b", **{name: "{}"}) + f"/{name}", 2**40)
+    for place in (tmp_path / "b", shutil.copytree(path, store.MODELS / "shipped").name):
+        if place == "shipped":
+            (store.MODELS / place / name).touch()
+            os.truncate(store.MODELS / place / name, 2**40)
+        with pytest.raises(SpecError, match=rf"at most 134217728 bytes in .*{name}, got more"):
+            models.key(str(place), None)
+    os.truncate(model(tmp_path / "c") + "/model.safetensors", 2**28)
+    (tmp_path / "c" / "data.json").touch()  # that is none of a model's
+    os.truncate(tmp_path / "c" / "data.json", 2**40)
+    assert models.folder(str(tmp_path / "c")) == tmp_path / "c"
 
 
 def test_a_models_key_is_its_content_not_its_place(data, tmp_path):

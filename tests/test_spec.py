@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import yaml
@@ -150,6 +151,15 @@ def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path):
     (tmp_path / "binary.yml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SpecError, match=r"binary\.yml: not valid YAML"):
         spec.load_run(tmp_path / "binary.yml")
+    with pytest.raises(SpecError, match=r"x: cannot be read: File name too long"):
+        spec.load_run("x" * 300)
+
+
+def test_what_is_far_too_large_for_a_spec_is_not_read(tmp_path):
+    (tmp_path / "weights").touch()
+    os.truncate(tmp_path / "weights", 2**40)
+    with pytest.raises(SpecError, match=r"weights: expected a YAML file of at most 1048576 bytes"):
+        spec.load_run(tmp_path / "weights")
 
 
 _scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)

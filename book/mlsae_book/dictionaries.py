@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlsae_core import pipeline, publish, store
 from mlsae_core.architecture import model_config
-from mlsae_core.spec import Experiment, RunSpec, SpecError, flat
+from mlsae_core.spec import Experiment, RunSpec, SpecError, flat, shown
 
 
 def make(experiment: Experiment, name: str, force: bool = False) -> Path:
@@ -25,8 +25,10 @@ def make(experiment: Experiment, name: str, force: bool = False) -> Path:
         SpecError: a name that is a path, other runs, a set of that name, or dictionaries that the
             format has no room for.
     """
-    if Path(name).name != name or name.startswith("."):
-        raise SpecError(f"name: expected one without a path, as `neox-6l-128d-scope`, got {name}")
+    if Path(name).name != name or not name.isprintable() or name.strip(" .") != name or not name:
+        raise SpecError(
+            f"name: expected one without a path, as `neox-6l-128d-scope`, got {shown(name)}"
+        )
     folder = store.DATA / "dictionaries" / name
     store.settle(folder)
     store.check_own(folder, store.DICTIONARY_MARK)

@@ -140,8 +140,10 @@ def write(run: Run, folder: Path) -> list[Path]:
     they show of a run into its folder ``data``; gives the paths of the latter."""
     if folder.exists():
         shutil.rmtree(folder)
-    shutil.copytree(PAGE, folder, ignore=shutil.ignore_patterns("*.html"))
-    (folder / "data").mkdir()
+    (folder / "data").mkdir(parents=True)
+    for source in PAGE.iterdir():
+        if source.suffix != ".html":
+            shutil.copyfile(source, folder / source.name)
     written = []
     for name, content in _assets(run):
         payload = base64.b64encode(zlib.compress(content, 9)).decode()

@@ -6,6 +6,7 @@ from the file, without a server. The language model is in it where a browser can
 
 from __future__ import annotations
 
+import os
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from mlsae_book import charts, offline
+from mlsae_core import store
 from mlsae_core.pipeline import Session
 from mlsae_core.spec import EvaluateSpec, SpecError, SubjectSpec
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from mlsae_core.store import Artefact
 
 PAGE, MARK = "index.html", '<meta name="generator" content="mlsae_book report">'
+#: The folder beside the page, and a file by which it is known.
+APP, APP_MARK = "explorer", "report.css"
 
 
 def report(
@@ -27,18 +31,32 @@ def report(
 ) -> Path:
     """Write the pages of a run into a folder, in the place of an earlier report; gives the page.
 
+    What else lies beside the page of an earlier one stays.
+
     Raises:
         SpecError: a run whose latents have no cards, or a folder that holds something else.
     """
-    earlier = folder / PAGE
-    is_ours = earlier.is_file() and MARK in earlier.read_text(encoding="utf-8", errors="replace")
-    if folder.exists() and not is_ours and (not folder.is_dir() or any(folder.iterdir())):
+    folder = folder.resolve()
+    if folder.is_dir() and not _is_ours(folder):
         raise SpecError(f"folder: expected a new one or an earlier report, got {folder}")
+    store.check_own(folder / APP, APP_MARK)
     evaluation = session.make("evaluate", run, settings)
     shown = offline.read(session, run, settings)
-    offline.write(shown, folder / "explorer")
-    (folder / PAGE).write_text(page(title, evaluation), encoding="utf-8")
+    with store.atomic_folder(folder / APP, mark=APP_MARK) as made:
+        offline.write(shown, made)
+        (made / PAGE).write_text(page(title, evaluation), encoding="utf-8")
+    os.replace(folder / APP / PAGE, folder / PAGE)
     return folder / PAGE
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds a report, one that was stopped while it was written, or nothing."""
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(f".{APP}")}
+    known = folder / PAGE if PAGE in names else folder / APP / PAGE
+    if not names or not known.is_file():
+        return not names
+    with open(known, encoding="utf-8", errors="replace") as file:
+        return MARK in file.read(1000)
 
 
 def page(title: str, evaluation: Artefact) -> str:
