@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from mlsae_book import reproduce
+from mlsae_book.__main__ import main
 from mlsae_core import pipeline, store
 from mlsae_core.spec import load_experiment
 
@@ -29,6 +30,14 @@ def test_a_shipped_run_is_computed_again_within_the_tolerance(tmp_path, monkeypa
     monkeypatch.setattr("mlsae_core.train.train", None)
     pd.testing.assert_frame_equal(reproduce.reproduce(experiment), table)
     assert reproduce.estimate([experiment]) == 0
+
+
+def test_where_nothing_is_shipped_nothing_is_computed(tmp_path, monkeypatch, capsys):
+    reproduce.check_shipped([load_experiment(LIVE)])
+    monkeypatch.setattr(store, "SHIPPED", tmp_path)
+    monkeypatch.setattr(reproduce, "reproduce", None)
+    assert main(["reproduce", str(LIVE)]) == 2
+    assert "expected shipped results, got none to compare" in capsys.readouterr().err
 
 
 def test_nothing_shipped_or_stored_is_read_while_recomputing():

@@ -40,6 +40,7 @@ def _reproduce(options: argparse.Namespace):
 
     from mlsae_book import reproduce
 
+    reproduce.check_shipped(declared)
     hours = reproduce.estimate(declared) / 3600
     print(f"about {hours:.1f} hours left; a killed call continues where it was", flush=True)
     tables = [reproduce.reproduce(e).assign(experiment=e.title) for e in declared]

@@ -6,6 +6,7 @@ from the file, without a server. The language model is in it where a browser can
 
 from __future__ import annotations
 
+import contextlib
 import os
 from html import escape
 from pathlib import Path
@@ -45,7 +46,8 @@ def report(
     with store.atomic_folder(folder / APP, mark=APP_MARK) as made:
         offline.write(shown, made)
         (made / PAGE).write_text(page(title, evaluation), encoding="utf-8")
-    os.replace(folder / APP / PAGE, folder / PAGE)
+    with contextlib.suppress(FileNotFoundError):  # another process did, of the same run
+        os.replace(folder / APP / PAGE, folder / PAGE)
     return folder / PAGE
 
 

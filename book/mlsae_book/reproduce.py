@@ -12,7 +12,7 @@ import pandas as pd
 
 from mlsae_book import experiments
 from mlsae_core import pipeline, status, store
-from mlsae_core.spec import Experiment
+from mlsae_core.spec import Experiment, SpecError
 
 # What a clock says is no result, nor is the error that whichever latent is dead leaves: often there
 # is one or none, and another rounding lets it die some steps earlier or later.
@@ -27,6 +27,22 @@ def estimate(declared: list[Experiment]) -> float:
     """Seconds that is left to compute, within a factor of two; finished results count nothing."""
     with store.recomputing():
         return sum(float(status.status(e).seconds.sum()) for e in declared)
+
+
+def check_shipped(declared: list[Experiment]):
+    """Refuse, before hours of computing, an experiment that leaves nothing to compare.
+
+    Raises:
+        SpecError: nothing of it is shipped.
+    """
+    for experiment in declared:
+        places = (
+            store.SHIPPED / stage / pipeline.STAGES[stage].key(run, experiment.evaluate)[0]
+            for _, run in experiment.runs
+            for stage in experiments.stages_of(experiment, run)
+        )
+        if not any((place / "meta.json").is_file() for place in places):
+            raise SpecError(f"{experiment.title}: expected shipped results, got none to compare")
 
 
 def reproduce(experiment: Experiment) -> pd.DataFrame:
