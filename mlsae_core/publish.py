@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mlsae_core import models, store
 from mlsae_core.architecture import model_config, reading
-from mlsae_core.spec import EvaluateSpec, RunSpec, SpecError
+from mlsae_core.spec import EvaluateSpec, RunSpec, SpecError, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,6 +146,8 @@ def push(session: Session, run: RunSpec, repo: str, licence: str, private: bool 
         raise SpecError(
             "dictionary: expected a run that was trained here, got the weights of others"
         )
+    if not re.fullmatch(r"[\w.-]+", licence):
+        raise SpecError(f"licence: expected the hub's name of one, as `mit`, got {shown(licence)}")
     import pandas as pd
     from huggingface_hub import HfApi
 

@@ -123,6 +123,12 @@ def test_what_cannot_be_pushed_is_one_line(inputs, data, hub, monkeypatch, capsy
     assert not (store.STORE / "train").exists()  # the hub is asked before anything is computed
 
 
+@pytest.mark.parametrize("licence", ["", "mit\ntags: x", "my own", "a: b"])
+def test_a_licence_that_would_break_the_card_is_refused_first(inputs, hub, licence):
+    with pytest.raises(SpecError, match="licence: expected the hub's name of one, as `mit`, got"):
+        publish.push(None, run_of(inputs), "a/b", licence)
+
+
 def test_an_export_never_replaces_a_folder(tmp_path):
     saes = {0: MLSAE(8, 16, 4)}
     (folder,) = publish.write_saelens(saes, tmp_path, "model")
