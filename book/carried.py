@@ -87,7 +87,7 @@ pairs[pairs.of.isin(own)].set_index(["case", "of"])[columns].round(3)
 # ## Or is it the margin of TopK?
 #
 # A latent stops where it is no longer among the $k$ largest. It may be just below. With the dictionary left as it is, the selection can be
-# changed: other $k$; one threshold for all vectors that keeps as many latents in the mean, as BatchTopK does {cite}`bussmann2024`; or *hysteresis*, where a
+# changed: other $k$; one threshold for all vectors that keeps as many latents in the mean, as BatchTopK does {cite:p}`bussmann2024`; or *hysteresis*, where a
 # latent goes on when it is among the $k$ largest, and stays on over the layers around as long as it is among the $4k$ largest.
 
 # %% tags=["hide-input"]

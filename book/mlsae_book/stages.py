@@ -17,7 +17,7 @@ from mlsae_book import corpus  # noqa: F401 (so that its text is known)
 from mlsae_core import architecture, models, pipeline, store
 from mlsae_core.keys import keyed, later, run_settings
 from mlsae_core.pipeline import Keyed, Session, Stage, Subject
-from mlsae_core.spec import EvaluateSpec, RunSpec, SubjectSpec, flat, to_dict
+from mlsae_core.spec import EvaluateSpec, RunSpec, SpecError, SubjectSpec, flat, to_dict
 from mlsae_core.store import Artefact
 
 if TYPE_CHECKING:
@@ -424,6 +424,21 @@ def _chosen(folder: Path, subject: Subject) -> dict:
     return {"tokens": found[0]["of"] if found else 0}
 
 
+#: Stages that take more than one run and its settings: functions of this module, no `analyses`.
+CALLED = ("together", "lifetimes", "surrogate", "overlap")
+
+
+def _called(stage: str) -> Callable[[Path, Subject], dict]:
+    """What such a stage measures of a single run: nothing, in one line."""
+
+    def measure(folder: Path, subject: Subject) -> dict:
+        raise SpecError(
+            f"{stage}: expected more than one run to measure; call mlsae_book.stages.{stage}"
+        )
+
+    return measure
+
+
 _BY_LAYER = {"by_layer": True, "any_batch": True}
 pipeline.register(
     Stage("drift", 1, _drift, ("text",), any_batch=True, key=drift_key),
@@ -436,10 +451,10 @@ pipeline.register(
     Stage("cards", 1, _cards, by_layer=True),
     Stage("persistence", 1, _persistence, by_layer=True),
     Stage("effects", 1, _effects, by_layer=True),
-    Stage("together", 1, _together),
-    Stage("lifetimes", 1, _lifetimes),
-    Stage("surrogate", 1, _surrogate, ("text",)),
-    Stage("overlap", 1, _overlap, by_layer=True),
+    Stage("together", 1, _called("together")),
+    Stage("lifetimes", 1, _called("lifetimes")),
+    Stage("surrogate", 1, _called("surrogate"), ("text",)),
+    Stage("overlap", 1, _called("overlap"), by_layer=True),
     Stage("importance", 1, _importance),
     Stage("duplicates", 1, _duplicates, **_BY_LAYER),
     Stage("massive", 1, _massive, **_BY_LAYER),
