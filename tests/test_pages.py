@@ -376,7 +376,7 @@ def hostile_page():
         token=rows.token.map(examples.shown),
     )  # fmt: skip
     page = (HTML / "intro.html").read_text()
-    first = page.index('<figure class="vega-lite-chart">')
+    first = page.index('<figure class="vega-lite-chart"')
     path = HTML / "hostile.html"
     path.write_text(page[:first] + examples.html(shown) + chart + page[first:])
     yield path.stem

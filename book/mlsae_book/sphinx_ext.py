@@ -91,11 +91,27 @@ def figure(spec: dict[str, Any]) -> str:
 
 def _height(spec: dict[str, Any]) -> int:
     """Pixels of a chart in the column of a wide page."""
+    single = {} if "width" in spec or "vconcat" in spec else {"width": 768}
+    svg = _svg({**spec, **single})
+    return round(float(re.search(r'<svg[^>]* height="([\d.]+)"', svg)[1]))
+
+
+#: Characters that XML has no place for. They would end the process that draws.
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def _svg(spec: dict[str, Any]) -> str:
+    """A chart as it stands still; characters without a place in XML are shown as unknown ones."""
     import vl_convert
 
-    single = {} if "width" in spec or "vconcat" in spec else {"width": 768}
-    svg = vl_convert.vegalite_to_svg({**spec, **single}, vl_version="5.20")
-    return round(float(re.search(r'<svg[^>]* height="([\d.]+)"', svg)[1]))
+    def legible(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {legible(name): legible(one) for name, one in value.items()}
+        if isinstance(value, list):
+            return [legible(one) for one in value]
+        return _NO_XML.sub("\ufffd", value) if isinstance(value, str) else value
+
+    return vl_convert.vegalite_to_svg(legible(spec), vl_version="5.20")
 
 
 def _json(value: Any) -> str:
@@ -261,7 +277,6 @@ def missing_pages(root: Path) -> list[str]:
 
 def readme_figure(root: Path) -> Path:
     """Write the README's figure: the landing page's chart as it stands in its stored outputs."""
-    import vl_convert
 
     cells = json.loads((root / "book/intro.ipynb").read_text())["cells"]
     outputs = (output for cell in cells for output in cell.get("outputs", []))
@@ -270,7 +285,7 @@ def readme_figure(root: Path) -> Path:
     chart["config"]["aria"] = False  # a label for every cell would be most of the file
     still = {**chart, "width": 820, "background": "white"}
     path = root / "book/figure.svg"
-    path.write_text(vl_convert.vegalite_to_svg(still, vl_version="5.20"), encoding="utf-8")
+    path.write_text(_svg(still), encoding="utf-8")
     return path
 
 
