@@ -168,6 +168,10 @@ def start(arguments: list[str], folder: Path):
     return child
 
 
+def timeless(facts: dict) -> dict:
+    return {name: value for name, value in facts.items() if name not in TIMES}
+
+
 def written(folder: Path) -> dict[str, bytes | str]:
     """What a command made, by path: whole files, without the dates and seconds in them."""
     found: dict[str, bytes | str] = {}
@@ -176,10 +180,9 @@ def written(folder: Path) -> dict[str, bytes | str]:
         if not path.is_file() or name in ("out", "err"):
             continue
         if path.name in ("meta.json", "training.json"):
-            facts = json.loads(path.read_text())
+            facts = json.loads(path.read_text(), object_hook=timeless)
             files = dict.fromkeys(facts.get("files", {}), "")  # log.csv has seconds
-            kept = {key: value for key, value in facts.items() if key not in TIMES | {"files"}}
-            found[name] = json.dumps(kept | {"files": files})
+            found[name] = json.dumps(facts | {"files": files})
         elif path.name == "log.csv":
             log = pd.read_csv(path)
             found[name] = log.drop(columns=[c for c in log if c in TIMES]).to_csv()
