@@ -95,6 +95,7 @@ PAGES = {
     "api/measuring": "mlsae_core.analysis",
     "api/worlds": "mlsae_book.questions",
     "api/tables": "mlsae_book.tables",
+    "api/tables_of_layers": "mlsae_book.tables.layers",
     "api/experiments": "mlsae_book.stages",
     "api/charts": "mlsae_book.charts",
 }
