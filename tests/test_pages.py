@@ -262,8 +262,6 @@ def test_a_page_is_light_of_bounded_height_and_does_not_move_while_it_loads(open
         assert sum(b for file, b in page.files.items() if file not in charts) < MOST_BYTES
         assert page.evaluate("document.documentElement.scrollHeight") < MOST_PIXELS
     assert "mathematics.js" in page.files
-    if "tables_of_layers" in str(locals()):  # known: its shift is 0.051
-        return
     assert page.evaluate("window.shift") < MOST_SHIFT
 
 
