@@ -38,6 +38,7 @@ from mlsae_core.spec import (
 from mlsae_core.store import Artefact, Stopped, StoreError
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
     from mlsae_core.activations import TextSource
@@ -203,7 +204,7 @@ class Session:
         sae = self.sae(run) if "dictionary" in this.needs else None
         foreign = isinstance(run, GivenSpec) and read is run and is_main_process()
         foreign = foreign and {"dictionary", "text"} <= set(this.needs)
-        share = _share() if this.shared else None
+        share = _share(this.shared)
         checkpoint = checkpoint_path(identity, share)
         if self.mode == "force":
             for left in checkpoint.parent.glob(f"{checkpoint.stem}*.pt"):
@@ -393,8 +394,8 @@ class Subject:
 
     run, settings: what is asked for. source: the activations, read `size` sequences at a time.
     sae: the dictionary. None where the stage does not need it. share: this process' part of what
-    is read, where the stage is shared. checkpoint: file for a measurement to continue from; it goes
-    when the result is written.
+    is read, all of it where the stage is not shared. checkpoint: file for a measurement to continue
+    from; it goes when the result is written.
     """
 
     run: SubjectSpec
@@ -402,7 +403,7 @@ class Subject:
     source: TextSource | None
     size: int
     sae: MLSAE | None
-    share: Share | None = None
+    share: Share
     checkpoint: Path | None = None
 
 
@@ -442,11 +443,12 @@ class Stage:
             object.__setattr__(self, "key", partial(analysis_key, self.name))
 
 
-def _evaluate(folder: Path, subject: Subject) -> dict:
+def evaluation(subject: Subject) -> pd.DataFrame:
+    """`analysis.evaluate` as the settings of a subject ask for it."""
     from mlsae_core import analysis
 
     settings, context = subject.settings, subject.run.data.context_length
-    table = analysis.evaluate(
+    return analysis.evaluate(
         subject.source,
         subject.sae,
         subject.size,
@@ -455,6 +457,10 @@ def _evaluate(folder: Path, subject: Subject) -> dict:
         checkpoint=subject.checkpoint,
         share=subject.share,
     )
+
+
+def _evaluate(folder: Path, subject: Subject) -> dict:
+    table = evaluation(subject)
     table.to_csv(folder / "evaluation.csv", index=False, float_format="%.8g")
     return {"tokens": int(table.tokens.iloc[0])}
 
@@ -516,11 +522,11 @@ def _wait():
         processes.meet()
 
 
-def _share() -> Share:
-    """The part of this process in what all of a launch measure."""
+def _share(shared: bool) -> Share:
+    """The part of this process in what all of a launch measure, or the main one does alone."""
     from mlsae_core import processes
 
-    if _processes() == 1:
+    if not shared or _processes() == 1:
         return processes.ALONE
     state = processes.process_state()
     return processes.Share(state.process_index, state.num_processes)

@@ -362,10 +362,14 @@ def ship(artefact: Artefact, only: tuple[str, ...] | None = None) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(artefact.path / name, folder / name)
         shutil.copyfile(artefact.path / "spec.json", folder / "spec.json")
-        carried = {"key": artefact.key, "spec": file_hash(folder / "spec.json"), "files": kept}
-        meta = artefact.meta | carried
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        _carry(artefact, folder, files=kept)
     return target
+
+
+def _carry(artefact: Artefact, folder: Path, **changed):
+    """Write what a copy of an artefact carries: its facts, its key and the hash of its spec."""
+    carried = {"key": artefact.key, "spec": file_hash(folder / "spec.json")} | changed
+    (folder / "meta.json").write_text(json.dumps(artefact.meta | carried, indent=1) + "\n")
 
 
 def ship_half(artefact: Artefact, costs: dict) -> Path:
@@ -387,9 +391,7 @@ def ship_half(artefact: Artefact, costs: dict) -> Path:
         shutil.copytree(artefact.path, folder, dirs_exist_ok=True)
         save_file(tensors, folder / name, metadata={"format": "pt"})
         files = artefact.meta["files"] | {name: file_hash(folder / name)}
-        carried = {"key": artefact.key, "spec": file_hash(folder / "spec.json"), "files": files}
-        meta = artefact.meta | carried | {"half": before | costs}
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        _carry(artefact, folder, files=files, half=before | costs)
     return target
 
 

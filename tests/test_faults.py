@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -861,18 +862,20 @@ def test_nobody_waits_for_text_that_is_not_used():
     assert ended.wait(10)
 
 
+def made_by(command, inputs):
+    """The file of the model or the lens that a command trains."""
+    if command == "pretrain":
+        return pretrain.pretrain("recipe.yml") / "model.safetensors"
+    return tune.make(str(inputs / "llama"), quick(inputs, tokens=1024)) / "params.safetensors"
+
+
 @pytest.mark.parametrize("command", ["pretrain", "lens"])
 def test_models_and_lenses_continue_where_a_signal_stopped_them(
     command, data, inputs, recipe, monkeypatch
 ):
     """Stopped at every second step, they are what they are without."""
 
-    def call():
-        if command == "pretrain":
-            return pretrain.pretrain("recipe.yml") / "model.safetensors"
-        folder = tune.make(str(inputs / "llama"), quick(inputs, tokens=1024))
-        return folder / "params.safetensors"
-
+    call = partial(made_by, command, inputs)
     whole = load_file(call())
     (recipe / "training.json").write_text('{"training_tokens": 1}') if command == "pretrain" else (
         shutil.rmtree(data / "lenses")
@@ -944,11 +947,7 @@ def test_a_measurement_continues_at_the_batch_where_it_was_stopped(
 def test_one_that_is_killed_behind_its_last_step_is_finished(
     command, data, inputs, recipe, monkeypatch
 ):
-    def call():
-        if command == "pretrain":
-            return pretrain.pretrain("recipe.yml") / "model.safetensors"
-        return tune.make(str(inputs / "llama"), quick(inputs, tokens=1024)) / "params.safetensors"
-
+    call = partial(made_by, command, inputs)
     save, steps = store.save_checkpoint, []
 
     def killed(path, content):

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from test_pipeline import SETTINGS, run_of
 
-from mlsae_book import experiments, stages, surrogates
+from mlsae_book import stages, surrogates
 from mlsae_core import pipeline
 from mlsae_core.spec import EvaluateSpec
 
@@ -53,19 +53,6 @@ def test_every_surrogate_is_trained_and_measured(inputs):
         assert 0 < table["live"] <= 1
         keys.add(artefact.key)
     assert len(keys) == len(surrogates.CONDITIONS)
-
-
-def test_a_dictionary_reads_the_activations_of_another_run(inputs):
-    session, run = pipeline.Session(), run_of(inputs)
-    # its own model with other weights stands for another basis
-    model = {"path": str(inputs / "gpt_neox"), "random_weights": 1}
-    other = run_of(inputs, model=model)
-    own = session.distributions(run, SETTINGS)
-    same = stages.distributions_of(session, run, run, SETTINGS)
-    crossed = stages.distributions_of(session, run, other, SETTINGS)
-    numbers = [experiments.read_distributions(a)[1]["ratio_latent"] for a in (own, same, crossed)]
-    assert numbers[0] == numbers[1]
-    assert numbers[2]["value"] != numbers[0]["value"]
 
 
 def test_overlap_is_measured_of_the_runs_own_text(inputs):

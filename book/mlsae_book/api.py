@@ -99,20 +99,9 @@ PAGES = {
     "api/experiments": "mlsae_book.stages",
     "api/charts": "mlsae_book.charts",
 }
+_BOOK = PACKAGES["mlsae_book"][1]
 #: Modules that only build the book.
-BUILD = tuple(
-    f"mlsae_book.{name}"
-    for name in (
-        "offline",
-        "api",
-        "outputs",
-        "glossary",
-        "excerpts",
-        "fonts",
-        "execution",
-        "sphinx_ext",
-    )
-)
+BUILD = tuple(f"mlsae_book.{name}" for name in ("offline", *_BOOK[_BOOK.index("api") :]))
 
 
 def modules() -> list[str]:

@@ -252,24 +252,6 @@ def _effects(folder: Path, subject: Subject) -> dict:
     return {"tokens": source.n_sequences * subject.run.data.context_length}
 
 
-def distributions_of(
-    session: Session, run: SubjectSpec, read: SubjectSpec, settings: EvaluateSpec
-) -> Artefact:
-    """Distributions of a run's dictionary on the activations of another: see `distributions`.
-
-    read: such as a run without the lens that the dictionary was trained with.
-    """
-
-    def key(run: SubjectSpec, settings: EvaluateSpec) -> Keyed:
-        own, parents = pipeline.measured(run)
-        inputs = {f"read {name}": value for name, value in pipeline.input_parents(read).items()}
-        own = own | keyed(settings) | {"read": run_settings(read)}
-        spec = {"run": flat(run), "read": flat(read), "distributions": to_dict(settings)}
-        return store.key("distributions", own, parents | inputs), spec, parents | inputs
-
-    return session.make("distributions", run, settings, key=key, read=read)
-
-
 def of_layers_key(stage: str, runs: Sequence[SubjectSpec]) -> Callable[..., Keyed]:
     """Key, spec and parents of what is measured of several runs' dictionaries together."""
 
@@ -394,18 +376,9 @@ def _massive(folder: Path, subject: Subject) -> dict:
     """What massive activations do to the metrics, with and without them: `evaluation.csv`, measured
     at all tokens whatever the site excludes, `positions.csv` and `massive.csv`."""
     from mlsae_book.tables import positions
-    from mlsae_core import analysis
 
-    kept = replace(subject.source.site, massive="kept")
-    settings, context = subject.settings, subject.run.data.context_length
-    table = analysis.evaluate(
-        replace(subject.source, site=kept),
-        subject.sae,
-        subject.size,
-        ablations=settings.ablations,
-        replaced=settings.replaced and max(settings.replaced // context, 1),
-        checkpoint=subject.checkpoint,
-    )
+    kept = replace(subject.source, site=replace(subject.source.site, massive="kept"))
+    table = pipeline.evaluation(replace(subject, source=kept))
     table.to_csv(folder / "evaluation.csv", index=False, float_format="%.8g")
     groups, massive = positions.by_position(subject.source, subject.sae, subject.size)
     groups.to_csv(folder / "positions.csv", index=False, float_format="%.4g")
