@@ -62,7 +62,7 @@ draw.beside(
     ("layers", "Layers at which the latent is active at the token"),
     ("share", "Share of the pairs (token, latent)"),
     "of",
-    title="Most pairs are of one layer, and in a stream of other tokens' updates as many",
+    title="Most pairs are of one layer; for a trained model, in a stream of other tokens' updates as many",
     subtitle="Lines: 95 % intervals over sequences, mostly smaller than a point.",
     choices={"case": "Run"},
 )
@@ -253,7 +253,7 @@ draw.beside(
     ("ratio", "Ratio of variances"),
     ("value", "Value"),
     "of",
-    title="Eq. 11 hardly asks for the token; Eq. 12 does, and a sum of other tokens' updates has most of it",
+    title="Eq. 11 hardly asks for the token; Eq. 12 does, and other tokens' updates give most of it",
     subtitle="Lines: 95 % intervals over sequences. Choose the run.",
     choices={"case": "Run"},
 )

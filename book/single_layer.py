@@ -130,7 +130,7 @@ lens_cells = transfer.matrix(
 # %% tags=["hide-input"]
 transfer_charts.matrix(
     lens_cells,
-    title="Through a lens a borrowed autoencoder costs less, and the own one more",
+    title="Through a lens borrowed autoencoders cost less in the mean, and the own ones more",
     subtitle="neox-4l-64d, aligned. Rows: where it was trained. Columns: where it was measured.",
 )
 
