@@ -57,7 +57,7 @@ class Planted:
 
 @pytest.fixture
 def planted():
-    sizes = {"site": SiteSpec(), "n_layers": 2, "device": "cpu", "n_sequences": 1}
+    sizes = {"site": SiteSpec(), "n_layers": 2, "device": torch.device("cpu"), "n_sequences": 1}
     source = SimpleNamespace(**sizes, batches=lambda *_: iter([SimpleNamespace(source=None)]))
     return latents.duplicates(source, Planted(), progress=False).set_index("latent")
 
