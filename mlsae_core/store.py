@@ -445,9 +445,11 @@ def restoring(path: Path, kind: str) -> Iterator[dict]:
 def forget_checkpoint(path: Path, result: Path):
     """Remove the checkpoint of a result that is there; a kill between the two leaves it behind.
 
-    One that is younger than the file `result` belongs to a computation of it anew.
+    One that is younger than the file `result` belongs to a computation of it anew. What a process
+    left that was killed while it wrote one goes as well.
     """
     with contextlib.suppress(FileNotFoundError):
+        _remove_leftovers(path)
         if path.stat().st_mtime_ns <= result.stat().st_mtime_ns:
             path.unlink()
 

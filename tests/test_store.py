@@ -223,6 +223,9 @@ def test_a_checkpoint_behind_its_end_is_forgotten_and_one_of_a_new_computation_k
         for path, seconds in ((checkpoint, written), (result, 10)):
             path.touch()
             os.utime(path, (seconds, seconds))
+        left = tmp_path / f".checkpoint-{2**22 + 1}"  # beyond the largest process number
+        left.touch()
         store.forget_checkpoint(checkpoint, result)
+        assert not left.exists()
         assert checkpoint.exists() != forgotten
         assert result.exists()
