@@ -17,7 +17,7 @@ from tiny_lm import EOS, VOCAB, tiny_network, tiny_tokenizer, train_on_text
 from torch.utils._python_dispatch import TorchDispatchMode
 from workers import use_data
 
-from mlsae_book import stages
+from mlsae_book import stages, surrogates
 from mlsae_core import metrics, objective, pipeline, store, train
 from mlsae_core.activations import TextSource
 from mlsae_core.lens import Lens
@@ -338,6 +338,30 @@ def test_every_analysis_on_a_gpu_gives_the_cpus_numbers(processes, inputs, data,
     random = ("gaussian", "permuted", "random", "shuffled")
     assert device == "cuda"
     assert [name for name in apart if not any(word in name for word in random)] == []
+
+
+def surrogate_tables(inputs, folder, conditions):
+    use_data(folder)
+    run, session = test_pipeline.run_of(inputs), pipeline.Session()
+    made = {
+        name: stages.surrogate(session, run, EvaluateSpec(tokens=1024), name) for name in conditions
+    }
+    tables = {name: pd.read_csv(made[name].file("surrogate.csv")) for name in made}
+    return session.device.type, tables
+
+
+def test_every_surrogate_gives_the_cpus_numbers(there, inputs, data, tmp_path, monkeypatch):
+    conditions = surrogates.CONDITIONS[1:]  # the first is an analysis of the run's own dictionary
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        device, expected = surrogate_tables(inputs, data, conditions)
+    assert device == "cpu"
+    device, found = there(surrogate_tables, inputs, tmp_path, conditions)
+    assert device == "pretend"
+    for name in conditions:
+        pd.testing.assert_frame_equal(
+            found[name], expected[name], check_exact=False, obj=name, rtol=1e-2, atol=1e-3
+        )
 
 
 def draw(device, generator):
