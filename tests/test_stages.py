@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 from test_pipeline import SETTINGS, run_of
 
-from mlsae_book import stages, surrogates
-from mlsae_core import pipeline
-from mlsae_core.spec import EvaluateSpec
+from mlsae_book import experiments, stages, surrogates
+from mlsae_core import pipeline, store
+from mlsae_core.spec import EvaluateSpec, Experiment
 
 pytestmark = pytest.mark.usefixtures("data")
 
@@ -44,15 +44,19 @@ def test_several_dictionaries_are_measured_together(inputs):
     assert stages.together(read_only, each, SETTINGS).path == many.path
 
 
-def test_every_surrogate_is_trained_and_measured(inputs):
-    run, keys = run_of(inputs), set()
-    for condition in surrogates.CONDITIONS:
-        artefact = stages.surrogate(pipeline.Session(), run, SETTINGS, condition)
+def test_every_surrogate_is_trained_measured_and_shipped(inputs):
+    runs = ({"seed": 0}, run_of(inputs)), ({"seed": 1}, run_of(inputs, seed=1))
+    experiment = Experiment("Surrogates", runs, SETTINGS)
+    made = experiments.surrogates(experiment, ship=True)
+    labels = [(labels["condition"], labels["seed"]) for labels, _ in made]
+    assert labels == [(condition, seed) for seed in (0, 1) for condition in surrogates.CONDITIONS]
+    assert len({artefact.key for _, artefact in made}) == len(labels)
+    for _, artefact in made:
         table = pd.read_csv(artefact.file("surrogate.csv")).set_index("measure").value
         assert 0 < table["single"] <= 1
         assert 0 < table["live"] <= 1
-        keys.add(artefact.key)
-    assert len(keys) == len(surrogates.CONDITIONS)
+        assert (store.SHIPPED / "surrogate" / artefact.key / "surrogate.csv").is_file()
+    assert experiments.surrogates(experiment, "read-only")[0][1].path.is_relative_to(store.SHIPPED)
 
 
 def test_overlap_is_measured_of_the_runs_own_text(inputs):

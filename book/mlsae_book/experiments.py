@@ -151,6 +151,27 @@ def together(
     ]
 
 
+def surrogates(
+    experiment: Experiment, mode: Mode = "cached", ship: bool = False
+) -> list[tuple[dict, Artefact]]:
+    """`stages.surrogate` of every run of an experiment under each of `surrogates.CONDITIONS`.
+
+    Returns:
+        (labels, artefact) for :func:`tables`, the first label the condition; all of a run before
+        the next one's.
+    """
+    from mlsae_book.surrogates import CONDITIONS
+
+    session, made = pipeline.Session(mode), []
+    for labels, run in experiment.runs:
+        for condition in CONDITIONS:
+            artefact = stages.surrogate(session, run, experiment.evaluate, condition)
+            made.append(({"condition": condition, **labels}, artefact))
+            if ship and pipeline.is_main_process():
+                store.ship(artefact)
+    return made
+
+
 def stages_of(experiment: Experiment, run: SubjectSpec) -> list[str]:
     """The stages of one run of an experiment; an unknown one is refused."""
     found = status.stages(experiment, run)
