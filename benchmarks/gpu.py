@@ -303,9 +303,9 @@ def busy():
             until = max(until, end)
             by_name[name] += end - start
     whole, together = until - first, sum(by_name.values())
-    note("the card computes", share=computed / whole, ms=whole / 1e3)
+    note("the card computes", of_time=computed / whole, ms=whole / 1e3)
     for name, took in by_name.most_common(12):
-        note(f"  {name[:90]}", share=took / together)
+        note(f"  {name[:90]}", of_time=took / together)
 
 
 def checkpoints():
