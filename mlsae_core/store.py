@@ -22,6 +22,7 @@ import platform
 import secrets
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -243,6 +244,12 @@ def provenance() -> dict:
     }
 
 
+def _card() -> str:
+    """The GPU that this process computes on, if it does."""
+    torch = sys.modules.get("torch")
+    return f", {torch.cuda.get_device_name()}" if torch and torch.cuda.is_initialized() else ""
+
+
 def read(path: Path, check: bool = True) -> Artefact:
     """Read an artefact; check that it is the one of its place, and every file's recorded hash."""
     remedy = f"delete {path}; it is computed anew where it is needed"
@@ -342,6 +349,7 @@ def write(
             **notes,
             **provenance(),
         }
+        meta["machine"] += _card()
         (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return read(path, check=False)
 

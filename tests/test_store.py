@@ -209,6 +209,16 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
             store.load_checkpoint(path)
 
 
+def test_a_result_says_on_which_gpu_it_was_computed(data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    said = []
+    for computed in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda computed=computed: computed)
+        made = store.write("tokens", f"{computed}", {}, {}, lambda folder: {})
+        said.append(made.meta["machine"].removeprefix(store.provenance()["machine"]))
+    assert said == ["", ", NVIDIA H100"]
+
+
 def test_looking_results_up_needs_neither_torch_nor_transformers():
     heavy = ("torch", "transformers", "accelerate", "datasets")
     code = f"import sys, mlsae_core.pipeline; print([m for m in {heavy} if m in sys.modules])"
