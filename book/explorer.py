@@ -27,7 +27,7 @@
 # %% tags=["remove-cell"]
 from IPython.display import HTML
 
-from mlsae_book import charts, experiments, widgets
+from mlsae_book import charts, experiments, live
 from mlsae_book.charts import latents as latent_charts
 from mlsae_book.tables import cards, examples, importance, interventions, latents
 from mlsae_core import pipeline
@@ -35,7 +35,8 @@ from mlsae_core.lens import Lens
 from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
-default = experiments.materialise(load_experiment("experiments/default.yml"))
+declared = load_experiment("experiments/default.yml")
+default = experiments.materialise(declared)
 results = experiments.materialise(load_experiment("experiments/explorer.yml"))
 
 # %% tags=["remove-cell"]
@@ -68,6 +69,13 @@ found = examples.load(results.artefacts["examples"][0][1].file("examples.safeten
 #
 # **What would contradict it.** Examples of one latent that share nothing, in its highest quarter too.
 #
+# In JupyterLab the kernel runs the models in the place of the page, so `run` may be any: one that you trained, or
+# published weights, of a language model of any size.
+
+# %% tags=["nbval-ignore-output", "remove-output"]
+live.explorer(session, run, declared.evaluate, prompt="Return the number of elements along the given axis.")
+
+# %% [markdown]
 # ### Token or context?
 #
 # At each layer, the latents with three examples there, and the fraction of them of which all three are the same token:
@@ -102,12 +110,6 @@ cards.one_token(all_cards).set_index("examples").round(3)
 middle = lm.n_layers // 2
 latent = latents.sharpest(arrays, middle, least=1000)
 middle, latent
-
-# %% [markdown]
-# In JupyterLab, every latent by its number:
-
-# %% tags=["nbval-ignore-output", "remove-output"]
-widgets.explorer(lm, sae, arrays, found, latent)
 
 # %% [markdown]
 # Its strongest examples. The colour says how active the latent is at each token, at the layer where the

@@ -72,6 +72,7 @@ PACKAGES = {
             "dictionaries",
             "charts",
             "widgets",
+            "live",
             "report",
             "pretrain",
             "reproduce",

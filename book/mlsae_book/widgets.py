@@ -13,12 +13,10 @@ from dataclasses import replace
 import altair as alt
 import ipywidgets
 import pandas as pd
-from torch import Tensor
 
 from mlsae_book import charts, tables
 from mlsae_core import pipeline
 from mlsae_core.lm import LanguageModel
-from mlsae_core.sae import MLSAE
 from mlsae_core.spec import RunSpec, SpecError
 
 
@@ -191,33 +189,3 @@ def prompt_layers(session: pipeline.Session, run: RunSpec, prompt: str) -> ipywi
         prompt, description="Prompt", continuous_update=False, layout={"width": "95%"}
     )
     return _panel(draw, prompt=box)
-
-
-def explorer(
-    lm: LanguageModel,
-    sae: MLSAE,
-    distributions: dict[str, Tensor],
-    found: dict[str, Tensor],
-    latent: int,
-) -> ipywidgets.VBox:
-    """Choose any latent by its number; see its layers, top examples and nearest tokens.
-
-    distributions: arrays of `analysis.distributions`. found: arrays of `examples.examples`.
-    """
-    from mlsae_book.charts import latents as latent_charts
-    from mlsae_book.tables import examples, latents
-
-    def draw(latent: int):
-        if not distributions["active_tokens"][latent]:
-            raise SpecError(f"latent {latent} is never active in this text")
-        return latent_charts.explorer(
-            latents.profile(distributions, [latent]),
-            examples.example_table(found, lm.tokenizer, [latent]),
-            latents.nearest_tokens(lm, sae, [latent]),
-            f"Latent {latent}",
-        )
-
-    box = ipywidgets.BoundedIntText(
-        latent, min=0, max=sae.n_latents - 1, description="Latent", continuous_update=False
-    )
-    return _panel(draw, latent=box)

@@ -44,6 +44,49 @@ def aggregate(
     return _titled(chart.properties(height=220), title, subtitle)
 
 
+def guess(
+    table: pd.DataFrame, panels: dict[str, str], trained: str, title: str, subtitle: str
+) -> alt.VConcatChart:
+    """Heatmaps beneath each other; the reader is asked which of them is of the trained model.
+
+    ``table`` is what `tables.layers.guess_table` returns, ``panels`` what each panel is, and
+    ``trained`` the one asked for. What they are, and whether the guess was right, is written above
+    them once it has been made.
+    """
+    table = _table(table, "layers.guess", "panel", "order", "layer", "probability")
+    made = _select("guess", [None, *panels], "The trained model is", ["…", *panels])
+    width = int(table["order"].max()) + 1
+
+    def panel(name: str, what: str) -> alt.LayerChart:
+        own = table[table["panel"] == name].drop(columns="panel")
+        axis = f"{width} latents of each, by their mean layer" if name == [*panels][-1] else None
+        cells = (
+            _latent_cells(alt.Chart(own), axis, width)
+            .encode(
+                color=alt.Color("probability:Q", title="P(layer | latent)").scale(domain=[0, 1]),
+                tooltip=["layer:O", "probability:Q"],
+            )
+            .properties(name=f"cells_{name}")
+        )
+        verdict = "right" if name == trained else "wrong"
+        said = f": {what}' + ({made.name} == '{name}' ? ' – {verdict}' : '')"
+        label = (
+            alt.Chart(alt.InlineData([{}]), name=f"label_{name}")
+            .mark_text(
+                align="right",
+                baseline="bottom",
+                fontWeight="bold",
+                text=alt.ExprRef(f"{made.name} ? '{name}{said} : '{name}'"),
+            )
+            .encode(x=alt.value("width"), y=alt.value(-6))
+        )
+        return alt.layer(cells, label).properties(height=90)
+
+    parts = [panel(name, what) for name, what in panels.items()]
+    chart = alt.vconcat(*parts, spacing=24).add_params(made)
+    return _titled(chart, title, subtitle)
+
+
 def totals(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.Chart:
     """Activation totals, not normalised (Fig. 25); the reader chooses the power of the colour.
 

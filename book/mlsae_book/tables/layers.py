@@ -94,6 +94,27 @@ def aggregate_table(arrays: dict[str, Tensor], most: int = 400) -> pd.DataFrame:
     return table[table[list(SOURCES)].notna().any(axis=1)].reset_index(drop=True)
 
 
+def guess_table(panels: dict[str, Tensor], most: int = 250) -> pd.DataFrame:
+    """P(layer | latent) of several dictionaries, beneath each other.
+
+    Of each, the latents that are active, by their own mean layer, at most `most` evenly spaced.
+
+    Args:
+        panels: name → probabilities (layer, latent) as `derived` returns them.
+
+    Returns:
+        One row per (panel, layer, order): ``panel``, ``layer``, ``order``, ``probability``.
+    """
+    parts = []
+    for panel, probs in panels.items():
+        chosen = probs[:, _by_mean_layer(probs, most)]
+        layer, order = torch.meshgrid(*map(torch.arange, chosen.shape), indexing="ij")
+        columns = {"layer": layer, "order": order, "probability": chosen}
+        flat = {name: values.flatten().numpy() for name, values in columns.items()}
+        parts.append(pd.DataFrame({"panel": panel} | flat))
+    return pd.concat(parts, ignore_index=True)
+
+
 def totals_table(arrays: dict[str, Tensor], most: int = 400) -> pd.DataFrame:
     """Activation totals, not normalised (Fig. 25), of the latents that `aggregate_table` has.
 
