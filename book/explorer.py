@@ -73,7 +73,9 @@ found = examples.load(results.artefacts["examples"][0][1].file("examples.safeten
 # published weights, of a language model of any size.
 
 # %% tags=["nbval-ignore-output", "remove-output"]
-live.explorer(session, run, declared.evaluate, prompt="Return the number of elements along the given axis.")
+live.explorer(
+    session, run, declared.evaluate, prompt="Return the number of elements along the given axis."
+)
 
 # %% [markdown]
 # ### Token or context?

@@ -35,8 +35,25 @@ from mlsae_core.spec import load_experiment
 charts.use_book_theme()
 experiment = load_experiment("experiments/default.yml")
 session = pipeline.Session()
+_, run = experiment.runs[0]
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+passage = layer_charts.passage(
+    layers.passage(
+        session.lm(run.model),
+        session.sae(run),
+        "Return the number of elements along the given axis",
+    ),
+    token="axis",
+    title="One token on its way, read by one dictionary after every layer",
+    subtitle="The last word of “Return the number of elements along the given axis”. A column is a latent, dark "
+    "where it is active. Move the slider; click a latent to meet it.",
+)
+charts.with_cards(passage)
 
 # %% [markdown]
+# Some latents stay active from the first block to the last, most come and go. Is that a fact about what the model has learnt?
+#
 # ## Which of these is the trained model?
 #
 # Three pictures of 250 latents each. A column is a latent, dark at the layers where it is mostly active. One is of a
@@ -86,7 +103,6 @@ layer_charts.guess(
 # column of the picture: dark where the latent is mostly active.
 
 # %% tags=["hide-input"]
-_, run = experiment.runs[0]
 distributions = session.distributions(run, experiment.evaluate)
 arrays, numbers = experiments.read_distributions(distributions)
 heatmap = charts.heatmap(

@@ -51,9 +51,8 @@ class Engine:
         self.original = self.lm.original(tokens)
         residual = self.original.residual
         self.before, self.after = self.lm.logits(residual[-1])[0].float(), None
-        values, _ = code = self.sae.encode(residual[self.layers, 0].float())
-        self.width = int((values > 0).sum(-1).max())
-        return {"ids": ids, "codes": self._codes(*code), "left": len(found) - len(ids)}
+        codes = self._codes(residual[self.layers, 0])
+        return {"ids": ids, "codes": codes, "left": len(found) - len(ids)}
 
     @torch.no_grad()
     def change(self, given: dict) -> dict:
@@ -76,8 +75,8 @@ class Engine:
             rows = torch.where(here[:, None], rows, x)
         streams = interventions.resume(self.lm, self.original, block, rows.to(x.dtype))
         self.after = self.lm.logits(streams[-1])[0].float()
-        later = [streams[one - block][0].float() for one in self.layers[given["layer"] :]]
-        return {"codes": self._codes(*self.sae.encode(torch.stack(later)))}
+        later = [streams[one - block][0] for one in self.layers[given["layer"] :]]
+        return {"codes": self._codes(torch.stack(later))}
 
     def likeliest(self, given: dict) -> dict:
         """Of the tokens after ``token``, the ``most`` likely without the change, and with it:
@@ -92,9 +91,11 @@ class Engine:
         """The mean over tokens of KL(before ‖ after) of the predictions, in nats."""
         return kl_divergence(self.before, self.after).double().mean().item()
 
-    def _codes(self, values: Tensor, indices: Tensor) -> list[dict]:
-        """Of codes (layer, token, k), the `width` largest at each token, as JSON can have them."""
-        order = values.argsort(dim=-1, descending=True, stable=True)[..., : self.width]
+    def _codes(self, x: Tensor) -> list[dict]:
+        """Codes of vectors (layer, token, d_model), as JSON can have them."""
+        values, indices = self.sae.encode(x.float())
+        most = max(1, int((values > 0).sum(-1).max()))
+        order = values.argsort(dim=-1, descending=True, stable=True)[..., :most]
         parts = {"indices": indices.gather(-1, order), "values": values.gather(-1, order)}
         rows = {name: part.flatten(1).tolist() for name, part in parts.items()}
         return [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import altair as alt
 import pandas as pd
 
-from mlsae_book.charts import _by_run, _latent_cells, _select, _select_prompt, _table, _titled
+from mlsae_book.charts import (
+    NEUTRAL,
+    _by_run,
+    _latent_cells,
+    _select,
+    _select_prompt,
+    _table,
+    _titled,
+)
 
 WEIGHTINGS = {
     "probs": "mean over active tokens",
@@ -41,6 +51,66 @@ def aggregate(
         )
         .add_params(source)
     )
+    return _titled(chart.properties(height=220), title, subtitle)
+
+
+#: Pixels: of a block in `passage`, and up to where its name reaches.
+BLOCK, NAMES = 22, 96
+
+
+def passage(table: pd.DataFrame, token: str, title: str, subtitle: str) -> alt.LayerChart:
+    """A token on its way through the blocks, and the latents that a dictionary of all layers reads
+    after each; the reader moves it up.
+
+    ``table`` is what `tables.layers.passage` returns.
+    """
+    table = _table(table, "layers.passage", "latent", "layer", "activation", "order")
+    last, width = int(table["layer"].max()), int(table["order"].max()) + 1
+    here = alt.param(
+        name="after_block",
+        value=last // 2,
+        bind=alt.binding_range(min=0, max=last, step=1, name="The token is after block "),
+    )
+    place = alt.Scale(domain=[0, width], nice=False, range=[NAMES, alt.ExprRef("width")])
+    axis = alt.Axis(labels=False, ticks=False, titleAnchor="end")
+    cells = (
+        _latent_cells(alt.Chart(table), f"{width} latents, by their mean layer here", width)
+        .encode(
+            x=alt.X("order:Q", title=f"{width} latents, by their mean layer here", axis=axis).scale(
+                place
+            ),
+            y=alt.Y("layer:O", title=None, sort="descending", axis=None),
+            color=alt.Color("activation:Q", title="Activation").scale(domainMin=0),
+            opacity=alt.when(alt.datum.layer <= here).then(alt.value(1)).otherwise(alt.value(0)),
+            tooltip=["latent:O", "layer:O", "activation:Q"],
+        )
+        .properties(name="cells")
+    )
+    layers = alt.Chart(pd.DataFrame({"layer": range(last + 1)})).encode(
+        y=alt.Y("layer:O", sort="descending", axis=None)
+    )
+    stream = (
+        alt.Chart(alt.InlineData([{}]), name="stream")
+        .mark_rule(strokeDash=[], strokeWidth=3)
+        .encode(x=alt.value(BLOCK / 2), y=alt.value(0), y2=alt.value("height"))
+    )
+    blocks = layers.mark_rect(height={"band": 0.55}, cornerRadius=3, color=NEUTRAL).encode(
+        x=alt.value(0), x2=alt.value(BLOCK)
+    )
+    names = (
+        layers.transform_calculate(
+            label=f"datum.layer == {here.name} ? {json.dumps(token)} : 'block ' + datum.layer"
+        )
+        .mark_text(align="left")
+        .encode(
+            x=alt.value(BLOCK + 6),
+            text="label:N",
+            opacity=alt.when(alt.datum.layer == here).then(alt.value(1)).otherwise(alt.value(0.6)),
+            size=alt.when(alt.datum.layer == here).then(alt.value(15)).otherwise(alt.value(12)),
+        )
+    )
+    parts = [blocks.properties(name="blocks"), names.properties(name="names")]
+    chart = alt.layer(stream, *parts, cells).add_params(here)
     return _titled(chart.properties(height=220), title, subtitle)
 
 

@@ -220,7 +220,7 @@ def variance_by_rank(table: pd.DataFrame, title: str, subtitle: str | None = Non
         .properties(name="parts")
     )
     chosen = base.transform_filter(alt.datum.rank == rank)
-    rule = chosen.mark_rule().encode(x="mean(rank):Q").properties(name="chosen")
+    rule = chosen.mark_rule().encode(x="mean(rank):Q", detail="latent:N").properties(name="chosen")
     words = (
         chosen.transform_pivot("part", value="variance", groupby=["latent"])
         .transform_calculate(

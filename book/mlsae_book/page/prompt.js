@@ -165,8 +165,9 @@ class Prompt {
   activation(token, layer, state, changed = true) {
     const later = changed && this.done.later?.[layer - state.layer];
     const { indices, values } = later || this.done.codes[layer];
-    const at = indices.subarray(token * this.k, (token + 1) * this.k).indexOf(state.latent);
-    return at < 0 ? 0 : values[token * this.k + at];
+    const k = indices.length / this.done.ids.length;
+    const at = indices.subarray(token * k, (token + 1) * k).indexOf(state.latent);
+    return at < 0 ? 0 : values[token * k + at];
   }
 
   draw(state) {
