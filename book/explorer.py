@@ -316,7 +316,8 @@ importance.beside_null_models(source, sae).round(2)
 #
 # `python -m mlsae_book report my-run.yml pages` writes the explorer of any run into the folder `pages`, with its evaluation
 # above it: of one that was just trained, or of published weights. Where the language model is too large for a page, or of
-# another architecture, the page says so and has all but the prompt.
+# another architecture, the page says so and has all but the prompt. Then `live.explorer(session, run, settings)` in JupyterLab
+# has the prompt as well.
 #
 # ## Beside other explorers
 #
@@ -326,17 +327,17 @@ importance.beside_null_models(source, sae).round(2)
 # | | this page | in JupyterLab | paper's application | Neuronpedia | SAEDashboard |
 # | --- | --- | --- | --- | --- | --- |
 # | type a prompt | yes | yes | yes | yes | no |
-# | active latents by layer and token | yes | no | yes | by layer | in part |
-# | tokens coloured by a latent | every layer at once | yes | yes | yes | yes |
+# | active latents by layer and token | yes | yes | yes | by layer | in part |
+# | tokens coloured by a latent | every layer at once | every layer at once | yes | yes | yes |
 # | any latent | all 2,048; of any run by `report` | any run | yes | yes | those chosen |
-# | histogram of activations by layer | yes | no | of the prompt | one layer | one layer |
+# | histogram of activations by layer | yes | yes | of the prompt | one layer | one layer |
 # | distribution over layers | yes | yes | of the prompt | no | no |
-# | examples from every part of the range | yes | no | no | yes | yes |
-# | promoted and suppressed tokens | by layer | of one latent | by steering | yes | yes |
-# | nearest latents | yes | as a table | no | yes | yes |
-# | reconstruct a layer | yes | no | yes | no | no |
-# | steer, ablate: predictions before and after | yes | of one latent | steer | steer | no |
-# | search, sort | yes | by number | no | yes | no |
+# | examples from every part of the range | yes | yes | no | yes | yes |
+# | promoted and suppressed tokens | by layer | by layer | by steering | yes | yes |
+# | nearest latents | yes | yes | no | yes | yes |
+# | reconstruct a layer | yes | yes | yes | no | no |
+# | steer, ablate: predictions before and after | yes | yes | steer | steer | no |
+# | search by a token of the examples, sort | yes | yes | no | yes | no |
 # | a link to what is shown | everything | no | the prompt | yes | no |
 # | explanations in words | no | no | no | yes | no |
 # | larger models | no | yes | yes | yes | yes |

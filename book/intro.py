@@ -46,8 +46,8 @@ passage = layer_charts.passage(
     ),
     token="axis",
     title="One token on its way, read by one dictionary after every layer",
-    subtitle="The last word of “Return the number of elements along the given axis”. A column is a latent, dark "
-    "where it is active. Move the slider; click a latent to meet it.",
+    subtitle="The last word of “Return the number of elements along the given axis”. A column is a latent, in "
+    "strong colour where it is active. Move the slider; click a latent to meet it.",
 )
 charts.with_cards(passage)
 
@@ -56,7 +56,7 @@ charts.with_cards(passage)
 #
 # ## Which of these is the trained model?
 #
-# Three pictures of 250 latents each. A column is a latent, dark at the layers where it is mostly active. One is of a
+# Three pictures of 200 latents each. A column is a latent, strong in colour at the layers where it is mostly active. One is of a
 # language model that was trained on text, one of the same model with *random weights*, which has learnt nothing, and in one the
 # layers of the trained model were *permuted* at every token. Guess, and the pictures say what they are.
 

@@ -125,7 +125,7 @@ def test_what_a_page_finds_in_files_the_kernel_gives(session, inputs, tmp_path):
             json.loads(content) | {"no_model": None} if name == "index" else json.loads(content)
         )
         assert ask("asset", name)["result"] == expected, name
-    assert 'data-start=&quot;latent=3&amp;amp;prompt=%22a%26b%22&quot;' in page
+    assert "data-start=&quot;latent=3&amp;amp;prompt=%22a%26b%22&quot;" in page
 
 
 def test_a_long_an_empty_and_a_senseless_question_are_answered(session, inputs):

@@ -58,7 +58,9 @@ def aggregate(
 BLOCK, NAMES = 22, 96
 
 
-def passage(table: pd.DataFrame, token: str, title: str, subtitle: str) -> alt.LayerChart:
+def passage(
+    table: pd.DataFrame, token: str, title: str, subtitle: str | None = None
+) -> alt.LayerChart:
     """A token on its way through the blocks, and the latents that a dictionary of all layers reads
     after each; the reader moves it up.
 
@@ -94,9 +96,9 @@ def passage(table: pd.DataFrame, token: str, title: str, subtitle: str) -> alt.L
         .mark_rule(strokeDash=[], strokeWidth=3)
         .encode(x=alt.value(BLOCK / 2), y=alt.value(0), y2=alt.value("height"))
     )
-    blocks = layers.mark_rect(height={"band": 0.55}, cornerRadius=3, color=NEUTRAL).encode(
-        x=alt.value(0), x2=alt.value(BLOCK)
-    )
+    blocks = layers.mark_rect(
+        height={"band": 0.55}, cornerRadius=3, color=NEUTRAL, aria=False
+    ).encode(x=alt.value(0), x2=alt.value(BLOCK))
     names = (
         layers.transform_calculate(
             label=f"datum.layer == {here.name} ? {json.dumps(token)} : 'block ' + datum.layer"
@@ -115,7 +117,11 @@ def passage(table: pd.DataFrame, token: str, title: str, subtitle: str) -> alt.L
 
 
 def guess(
-    table: pd.DataFrame, panels: dict[str, str], trained: str, title: str, subtitle: str
+    table: pd.DataFrame,
+    panels: dict[str, str],
+    trained: str,
+    title: str,
+    subtitle: str | None = None,
 ) -> alt.VConcatChart:
     """Heatmaps beneath each other; the reader is asked which of them is of the trained model.
 

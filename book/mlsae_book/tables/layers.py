@@ -95,7 +95,7 @@ def aggregate_table(arrays: dict[str, Tensor], most: int = 400) -> pd.DataFrame:
     return table[table[list(SOURCES)].notna().any(axis=1)].reset_index(drop=True)
 
 
-def guess_table(panels: dict[str, Tensor], most: int = 250) -> pd.DataFrame:
+def guess_table(panels: dict[str, Tensor], most: int = 200) -> pd.DataFrame:
     """P(layer | latent) of several dictionaries, beneath each other.
 
     Of each, the latents that are active, by their own mean layer, at most `most` evenly spaced.
