@@ -486,7 +486,7 @@ def test_a_latent_that_a_search_finds_has_the_token_in_an_example(visit):
         page.click(".more")
     rows = page.locator(".latents tbody tr")
     active = ".examples .text :is([style*='--share: 0.'], [style*='--share: 1'])"
-    for kind, where in (("here at", active), ("here beside", ".examples .text *")):
+    for kind, where in (("example at", active), ("example beside", ".examples .text *")):
         row = rows.filter(has_text=kind).last
         token = row.locator(".token").last.inner_text()
         row.locator("button").click()

@@ -5,8 +5,8 @@ class Find {
   // token, and what is said of all like it.
   static HOW = [
     ["", "most often active at such a token"],
-    [" here at ", "active at one in an example"],
-    [" here beside ", "with one in the text of an example"],
+    [", in an example at ", "active at one in an example"],
+    [", in an example beside ", "with one in the text of an example"],
   ];
   static SORTS = {
     number: ["Own order", (l, j) => j],
