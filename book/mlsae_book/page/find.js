@@ -54,26 +54,22 @@ class Find {
       const ids = list === "" ? this.searched(find) : null;
       this.matches = new Map();
       if (ids) this.mostOften(ids);
-      this.fill(find, list, sort, ids);
-      this.settled = ids ? this.inExamples(ids, key, () => this.fill(find, list, sort, ids)) : null;
+      const fill = () => this.fill(find, list, sort, ids);
+      fill();
+      this.settled = ids ? this.inExamples(ids, key).then((isNew) => isNew && fill()) : null;
     }
-    this.mark();
-    return this.settled;
-  }
-
-  mark() {
     for (const row of this.body.children) {
-      row.classList.toggle("chosen", +row.dataset.latent === this.chosen);
+      row.classList.toggle("chosen", +row.dataset.latent === latent);
     }
+    return this.settled;
   }
 
   fill(find, list, sort, ids) {
     const l = this.index.latents;
-    const number = +find.trim();
     let all = [...l.token.keys()];
     if (list !== "") all = this.index.lists[list].latents.slice();
     else if (ids) all = [...this.matches.keys()];
-    else if (find.trim() !== "") all = [number];
+    else if (find.trim() !== "") all = [+find.trim()];
     if (list === "" || sort !== "number") {
       const score = Find.SORTS[sort][1];
       const close = (j) => (sort === "number" ? (this.matches.get(j)?.how ?? 0) : 0);
@@ -109,35 +105,30 @@ class Find {
     });
   }
 
-  async inExamples(ids, key, show) {
+  // Adds the latents that have a token in an example; whether these are still what is asked for.
+  async inExamples(ids, key) {
     const firsts = this.index.token_shards;
-    const parts = new Map();
-    for (const id of ids) {
-      const shard = firsts.findLastIndex((first) => first <= id);
-      parts.set(shard, [...(parts.get(shard) ?? []), id]);
-    }
-    const loaded = [...parts].map(async ([shard, own]) => {
-      const lists = await assets.json(`tokens-${String(shard).padStart(2, "0")}`);
-      return own.map((id) => [id, lists[id - firsts[shard]]]);
-    });
+    const shardOf = (id) => firsts.findLastIndex((first) => first <= id);
+    const shards = [...new Set([...ids].map(shardOf))];
+    const names = shards.map((shard) => `tokens-${String(shard).padStart(2, "0")}`);
     let found;
     try {
-      found = (await Promise.all(loaded)).flat();
+      found = await Promise.all(names.map((name) => assets.json(name)));
     } catch (error) {
       if (key === this.key) this.found.textContent += ` Examples cannot be searched. ${error.message}`;
-      return;
+      return false;
     }
-    if (key !== this.key) return;
-    for (const [id, steps] of found) {
+    if (key !== this.key) return false;
+    for (const id of ids) {
+      const shard = shardOf(id);
       let latent = 0;
-      for (const step of steps) {
+      for (const step of found[shards.indexOf(shard)][id - firsts[shard]]) {
         latent += step >> 1;
         const how = step & 1 ? 1 : 2;
         if (how < (this.matches.get(latent)?.how ?? 3)) this.matches.set(latent, { how, id });
       }
     }
-    show();
-    this.mark();
+    return true;
   }
 
   add() {
