@@ -46,8 +46,7 @@ passage = layer_charts.passage(
     ),
     token="axis",
     title="One token on its way, read by one dictionary after every layer",
-    subtitle="The last word of “Return the number of elements along the given axis”. A column is a latent, in "
-    "strong colour where it is active. Move the slider; click a latent to meet it.",
+    subtitle="The last word of “… along the given axis”. A column is a latent. Move the slider; click one to meet it.",
 )
 charts.with_cards(passage)
 
