@@ -2,6 +2,7 @@
 
 import json
 import re
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from mlsae_core.spec import SpecError
 from mlsae_core.text import token_ids
 
 ROOT = Path(__file__).parents[1]
+ANSWERED = ("asked", "answered")
 PROMPT = "the cat and a dog"
 
 
@@ -143,6 +145,31 @@ def test_a_long_an_empty_and_a_senseless_question_are_answered(session, inputs):
 def test_a_run_without_cards_is_refused_as_the_report_does(session, inputs):
     with pytest.raises(SpecError):
         explored(session, run_of(inputs, source="mlp", target="same"))
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("is_there", [True, False], ids=["silent", "gone"])
+def test_a_kernel_that_does_not_answer_gets_a_sentence(browser, tmp_path, is_there):  # noqa: F811
+    boxes = "".join(f'<div class="x-{part}"><textarea></textarea></div>' for part in ANSWERED)
+    frame = f'<iframe srcdoc="{escape(live.document("x"))}"></iframe>'
+    (tmp_path / "page.html").write_text(f"<body>{boxes if is_there else ''}{frame}", "utf-8")
+    context = browser.new_context(offline=True)
+    page = context.new_page()
+    page.clock.install()
+    page.goto((tmp_path / "page.html").as_uri())
+    status = page.frame_locator("iframe").locator(".status")
+    if is_there:
+        assert status.inner_text() == ""
+        page.clock.run_for(11_000)
+        assert "has not answered for ten seconds" in status.inner_text()
+        mark = " ".join(page.input_value(".x-asked textarea").split(" ")[:2])
+        page.fill(".x-answered textarea", f'{mark} {{"error": "No such run."}}')
+        page.clock.run_for(100)
+        assert status.inner_text() == "The explorer cannot start. No such run."
+    else:
+        page.frame_locator("iframe").locator(".fault").wait_for()
+        assert "The kernel cannot be reached. Execute the cell again." in status.inner_text()
+    context.close()
 
 
 @pytest.mark.browser

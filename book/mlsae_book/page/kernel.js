@@ -8,6 +8,10 @@ const { ask: askKernel, ...assets } = (() => {
     if (!found) throw new Error("The kernel cannot be reached. Execute the cell again.");
     return found;
   };
+  const SLOW =
+    "The kernel has not answered for ten seconds: is it busy? " +
+    "If it was started anew, execute the cell again.";
+  const status = () => document.querySelector(".status");
   let asked = 0;
   let last = Promise.resolve();
   const send = async (method, given) => {
@@ -15,7 +19,10 @@ const { ask: askKernel, ...assets } = (() => {
     const mark = `${Math.random()} ${++asked} `;
     question.value = mark + JSON.stringify([method, given ?? null]);
     question.dispatchEvent(new Event("input", { bubbles: true }));
+    const slow = setTimeout(() => (status().textContent = SLOW), 10_000);
     while (!text("answered").value.startsWith(mark)) await new Promise((r) => setTimeout(r, 20));
+    clearTimeout(slow);
+    if (status().textContent === SLOW) status().textContent = "";
     const { result, error } = JSON.parse(text("answered").value.slice(mark.length));
     if (error) throw new Error(error);
     return result;
