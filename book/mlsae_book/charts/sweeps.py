@@ -228,8 +228,8 @@ def variance_by_rank(table: pd.DataFrame, title: str, subtitle: str | None = Non
             "+ format(datum['between tokens'], '.3f') + ' = ' "
             "+ format(datum['at one token'] + datum['between tokens'], '.3f')"
         )
-        .mark_text(align="right", baseline="bottom")
-        .encode(x=alt.value("width"), y=alt.value(-8), text="label:N")
+        .mark_text(align="left", baseline="top")
+        .encode(x=alt.value(8), y=alt.value(8), text="label:N")
         .properties(name="sum")
     )
     chart = alt.layer(areas, rule, words).add_params(rank).properties(height=280)
