@@ -1,6 +1,7 @@
 """Every panel driven as a reader would: each control is changed, and what is shown looked at."""
 
 import dataclasses
+import json
 
 import ipywidgets
 import pandas as pd
@@ -111,15 +112,42 @@ def test_a_run_of_the_chosen_sparsity_and_size_is_trained(shown, monkeypatch, in
     assert shown[0]["title"]["text"] == "k = 2, R = 3"
     assert rows(shown[0], "fvu").fvu.tolist() == pytest.approx(log.fvu.tolist(), rel=1e-3)
 
+    # the run that was trained last, whatever is chosen by now
+    explore = control(panel, "Explore it")
+    monkeypatch.setattr(widgets, "EXPLORED", 256)
+    k.value = 4
+    assert not explore.disabled
+    explore.click()
+    *_, found = panel.children
+    frame, asked, answered = found.children
+    assert "<iframe" in frame.value
+    asked.value = '0 1 ["asset", "index"]'
+    index = json.loads(answered.value.split(" ", 2)[2])["result"]
+    assert len(index["latents"]["density"]) == 3 * 16
+    asked.value = '0 2 ["run", "the cat"]'
+    found_in = json.loads(answered.value.split(" ", 2)[2])["result"]
+    assert len(found_in["codes"][0]["indices"]) == 2 * len(found_in["ids"])
+    assert explore.disabled
+    button.click()
+    assert found not in panel.children
+
+    def without_cards(*_):
+        raise SpecError("cards: expected more")
+
+    monkeypatch.setattr(widgets.live, "explorer", without_cards)
+    explore.click()
+    assert said(panel) == "cards: expected more\n"
+
     def refused(*_):
         assert button.disabled
         raise SpecError("k: expected less")
 
     monkeypatch.setattr(pipeline.Session, "train", refused)
     button.click()
-    assert said(panel) == "k: expected less\n"
+    assert said(panel) == "k: expected less\n"  # and the explorer is gone
     assert not button.disabled
-    assert len(shown) == 1
+    assert explore.disabled
+    assert len(shown) == 2
 
 
 def distributions(seed):
