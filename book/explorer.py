@@ -35,8 +35,7 @@ from mlsae_core.lens import Lens
 from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
-declared = load_experiment("experiments/default.yml")
-default = experiments.materialise(declared)
+default = experiments.materialise(load_experiment("experiments/default.yml"))
 results = experiments.materialise(load_experiment("experiments/explorer.yml"))
 
 # %% tags=["remove-cell"]
@@ -73,9 +72,9 @@ found = examples.load(results.artefacts["examples"][0][1].file("examples.safeten
 # published weights, of a language model of any size.
 
 # %% tags=["nbval-ignore-output", "remove-output"]
-live.explorer(
-    session, run, declared.evaluate, prompt="Return the number of elements along the given axis."
-)
+settings = load_experiment("experiments/default.yml").evaluate
+prompt = "Return the number of elements along the given axis."
+live.explorer(session, run, settings, prompt=prompt)
 
 # %% [markdown]
 # ### Token or context?

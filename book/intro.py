@@ -60,16 +60,12 @@ charts.with_cards(passage)
 # layers of the trained model were *permuted* at every token. Guess, and the pictures say what they are.
 
 # %% tags=["hide-input"]
-rivals = experiments.swept_distributions({"weights": "experiments/random.yml"})["weights"]
-rivals = {labels["case"]: arrays for labels, arrays, _ in rivals}
-panels = {
-    "A": ("random weights", rivals["random"]["probs"]),
-    "B": ("trained, layers permuted", rivals["trained"]["probs_permuted"]),
-    "C": ("trained", rivals["trained"]["probs"]),
-}
+read = experiments.swept_distributions({"weights": "experiments/random.yml"})
+[(_, trained, _), (_, random, _)] = read["weights"]
+probs = {"A": random["probs"], "B": trained["probs_permuted"], "C": trained["probs"]}
 layer_charts.guess(
-    layers.guess_table({name: probs for name, (_, probs) in panels.items()}),
-    {name: what for name, (what, _) in panels.items()},
+    layers.guess_table(probs),
+    {"A": "random weights", "B": "trained, layers permuted", "C": "trained"},
     trained="C",
     title="One of these language models has learnt something",
     subtitle="Choose the one that you take for it.",
