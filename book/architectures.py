@@ -80,7 +80,7 @@ prompt = stages.PROMPTS[0]
 single = experiments.tables(results.artefacts["prompts"], "prompts.csv")
 layer_charts.prompts(
     layers.name_prompts(single, [prompt]),
-    title="In single prompts many latents are active at one layer only, in every architecture",
+    title="In single prompts many latents are active at one layer only, most of them for want of tokens",
     subtitle="A column is a latent, sorted by its mean layer in this prompt. Choose the model.",
 )
 

@@ -32,6 +32,7 @@
         y.axis = { ...y.axis, titleY: -12 - LINE * (y.title.length - 1) };
         most = Math.max(most, y.title.length);
       }
+      delete view.encoding?.color?.legend?.columns; // what is set below counts
       [...(view.layer ?? []), ...(view.vconcat ?? [])].forEach(visit);
     };
     visit(spec);
