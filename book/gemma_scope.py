@@ -271,8 +271,8 @@ transfer.summary(transfer.matrix(moved, one.evaluation, errors))[columns].round(
 
 # %% [markdown]
 # **Distributions over layers.** Taken together the set has nothing to show: a latent of layer $i$'s autoencoder reads layer
-# $i$ alone, so that $P(L = i \mid j) = 1$ by construction. Each autoencoder by itself at all layers has a picture. Choose one, and the
-# vectors it reads.
+# $i$ alone, so that $P(L = i \mid j) = 1$ by construction. Each autoencoder by itself at all layers has a picture. Choose the vectors
+# that they read.
 
 # %% tags=["remove-cell"]
 read = experiments.all_distributions(alone, "everywhere")
