@@ -45,7 +45,7 @@ models[["parameters", "training_tokens", "validation_loss", "bigram_loss", "seco
 # %% [markdown]
 # ## Heatmaps
 #
-# The counterparts of the paper's heatmaps, with that of GPT-NeoX. Choose a model.
+# The counterparts of the paper's heatmaps, with that of GPT-NeoX.
 
 # %% tags=["hide-input"]
 sweep_charts.gallery(
@@ -129,7 +129,7 @@ ratios.pivot(index="run", columns="ratio", values=["low", "value", "high"]).roun
 #
 # ## Reconstruction and loss
 #
-# The counterpart of the three rows of Table 1. Choose a metric; MSE depends on the scale of a model's
+# The counterpart of the three rows of Table 1. Choose two metrics; MSE depends on the scale of a model's
 # activations and is not to be compared between models.
 
 # %% tags=["hide-input"]

@@ -50,7 +50,7 @@ latents = experiments.materialise(load_experiment("experiments/explorer.yml"))
 # So it stands for the MLP, while the autoencoder describes only the result. It has the
 # harder task: an autoencoder is told the answer. Both are compared where they act, by the loss
 # when the MLP's output is replaced (their Figure 11). The same $R$, $k$ and text; one dictionary for all
-# layers in either case. Choose a metric.
+# layers in either case. Choose two metrics.
 
 # %% tags=["hide-input"]
 charts.metric_by_layer(
