@@ -189,12 +189,17 @@ def training_curves(log: pd.DataFrame, title: str, subtitle: str | None = None) 
 
 
 def metric_by_layer(
-    table: pd.DataFrame, title: str, subtitle: str | None = None, color: str | None = None
+    table: pd.DataFrame,
+    title: str,
+    subtitle: str | None = None,
+    color: str | None = None,
+    relative: bool = False,
 ) -> alt.LayerChart:
     """One metric per layer; the reader chooses the metric.
 
     ``table`` has one row per ``layer`` (and per value of the column named by ``color``, such as
-    ``model``) and at least one column named in `METRICS`.
+    ``model``) and at least one column named in `METRICS`. With ``relative`` layers are placed by
+    their fraction of the layers of each ``color``.
     """
     metrics = [name for name in METRICS if name in table]
     if not metrics:
@@ -204,6 +209,13 @@ def metric_by_layer(
         )
     keys = ["layer", color] if color else ["layer"]
     table = _table(table, "metric_by_layer", *keys, *metrics)
+    x = alt.X("layer:O", title="Layer", axis=alt.Axis(labelAngle=0))
+    if relative:
+        count = table.groupby(color).layer.transform("max") + 1
+        table, keys = table.assign(relative_layer=table.layer / count), [*keys, "relative_layer"]
+        axis = alt.Axis(format=".1f", tickCount=5)
+        title_of_x = "Relative layer (layer / number of layers)"
+        x = alt.X("relative_layer:Q", title=title_of_x, axis=axis)
     long = table.melt(id_vars=keys, value_vars=metrics, var_name="metric").dropna(subset="value")
     metric = _select_metric(metrics)
     points = (
@@ -211,7 +223,7 @@ def metric_by_layer(
         .transform_filter(alt.datum.metric == metric)
         .mark_line(point=True)
         .encode(
-            x=alt.X("layer:O", title="Layer", axis=alt.Axis(labelAngle=0)),
+            x=x,
             y=alt.Y("value:Q", title=None),
             tooltip=[*keys, alt.Tooltip("metric:N"), alt.Tooltip("value:Q")],
         )
