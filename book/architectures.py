@@ -53,9 +53,9 @@ models[["parameters", "training_tokens", "validation_loss", "bigram_loss", "seco
 
 # %% tags=["hide-input"]
 sweep_charts.gallery(
-    sweeps.stack({"model": spread.sampled(read)}),
+    sweeps.stack({"model": spread.sampled(read, 80)}),
     title="Four architectures, one picture: latents prefer layers and are spread over several",
-    subtitle="100 latents of each dictionary, evenly spaced in the order of their mean layer.",
+    subtitle="80 latents of each dictionary, evenly spaced in the order of their mean layer.",
 )
 
 # %% [markdown]
@@ -81,7 +81,7 @@ spread.at_the_ends(read).set_index("model").round(3)
 
 # %% tags=["hide-input"]
 prompt = stages.PROMPTS[0]
-single = experiments.tables(every["prompts"], "prompts.csv")
+single = experiments.tables(results.artefacts["prompts"], "prompts.csv")
 layer_charts.prompts(
     layers.name_prompts(single, [prompt]),
     title="In single prompts many latents are active at one layer only, in every architecture",

@@ -74,8 +74,8 @@ drift_charts.cosines(
 # **What to see.** The larger a GPT-NeoX, in layers and width, the more alike are its neighbours, perhaps since a block has less to
 # do: the mean over pairs rises from 0.79 to 0.92 (in the table at the end). They are most alike at or just after the middle. In
 # GPT-2, Llama and Gemma 2 the first layer and the second are the least alike. In SmolLM2 it is the last two: nowhere else does one block
-# do as much. Centring changes no pair of ours by more than 0.06, and of SmolLM2's one by 0.08: an offset that all tokens share is not
-# what makes neighbours alike.
+# do as much. Centring moves every pair by less than a tenth: an
+# offset that all tokens share is not what makes neighbours alike.
 #
 # **What would contradict it.** Similarities near zero after centring: then nothing but a common offset
 # would be shared, and a dictionary for all layers would be as many dictionaries as there are layers.

@@ -206,13 +206,17 @@ fidelity_charts.last_layer(
 # dictionaries in proportion to their widths. And SmolLM2-135M, a model that people use ({doc}`smollm2`), with $R = 8$ and $k = 32$.
 
 # %% tags=["hide-input"]
+by_model = experiments.tables(every_model, "evaluation.csv")
 charts.metric_by_layer(
-    experiments.tables(every_model, "evaluation.csv"),
+    by_model,
     title="In each of our models FVU grows with every layer; delta CE need not",
     subtitle="One point per layer. Ours: R = 16, k = 16, 1 M training tokens each, one seed.",
     color="model",
     relative=True,
 )
+
+# %% tags=["hide-input"]
+by_model.groupby("model", sort=False)[["fvu_global", "fvu_per_dimension", "delta_ce"]].mean().round(3)
 
 # %% [markdown]
 # **What to see.** In all six of ours FVU grows with every layer, in global FVU more than twofold from the first to the last. What the

@@ -137,14 +137,15 @@ def used(stage: str, label: str = "model") -> list[tuple[dict, Artefact]]:
 
 
 def swept(
-    stage: str, experiments: dict[str, str] = SWEEPS
+    stage: str, experiments: dict[str, str] | None = None
 ) -> dict[str, list[tuple[dict, Artefact]]]:
     """`measure` for several experiments: name of the sweep → path becomes name → results.
 
-    What is swept over models has `used` models as well.
+    experiments: by default `SWEEPS`, and then `used` models stand among the models.
     """
-    made = {name: measure(load_experiment(path), stage) for name, path in experiments.items()}
-    return made | {name: made[name] + used(stage) for name in made if name == "Model"}
+    paths = SWEEPS if experiments is None else experiments
+    made = {name: measure(load_experiment(path), stage) for name, path in paths.items()}
+    return made if experiments is not None else made | {"Model": made["Model"] + used(stage)}
 
 
 def by_case(experiment: Experiment) -> dict[str, SubjectSpec]:
@@ -270,7 +271,7 @@ def all_distributions(
 
 
 def swept_distributions(
-    experiments: dict[str, str] = SWEEPS,
+    experiments: dict[str, str] | None = None,
 ) -> dict[str, list[tuple[dict, dict, dict]]]:
     """`all_distributions` of several experiments: name of the sweep → path, as for `swept`."""
     made = swept("distributions", experiments)
