@@ -49,7 +49,8 @@ layers, pairs = experiments.tables(made, "layers.csv"), experiments.tables(made,
 drift_charts.norms(
     layers,
     title="Vectors grow from the first layer to the last, if not at every step",
-    subtitle="Mean over tokens; ± 2 standard errors are mostly smaller than a point.",
+    subtitle="Mean over tokens; ± 2 standard errors are mostly smaller than a point. Dashed: SmolLM2.",
+    dashed="SmolLM2-135M",
 )
 
 # %% [markdown]
@@ -67,7 +68,8 @@ drift_charts.norms(
 drift_charts.cosines(
     drift.adjacent(pairs),
     title="Adjacent layers are alike, about their means too; so are sums and their parts",
-    subtitle="Mean over tokens at layers ℓ and ℓ + 1; ± 2 standard errors. The axis begins at 0.5.",
+    subtitle="Mean over tokens at layers ℓ and ℓ + 1; ± 2 standard errors. The axis begins at 0.5. Dashed: SmolLM2.",
+    dashed="SmolLM2-135M",
 )
 
 # %% [markdown]

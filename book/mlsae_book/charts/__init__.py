@@ -230,7 +230,9 @@ def metric_by_layer(
     )
     if color:
         shape = alt.Shape(f"{color}:N", legend=None)
-        points = points.encode(color=alt.Color(f"{color}:N"), shape=shape)
+        names = list(table[color].unique())
+        many = {"sort": names, "legend": alt.Legend(columns=3)} if relative else {}
+        points = points.encode(color=alt.Color(f"{color}:N", **many), shape=shape)
     return _titled(_level_axis_title(points, "metric", METRICS, metrics, metric), title, subtitle)
 
 
