@@ -17,12 +17,13 @@
 # `python -m mlsae_book fetch smollm2-135m` (93 MB, Apache-2.0). What is read is the dequantised model, which is not quite the
 # one that was published.
 #
-# The dictionary has all 30 layers, $R = 8$ (4,608 latents) and $k = 32$, and read 1 million tokens of docstrings: a thousandth of the
-# paper's training at an eighth of its $R$. So it is a small dictionary of a real model, and what it fails to
+# The dictionary has all 30 layers, $R = 8$ (4,608 latents) and $k = 32$, and read 4 million tokens of docstrings, half of what there
+# are: a small part of the paper's training at an eighth of its $R$. So it is a small dictionary of a real model, and what it fails to
 # reconstruct says little about what a large one would. Nothing on this page is computed when the book is built.
 
 # %% tags=["remove-cell"]
 import json
+from dataclasses import replace
 
 import pandas as pd
 from IPython.display import HTML
@@ -32,11 +33,14 @@ from mlsae_book.charts import layers as layer_charts
 from mlsae_book.charts import positions as position_charts
 from mlsae_book.charts import sweeps as sweep_charts
 from mlsae_book.tables import chosen, layers, positions, spread, sweeps
-from mlsae_core.spec import load_experiment
+from mlsae_book.tables.transfer import Target
+from mlsae_core.spec import DataSpec, load_experiment
 
 # %% tags=["remove-cell"]
 charts.use_book_theme()
-results = experiments.materialise(load_experiment("experiments/fetched/smollm2.yml"))
+experiment = load_experiment("experiments/fetched/smollm2.yml")
+results = experiments.materialise(experiment)
+[(_, run)] = results.runs
 kept = experiments.measure(load_experiment("experiments/fetched/smollm2_kept.yml"), "drift")
 
 # %% [markdown]
@@ -75,11 +79,11 @@ massive.loc[[0, 5, 10, 11, 12, 15, 20, 25, 27, 28, 29], list(shown)].rename(colu
 #
 # **What to see.** After block 11 the first vector of every sequence is a hundred times as long as the others and more, and it
 # stays long to layer 27. Before that, at layers 2 to 8, it is longer than others as well, but not by enough to be called massive.
-# No other vector of this text is massive. So 32 tokens of 8,124 carry nearly all of the variance of these layers: 99 % at layer 11.
-# What stands there hardly matters, for the same 32 latents write it in every sequence. At all other positions lengths are within a
-# sixth of their mean, and what is lost grows slowly with the position.
+# In seven of the 128 sequences a token just after the first is massive, too, and no other anywhere. These few tokens, 0.4 % of all, carry
+# nearly all of the variance of these layers. At all other positions lengths are within a fifth of their mean, and what is lost grows
+# slowly with the position.
 #
-# **What would contradict it.** Sinks at other positions, or in some sequences only: then they would be of a token, not of a place. (Larger
+# **What would contradict it.** Sinks all over the sequences, or in some of them only: then they would be of a token, not of a place. (Larger
 # models are reported to have them [anywhere in a sequence](https://github.com/saprmarks/dictionary_learning/pull/52).)
 #
 # ## What sinks do to the metrics
@@ -114,13 +118,14 @@ positions.drift_both_ways(results.artefacts["drift"][0][1], kept[0][1], [5, 20])
 
 # %% [markdown]
 # **What to see.** The dictionary has never seen a sink, and can write it all the same: vectors are standardised one by one, so their
-# length is no obstacle, and 4 % of the sink's variance is left. Since the sinks *are* the variance of layers 11 to 27, that is
+# length is no obstacle, and 3 % of the sink's variance is left. Since the sinks *are* the variance of layers 11 to 27, that is
 # then the FVU of these layers, a third of what it is without sinks: it measures one vector. MSE rises with their length; L0 and
-# L1 do not notice. And the model loses more, in the mean over layers 0.34 nats instead of 0.27, since it needs its sink
-# exactly. So the better FVU goes with the worse loss. Without sinks the two rank the layers much as in {doc}`evaluation`.
+# L1 do not notice. And the model loses more, a quarter in the mean over layers, since it needs its sink exactly. So the better FVU goes
+# with the worse loss. Without sinks the two rank the layers much alike; with them the layers of the lowest FVU are not those that
+# cost least.
 #
-# Drift notices the sinks where they come up: from layer 10 to 11 the centred similarity is 0.66 with them and 0.93 without. All
-# later ones are a little larger with them, since they are about a mean that the sinks have moved. Users of other libraries have met
+# Drift notices the sinks where they come up, from layer 10 to 11. All
+# later similarities are a little larger with them, since they are about a mean that the sinks have moved. Users of other libraries have met
 # [an FVU that is very low](https://github.com/EleutherAI/sparsify/pull/113) for the same reason, and leave such tokens out as well.
 #
 # **What would contradict it.** The same FVU both ways.
@@ -143,26 +148,95 @@ sweep_charts.gallery(
 )
 
 # %% tags=["hide-input"]
-ratios = layers.variance_sweeps({"model": results.artefacts["distributions"]})
-ratios.set_index("ratio")[["low", "value", "high", "permuted", "gaussian"]].round(3)
+target = Target(run.model, run.data, massive="kept")
+[(_, with_sinks)] = experiments.transfers(
+    run, experiment.evaluate, {"kept": target}, stage="distributions"
+)
+more = experiments.measure(load_experiment("experiments/fetched/smollm2_more.yml"), "distributions")
+[(_, measured)] = results.artefacts["distributions"]
+named = {"seed 0": measured, "seed 0, with sinks": with_sinks}
+made = [({"dictionary": name}, artefact) for name, artefact in named.items()]
+made += [({"dictionary": labels["case"]}, artefact) for labels, artefact in more]
+ratios = layers.variance_sweeps({"dictionary": made})
+columns = ["low", "value", "high", "permuted", "gaussian"]
+ratios.set_index(["ratio", "run"])[columns].sort_index(level="ratio", sort_remaining=False).round(3)
 
 # %% tags=["hide-input"]
+read = experiments.all_distributions(results)
 spread.entropies(read).merge(spread.at_the_ends(read)).set_index("case").round(3)
 
 # %% [markdown]
-# **What to see.** The diagonal of the small models' pictures, with a crowd at the first layer: a quarter of the frequent latents have
-# their largest probability there, though latents that live there alone are rare, one in two hundred. Eq. 11 is 0.50 and Eq. 12 is
-# 0.12; both are far below what they are with layers permuted, 0.99 and 0.45. So latents of this model prefer layers, more
-# than those of our small models do (0.54 to 0.63; but those are measured on more text), and at one token they keep to a few. The mean entropy is 0.73 of its maximum,
-# as in {doc}`entropy`, where the null models have 0.92 to 0.96: latents are spread over many of the 30 layers, and not evenly.
+# **What to see.** The diagonal of the small models' pictures, with a crowd at the first layer: a quarter of the latents have
+# their largest probability there, though latents that live there alone are rare. Eq. 11 and Eq. 12 are both far below what they are with
+# layers permuted. So latents of this model prefer layers, more than those of our small models do, and at one token they keep to a few.
+# A second seed gives nearly the same. Half as many active latents lower the first ratio, as in our models ({doc}`variance`). SINKS
+# The mean entropy is 0.74 of its maximum, as in {doc}`entropy`, and well below that of the null models: latents are spread over many of the
+# 30 layers, and not evenly.
 #
 # **What would contradict it.** A measured ratio at its null models.
 #
+# ## The same layers, one dictionary each
+#
+# Five more dictionaries, as large and trained on the same tokens, have a single layer each. How much does the shared one give up?
+
+# %% tags=["hide-input"]
+single = experiments.measure(load_experiment("experiments/fetched/smollm2_layers.yml"), "evaluate")
+own = experiments.tables(single, "evaluation.csv").set_index("layer")
+costs = {"fvu_global": "FVU", "delta_ce": "delta CE", "delta_ce_low": "low", "delta_ce_high": "high"}
+shared = results.evaluation.set_index("layer").loc[own.index]
+pair = {"for all layers": shared[list(costs)], "for this layer": own[list(costs)]}
+pd.concat(pair, axis=1).rename(columns=costs).round(3)
+
+# %% [markdown]
+# **What to see.** At equal size a dictionary of one layer has a third to two thirds of the shared one's FVU and costs the model
+# less than half as much; the intervals do not meet at any of the five. The gain is largest at the first layer. That is no wonder: thirty
+# of them would have thirty times the latents. At an equal number of latents in all the comparison in {doc}`carried` comes out otherwise in
+# our small model; here it was not made. (A token is left out where it is massive at a layer that is read, so at layers 0 and 5 the
+# dictionaries of one layer were trained and measured on the first positions as well.)
+#
+# **What would contradict it.** Intervals that overlap: then sharing would cost nothing.
+#
+# ## On prose
+#
+# The dictionary read docstrings alone. SmolLM2 was trained on all sorts of text, so how good is the dictionary elsewhere? The only
+# prose of some length that we found in the package index under a free licence are 106 articles of the English Wikipedia, which gensim carries
+# for its tests (CC BY-SA; `python -m mlsae_book fetch wikipedia`).
+
+# %% tags=["hide-input"]
+wikipedia = Target(run.model, DataSpec("wikipedia"))
+fewer = replace(experiment.evaluate, tokens=8192, replaced=2048)
+[(_, there)] = experiments.transfers(run, fewer, {"prose": wikipedia}, stage="evaluate")
+elsewhere = pd.read_csv(there.file("evaluation.csv"))
+texts = pd.concat({"docstrings": results.evaluation, "Wikipedia": elsewhere}, names=["text"])
+charts.metric_by_layer(
+    texts.reset_index("text"),
+    title="PROSETITLE",
+    subtitle="One dictionary, trained on docstrings. Choose the metric.",
+    color="text",
+)
+
+# %% tags=["hide-input"]
+columns = ["ce_original", "fvu_global", "fvu_per_dimension", "delta_ce", "delta_ce_low", "delta_ce_high", "kl"]
+texts.groupby("text", sort=False)[columns].mean().round(3).rename(columns=charts.METRICS)
+
+# %% tags=["hide-input"]
+[(_, of_prose)] = experiments.transfers(
+    run, experiment.evaluate, {"prose": wikipedia}, stage="distributions"
+)
+on_prose = [({"text": "docstrings"}, measured), ({"text": "Wikipedia"}, of_prose)]
+by_text = layers.variance_sweeps({"text": on_prose}).set_index(["ratio", "run"])
+by_text[["low", "value", "high", "permuted", "gaussian"]].round(3)
+
+# %% [markdown]
+# **What to see.** PROSE
+#
+# **What would contradict it.** The same FVU on both texts.
+#
 # ## And with random weights?
 #
-# The null model that says most in {doc}`variance` is a language model that has learnt nothing. Three more dictionaries read a thirtieth of
-# the text (32,768 tokens): by the same recipe, with the sinks kept, and on SmolLM2's shape with random weights. Compare them with
-# each other only; so little training leaves an FVU of twice the one above.
+# The null model that says most in {doc}`variance` is a language model that has learnt nothing. Three more dictionaries read a hundredth of
+# the text (32,768 tokens) in smaller batches: of the trained model without sinks and with them, and on SmolLM2's shape with random
+# weights. Compare them with each other only; so little training leaves an FVU of more than twice the one above.
 
 # %% tags=["hide-input"]
 small = experiments.materialise(load_experiment("experiments/fetched/smollm2_small.yml"))
