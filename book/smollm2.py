@@ -41,7 +41,16 @@ charts.use_book_theme()
 experiment = load_experiment("experiments/fetched/smollm2.yml")
 results = experiments.materialise(experiment)
 [(_, run)] = results.runs
-kept = experiments.measure(load_experiment("experiments/fetched/smollm2_kept.yml"), "drift")
+fewer = replace(experiment.evaluate, tokens=8192, replaced=2048)
+docstrings, wikipedia = Target(run.model, run.data), Target(run.model, DataSpec("wikipedia"))
+targets = {
+    "docstrings": docstrings,
+    "docstrings, with sinks": replace(docstrings, massive="kept"),
+    "Wikipedia": wikipedia,
+}
+elsewhere = layers.variance_sweeps(
+    {"text": experiments.transfers(run, fewer, targets, stage="distributions")}
+).set_index(["run", "ratio"])[["low", "value", "high", "permuted", "gaussian"]]
 
 # %% [markdown]
 # ## The first token is a sink
@@ -83,8 +92,8 @@ massive.loc[[0, 5, 10, 11, 12, 15, 20, 25, 27, 28, 29], list(shown)].rename(colu
 # nearly all of the variance of these layers. At all other positions lengths are within a fifth of their mean, and what is lost grows
 # slowly with the position.
 #
-# **What would contradict it.** Sinks all over the sequences, or in some of them only: then they would be of a token, not of a place. (Larger
-# models are reported to have them [anywhere in a sequence](https://github.com/saprmarks/dictionary_learning/pull/52).)
+# **What would contradict it.** Sinks all over the sequences, or in some of them only: then they would be of a token, not of a place.
+# (Larger models are reported to have them [anywhere in a sequence](https://github.com/saprmarks/dictionary_learning/pull/52).)
 #
 # ## What sinks do to the metrics
 #
@@ -112,9 +121,15 @@ table.rename(index=charts.METRICS)
 # And what the chapter {doc}`drift` measures, of which no dictionary is a part:
 
 # %% tags=["hide-input"]
-positions.drift_both_ways(results.artefacts["drift"][0][1], kept[0][1], [5, 20]).set_index(
-    "metric"
-).round(3)
+both = experiments.measure(load_experiment("experiments/fetched/smollm2_kept.yml"), "drift")
+excluded, kept = (artefact for _, artefact in both)
+positions.drift_both_ways(excluded, kept, [5, 20]).set_index("metric").round(3)
+
+# %% [markdown]
+# And the ratios of {doc}`variance`, on 8,192 tokens both ways:
+
+# %% tags=["hide-input"]
+elsewhere.loc[["docstrings", "docstrings, with sinks"]].round(3)
 
 # %% [markdown]
 # **What to see.** The dictionary has never seen a sink, and can write it all the same: vectors are standardised one by one, so their
@@ -130,12 +145,11 @@ positions.drift_both_ways(results.artefacts["drift"][0][1], kept[0][1], [5, 20])
 #
 # **What would contradict it.** The same FVU both ways.
 #
-# **What it says of the paper's odd rows.** In the paper's Table 1 Llama 3.2 3B has an FVU of 0.30 and Gemma 2 2B one of 0.21, with a loss of
-# 1.5 nats, where all others have 0.10. Their text was packed without a token for the beginning, as ours, and both models are
-# known to have massive activations. A dictionary that
-# can write the sinks has a *lower* FVU for them, one that cannot would have one near 1 at the layers that have them, and a model that
-# breaks. Gemma 2's row, high in both, could be of the second kind. Llama's, with a high FVU and a low loss of 0.35, is of neither: sinks alone do not
-# explain it. More cannot be said without these models.
+# **What it says of the paper's odd rows.** In the paper's Table 1 Llama 3.2 3B has an FVU of 0.30 and Gemma 2 2B one of 0.21, with a loss
+# of 1.5 nats, where all others have 0.10. Their text was packed without a token for the beginning, as ours, and both models are known to
+# have massive activations. A dictionary that can write the sinks has a *lower* FVU for them, one that cannot would have one near 1 at the
+# layers that have them, and a model that breaks. Gemma 2's row, high in both, could be of the second kind. Llama's, with a high FVU and a
+# low loss of 0.35, is of neither: sinks alone do not explain it. More cannot be said without these models.
 #
 # ## Latents over layers
 
@@ -148,14 +162,9 @@ sweep_charts.gallery(
 )
 
 # %% tags=["hide-input"]
-target = Target(run.model, run.data, massive="kept")
-[(_, with_sinks)] = experiments.transfers(
-    run, experiment.evaluate, {"kept": target}, stage="distributions"
-)
 more = experiments.measure(load_experiment("experiments/fetched/smollm2_more.yml"), "distributions")
 [(_, measured)] = results.artefacts["distributions"]
-named = {"seed 0": measured, "seed 0, with sinks": with_sinks}
-made = [({"dictionary": name}, artefact) for name, artefact in named.items()]
+made = [({"dictionary": "seed 0"}, measured)]
 made += [({"dictionary": labels["case"]}, artefact) for labels, artefact in more]
 ratios = layers.variance_sweeps({"dictionary": made})
 columns = ["low", "value", "high", "permuted", "gaussian"]
@@ -169,7 +178,7 @@ spread.entropies(read).merge(spread.at_the_ends(read)).set_index("case").round(3
 # **What to see.** The diagonal of the small models' pictures, with a crowd at the first layer: a quarter of the latents have
 # their largest probability there, though latents that live there alone are rare. Eq. 11 and Eq. 12 are both far below what they are with
 # layers permuted. So latents of this model prefer layers, more than those of our small models do, and at one token they keep to a few.
-# A second seed gives nearly the same. Half as many active latents lower the first ratio, as in our models ({doc}`variance`). SINKS
+# A second seed gives nearly the same. Half as many active latents lower the first ratio, as in our models ({doc}`variance`).
 # The mean entropy is 0.74 of its maximum, as in {doc}`entropy`, and well below that of the null models: latents are spread over many of the
 # 30 layers, and not evenly.
 #
@@ -198,16 +207,14 @@ pd.concat(pair, axis=1).rename(columns=costs).round(3)
 #
 # ## On prose
 #
-# The dictionary read docstrings alone. SmolLM2 was trained on all sorts of text, so how good is the dictionary elsewhere? The only
-# prose of some length that we found in the package index under a free licence are 106 articles of the English Wikipedia, which gensim carries
+# The dictionary read docstrings alone. SmolLM2 was trained on all sorts of text, so how good is the dictionary elsewhere? The only prose
+# of some length that we found in the package index under a free licence are 106 articles of the English Wikipedia, which gensim carries
 # for its tests (CC BY-SA; `python -m mlsae_book fetch wikipedia`).
 
 # %% tags=["hide-input"]
-wikipedia = Target(run.model, DataSpec("wikipedia"))
-fewer = replace(experiment.evaluate, tokens=8192, replaced=2048)
 [(_, there)] = experiments.transfers(run, fewer, {"prose": wikipedia}, stage="evaluate")
-elsewhere = pd.read_csv(there.file("evaluation.csv"))
-texts = pd.concat({"docstrings": results.evaluation, "Wikipedia": elsewhere}, names=["text"])
+of_prose = pd.read_csv(there.file("evaluation.csv"))
+texts = pd.concat({"docstrings": results.evaluation, "Wikipedia": of_prose}, names=["text"])
 charts.metric_by_layer(
     texts.reset_index("text"),
     title="PROSETITLE",
@@ -220,12 +227,7 @@ columns = ["ce_original", "fvu_global", "fvu_per_dimension", "delta_ce", "delta_
 texts.groupby("text", sort=False)[columns].mean().round(3).rename(columns=charts.METRICS)
 
 # %% tags=["hide-input"]
-[(_, of_prose)] = experiments.transfers(
-    run, experiment.evaluate, {"prose": wikipedia}, stage="distributions"
-)
-on_prose = [({"text": "docstrings"}, measured), ({"text": "Wikipedia"}, of_prose)]
-by_text = layers.variance_sweeps({"text": on_prose}).set_index(["ratio", "run"])
-by_text[["low", "value", "high", "permuted", "gaussian"]].round(3)
+elsewhere.loc[["docstrings", "Wikipedia"]].round(3)
 
 # %% [markdown]
 # **What to see.** PROSE
@@ -252,9 +254,9 @@ means = small.evaluation.groupby("case", sort=False)[costs].mean().round(3)
 means.rename(columns=charts.METRICS)
 
 # %% [markdown]
-# **What to see.** With random weights the first ratio is 0.51, where the trained model has 0.74. So here, too, that latents prefer layers is no
-# sign of learning: the model that has learnt nothing shows more of it. The two are not alike otherwise: of the random model this dictionary
-# reconstructs little, with an FVU of 0.72. (It loses next to nothing with it, since there is nothing to lose.) Its interval is
+# **What to see.** With random weights the first ratio is 0.51, where the trained model has 0.74. So here, too, that latents prefer layers
+# is no sign of learning: the model that has learnt nothing shows more of it. The two are not alike otherwise: of the random model this
+# dictionary reconstructs little, with an FVU of 0.72. (It loses next to nothing with it, since there is nothing to lose.) Its interval is
 # wide and does not contain its estimate; the order is clear all the same. The second ratios are about equal.
 #
 # A dictionary that was trained with the sinks, and is measured with them, has less than half the FVU of the one without, and
@@ -284,8 +286,9 @@ spreads = experiments.tables(results.artefacts["prompts"], "spread.csv")
 spreads[spreads.prompt == prompt].drop(columns="prompt").set_index("of").round(3)
 
 # %% [markdown]
-# **What to see.** The model gives three quarters of the probability to *Mary*. Of the latents of the prompt 31 % are active at one layer only, and with
-# layers permuted at each token 27 %: as in {doc}`distributions`, most of that is how few tokens a prompt has, and a few points are more.
+# **What to see.** The model gives three quarters of the probability to *Mary*. Of the latents of the prompt 32 % are active at one layer
+# only, and with layers permuted at each token 28 %: as in {doc}`distributions`, most of that is how few tokens a prompt has, and a few
+# points are more.
 #
 # **What would contradict it.** A prompt's share no larger than with layers permuted.
 #
@@ -302,13 +305,13 @@ names = pd.read_csv("smollm2_latents.csv", index_col="latent").name.to_dict()
 HTML(chosen.as_html(latents, names))
 
 # %% [markdown]
-# **What to see.** Nineteen of twenty have a name after a look at four texts, and each name is a token, or a token and what
-# goes with it: the rule asks for the largest activation, and what is most active in a residual stream is the token that has just been read.
-# Twelve of them are most active at layer 0, where nothing else is there yet, whatever their mean layer: the latent of
-# “mode” is one of the word at layer 0, and of other things at later layers, with a fifth of the activation. From mean layer 13 on
-# the largest activations are late ones, and several of these latents are active at the first layers and at the last, and not between. The
-# one without a name is of the last layer alone, and is active at four of five tokens there. So these are names of what a latent does when it
-# is loudest; they do not say what it does at the other layers.
+# **What to see.** Nineteen of twenty have a name after a look at four texts, and each name is a token, or a token and what goes with it:
+# the rule asks for the largest activation, and what is most active in a residual stream is the token that has just been read. Thirteen of
+# them are most active at layer 0, where nothing else is there yet, whatever their mean layer: the latent of “between” is one of the word
+# at layer 0, and of other things at later layers, with a third of the activation. From mean layer 13 on the largest activations are late
+# ones, and several of these latents are active at the first layers and at the last, and not between. The one without a name is of the
+# last layer alone, and is active at more than half of the tokens there. So these are names of what a latent does when it is loudest; they
+# do not say what it does at the other layers.
 #
 # **What would contradict it.** Texts of one latent that have nothing in common, in most rows.
 #
@@ -316,25 +319,27 @@ HTML(chosen.as_html(latents, names))
 #
 # | claim of {cite:t}`lawson2025` | theirs | here, with its 95 % interval | null model, or with sinks | verdict |
 # | --- | --- | --- | --- | --- |
-# | norms grow over the layers | a picture (Figure 4) | 47 to 884, at all steps but one | with sinks 47 to 903, at all steps | holds |
-# | vectors of adjacent layers are alike | a picture (Figure 1) | 0.87 to 0.95, but 0.62 at the last step | with sinks 0.66 where they come up | holds, but for the last step |
-# | latents prefer layers: Eq. 11 is below 1 | 0.54 to 0.88 | 0.502 [0.497, 0.525] | 0.99 permuted, 0.97 Gaussian; random weights 0.51, where the same small budget gives 0.74 | holds, at the edge of their range; no sign of learning |
-# | at one token a latent is at few layers: Eq. 12 is small | 0.01 to 0.10 | 0.124 [0.119, 0.126] | 0.45 permuted, 0.04 Gaussian | holds; their estimator gives smaller numbers ({doc}`variance`) |
-# | in one prompt many latents are at one layer only | a picture (Figure 3) | 31 % of 1,038 latents | 27 % permuted | holds, but is mostly the size of the sample |
-# | over many tokens latents are at several layers | a picture (Figure 2) | entropy 0.73 of its maximum | 0.96 permuted, 0.92 Gaussian | holds |
-# | an FVU of 0.1 goes with a loss of half a nat | 0.08 to 0.11, 0.40 to 0.57 (Pythia) | 0.105; 0.27, from 0.12 [0.07, 0.18] to 1.08 [0.97, 1.18] | | FVU alike; the loss smaller, but at the last layer |
+# | norms grow over the layers | a picture (Figure 4) | 46 to 882, at all steps but one | with sinks at all steps | holds |
+# | vectors of adjacent layers are alike | a picture (Figure 1) | 0.87 to 0.95, but 0.61 at the last step | with sinks 0.66 where they come up | holds, but for the last step |
+# | latents prefer layers: Eq. 11 is below 1 | 0.54 to 0.88 | 0.470 [0.466, 0.476]; another seed 0.471 | CELL11 | below their range; no sign of learning |
+# | at one token a latent is at few layers: Eq. 12 is small | 0.01 to 0.10 | 0.121 [0.119, 0.122]; another seed 0.118 | CELL12 | holds; their estimator gives smaller numbers ({doc}`variance`) |
+# | in one prompt many latents are at one layer only | a picture (Figure 3) | 32 % of 1,196 latents | 28 % permuted | holds, but is mostly the size of the sample |
+# | over many tokens latents are at several layers | a picture (Figure 2) | entropy 0.74 of its maximum | 0.995 permuted, 0.961 Gaussian | holds |
+# | an FVU of 0.1 goes with a loss of half a nat | 0.08 to 0.11, 0.40 to 0.57 (Pythia) | 0.086; 0.21, from 0.08 [0.05, 0.11] to 0.98 [0.87, 1.07] | with sinks 0.047; 0.27 | FVU alike; the loss smaller, but at the last layer |
 # | Llama has many latents at the first layer alone | a picture (Figure 13) | 0.5 % of the latents | | not found |
 # | larger models spread latents over more layers | over five Pythias | one model | | cannot be said |
 #
 # ## What was not done
 #
-# One dictionary of one seed, at one $k$ and one $R$; intervals are over the text alone. No single-layer autoencoders, no surrogate
-# but the three null models, no tuned lens. Further runs at the small budget are declared, of other seeds, $k$ and $R$
-# (`smollm2_more.yml`); their results are not shipped.
+# Two seeds and two $k$ at one $R$; intervals are over the text alone. No dictionaries of one layer with a thirtieth of the latents, no
+# surrogate but the null models above, no tuned lens, no survival or ablations as in {doc}`carried`. Random weights were read at a small
+# budget alone. Further runs are declared, of other $k$ and $R$, with sinks and of random weights (`smollm2_rest.yml`,
+# `smollm2_carried.yml`); they are not computed.
 #
 # ## How this page was made
 #
-# CE and KL are of 2,048 of the 8,192 test tokens, in whole sequences spread evenly; their intervals are over sequences.
+# Trained and measured on one GPU, but for what stands on 8,192 tokens. CE and KL are of 8,192 of the 32,768 test tokens, in whole sequences
+# spread evenly; their intervals are over sequences.
 # The dictionary is shipped, and was measured, with its weights rounded to half precision. What that costs, in the means over layers:
 
 # %% tags=["hide-input"]
@@ -346,7 +351,8 @@ results.provenance.set_index("stage")
 
 # %% [markdown]
 # With the model at hand, `python -m mlsae_core train SPEC.yml` with `model: smollm2-135m` and a few thousand tokens trains a dictionary of
-# your own in minutes, and `python -m mlsae_book materialise book/experiments/fetched/smollm2.yml` makes this one again in three hours.
+# your own in minutes. `python -m mlsae_book materialise book/experiments/fetched/smollm2.yml` makes this one again, on a machine with a GPU
+# in two minutes.
 #
 # ```{bibliography}
 # :filter: docname in docnames
