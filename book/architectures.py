@@ -35,8 +35,8 @@ from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
 results = experiments.materialise(load_experiment("experiments/architectures.yml"))
-every = {name: made + experiments.used(name) for name, made in results.artefacts.items()}
-read = experiments.read_all(every["distributions"])
+measured = results.artefacts["distributions"] + experiments.used("distributions")
+read = experiments.read_all(measured)
 
 # %% [markdown]
 # The models, with what they lose on validation text, in nats per token. Their parameters differ by 8 % at most. GPT-NeoX
@@ -98,7 +98,7 @@ widgets.prompt_layers(pipeline.Session(), results.runs[1][1], prompt)
 # And how much of that is the size of the sample:
 
 # %% tags=["hide-input"]
-spreads = experiments.tables(every["prompts"], "spread.csv")
+spreads = experiments.tables(results.artefacts["prompts"] + experiments.used("prompts"), "spread.csv")
 spreads[spreads.prompt == prompt].drop(columns="prompt").set_index(["model", "of"]).round(3)
 
 # %% [markdown]
@@ -113,7 +113,7 @@ spreads[spreads.prompt == prompt].drop(columns="prompt").set_index(["model", "of
 # The counterpart of the three models in Figure 5; the ratios are explained in {doc}`variance`.
 
 # %% tags=["hide-input"]
-ratios = layers.variance_sweeps({"Architecture": every["distributions"]})
+ratios = layers.variance_sweeps({"Architecture": measured})
 layer_charts.variance_ratios(
     ratios,
     title="The architecture moves the first ratio by less than R or k do",
@@ -138,7 +138,8 @@ ratios.pivot(index="run", columns="ratio", values=["low", "value", "high"]).roun
 # activations and is not to be compared between models.
 
 # %% tags=["hide-input"]
-evaluation = experiments.tables(every["evaluate"], "evaluation.csv")
+evaluated = results.artefacts["evaluate"] + experiments.used("evaluate")
+evaluation = experiments.tables(evaluated, "evaluation.csv")
 charts.metric_by_layer(
     evaluation,
     title="Of our four GPT-2 has the lowest mean FVU, yet its first two layers cost most",

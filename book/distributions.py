@@ -39,7 +39,6 @@ from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
 experiment = load_experiment("experiments/default.yml")
-trained = experiments.measure(experiment, "train")
 measured = experiments.measure(experiment, "distributions")
 single = experiments.measure(experiment, "prompts")
 arrays, numbers = experiments.read_distributions(measured[0][1])
@@ -175,7 +174,7 @@ experiments.tables(single, "spread.csv").set_index(["prompt", "of"]).round(3)
 # the mean.
 
 # %% tags=["hide-input"]
-experiments.notes(trained + measured + single).set_index("stage")
+experiments.notes(experiments.measure(experiment, "train") + measured + single).set_index("stage")
 
 # %% [markdown]
 # ```{bibliography}
