@@ -98,7 +98,9 @@ widgets.prompt_layers(pipeline.Session(), results.runs[1][1], prompt)
 # And how much of that is the size of the sample:
 
 # %% tags=["hide-input"]
-spreads = experiments.tables(results.artefacts["prompts"] + experiments.used("prompts"), "spread.csv")
+spreads = experiments.tables(
+    results.artefacts["prompts"] + experiments.used("prompts"), "spread.csv"
+)
 spreads[spreads.prompt == prompt].drop(columns="prompt").set_index(["model", "of"]).round(3)
 
 # %% [markdown]

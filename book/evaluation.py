@@ -216,7 +216,9 @@ charts.metric_by_layer(
 )
 
 # %% tags=["hide-input"]
-by_model.groupby("model", sort=False)[["fvu_global", "fvu_per_dimension", "delta_ce"]].mean().round(3)
+by_model.groupby("model", sort=False)[["fvu_global", "fvu_per_dimension", "delta_ce"]].mean().round(
+    3
+)
 
 # %% [markdown]
 # **What to see.** In all six of ours FVU grows with every layer, in global FVU more than twofold from the first to the last. What the

@@ -193,7 +193,12 @@ spread.entropies(read).merge(spread.at_the_ends(read)).set_index("case").round(3
 # %% tags=["hide-input"]
 single = experiments.measure(load_experiment("experiments/fetched/smollm2_layers.yml"), "evaluate")
 own = experiments.tables(single, "evaluation.csv").set_index("layer")
-costs = {"fvu_global": "FVU", "delta_ce": "delta CE", "delta_ce_low": "low", "delta_ce_high": "high"}
+costs = {
+    "fvu_global": "FVU",
+    "delta_ce": "delta CE",
+    "delta_ce_low": "low",
+    "delta_ce_high": "high",
+}
 shared = results.evaluation.set_index("layer").loc[own.index]
 pair = {"for all layers": shared[list(costs)], "for this layer": own[list(costs)]}
 pd.concat(pair, axis=1).rename(columns=costs).round(3)
