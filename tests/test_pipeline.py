@@ -385,6 +385,15 @@ def test_an_experiment_says_which_analyses_and_whether_weights_are_shipped(input
     assert "model.safetensors" in store.read(shipped).meta["files"]
 
 
+@pytest.mark.parametrize("arrays", [True, False])
+def test_distributions_are_shipped_with_those_of_each_latent_or_without(inputs, data, arrays):
+    runs = (({}, run_of(inputs)),)
+    declared = Experiment("t", runs, SETTINGS, analyses=("distributions",), arrays=arrays)
+    [(_, made)] = experiments.materialise(declared, ship=True).artefacts["distributions"]
+    files = store.read(store.SHIPPED / "distributions" / made.key).meta["files"]
+    assert set(files) == {"variances.json"} | ({"distributions.safetensors"} if arrays else set())
+
+
 def test_weights_shipped_in_half_precision_are_the_measured_ones_and_say_what_that_costs(
     inputs, data
 ):
