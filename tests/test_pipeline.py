@@ -187,6 +187,17 @@ def test_results_are_computed_once_and_anew_by_force(inputs, data, monkeypatch):
     assert again.meta["files"]["model.safetensors"] == first.meta["files"]["model.safetensors"]
 
 
+def test_what_a_killed_process_left_goes_with_no_checkpoint_beside_it(inputs, data):
+    made = pipeline.Session().train(run_of(inputs))
+    path = pipeline.checkpoint_path(made.key)
+    left = path.with_name(f".{path.name}-{2**22 + 1}")  # beyond the largest process number
+    left.parent.mkdir()
+    left.touch()
+    os.utime(left, (1, 1))
+    pipeline.Session().train(run_of(inputs))
+    assert not left.exists()
+
+
 def test_a_damaged_result_is_not_used(inputs, data):
     run = run_of(inputs)
     path = pipeline.Session().train(run).file("model.safetensors")
