@@ -266,7 +266,8 @@ def test_layers_of_deep_and_shallow_models_are_placed_by_their_fraction_of_all()
     shallow = evaluation().assign(model="shallow").head(2)
     deep = evaluation().assign(model="deep").head(4)
     table = pd.concat([shallow, deep]).assign(l0=range(6))
-    spec = charts.metric_by_layer(table, "A finding", color="model", relative=True).to_dict()
+    options = {"color": "model", "relative": True, "beneath": "none"}
+    spec = charts.metric_by_layer(table, "A finding", **options).to_dict()
     columns = {
         "model": table.model,
         "layer": table.layer,
