@@ -1,5 +1,6 @@
 """Carried, rewritten or shared: toys in which the answer is known and differs, and oracles."""
 
+import pandas as pd
 import pytest
 import torch
 from test_analysis import BATCHES, tiny_sae
@@ -84,6 +85,17 @@ def test_tables_for_the_chapter_keep_their_numbers(found):
     taken = at(taken, after="active there").iloc[0]
     row = at(drops, kind="δ: the latent", gap=2).iloc[0]
     assert (row.value, row.low, row.high) == (taken.direct, taken.direct_low, taken.direct_high)
+
+
+def test_conditions_stand_side_by_side_in_their_order_with_the_range_of_their_seeds():
+    rows = [("b", 0, "x", 0.1), ("b", 0, "a", 1.0), ("a", 0, "x", 0.5), ("a", 0, "a", 2.0)]
+    rows += [("b", 1, "x", 0.4), ("b", 1, "a", 1.5), ("a", 1, "x", 0.5), ("a", 1, "a", 1.0)]
+    table = pd.DataFrame(rows, columns=["condition", "seed", "measure", "value"])
+    found = carried.over_seeds(table, 2)
+    assert list(found.index) == ["b", "a"]
+    assert list(found.columns) == ["x", "a"]
+    assert found.x.tolist() == ["0.25 [0.10, 0.40]", "0.50 [0.50, 0.50]"]
+    assert found.a["a"] == "1.50 [1.00, 2.00]"
 
 
 def test_signatures_of_the_toys_differ(monkeypatch, found):

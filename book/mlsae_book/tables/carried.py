@@ -498,3 +498,23 @@ def drops(table: pd.DataFrame) -> pd.DataFrame:
         ends = {"value": kept[name], "low": kept[f"{name}_low"], "high": kept[f"{name}_high"]}
         parts.append(kept[["case", "gap"]].assign(kind=f"{label}: " + kept.taken, **ends))
     return pd.concat(parts, ignore_index=True)
+
+
+def over_seeds(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
+    """What `surrogates.measured` gives of several conditions and seeds, to be read side by side.
+
+    Args:
+        table: its rows, with the columns ``condition`` and ``seed``.
+
+    Returns:
+        Text: one row per condition and one column per measure, each in the order of the table: the
+        mean over seeds, and in brackets the smallest and the largest.
+    """
+    keys = ["condition", "measure"]
+    found = table.groupby(keys, sort=False).value.agg(["mean", "min", "max"])
+    shown = [
+        f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+        for mean, low, high in found.itertuples(index=False)
+    ]
+    wide = found.assign(text=shown).pivot_table("text", *keys, aggfunc="first", sort=False)
+    return wide.rename_axis(columns=None)
