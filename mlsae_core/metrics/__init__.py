@@ -10,7 +10,6 @@ from mlsae_core.metrics.distribution import (
     LayerDistribution,
     Variances,
     Weighting,
-    basic_interval,
     gaussian_like,
     layer_moments,
     permute_layers,
@@ -63,3 +62,4 @@ from mlsae_core.metrics.reconstruction import (
     ReconstructionResult,
     fvu,
 )
+from mlsae_core.metrics.resampling import basic_interval

@@ -15,13 +15,9 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from mlsae_core.metrics.distribution import (
-    _blocks,
-    _check_codes,
-    _drawn_on,
-    _resampled,
-)
+from mlsae_core.metrics.distribution import _check_codes
 from mlsae_core.metrics.reconstruction import _check_same
+from mlsae_core.metrics.resampling import _blocks, _drawn_on, _resampled
 
 
 class PersistenceResult(NamedTuple):
