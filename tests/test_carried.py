@@ -8,7 +8,7 @@ from test_interventions import hooked
 from tiny_lm import CONFIGS, N_LAYERS, reading, tiny_lm
 
 from mlsae_book import toys
-from mlsae_book.tables import carried
+from mlsae_book.tables import carried, margins
 from mlsae_core.metrics import LayerDistribution, Persistence
 from mlsae_core.sae import MLSAE
 from mlsae_core.spec import SiteSpec, SpecError
@@ -71,6 +71,37 @@ def test_one_layer_lives_collapse_without_a_margin_only_where_the_margin_made_th
     last = carried.MARGINS[-1]
     assert share["carried"][last] < 0.1 * share["carried"][carried.MEASURED]
     assert share["rewritten"][last] > 0.35 * share["rewritten"][carried.MEASURED]
+
+
+@pytest.fixture(scope="module")
+def beside():
+    """Toys again, with their selections beside those of sums and the latents that blocks treat."""
+    return {
+        kind: margins.margins(toy := toys.Toy(kind, 96), toy.dictionary, replicates=2)
+        for kind in ("carried", "amplified", "erased", "rewritten")
+    }
+
+
+def test_without_a_margin_a_stream_that_only_adds_is_as_its_null_model(beside):
+    def share(kind, of):
+        return at(beside[kind]["selections"], of=of, selection=carried.MARGINS[-1]).single.item()
+
+    shuffled = next(iter(carried.UPDATES))
+    assert share("carried", carried.MEASURED) == pytest.approx(share("carried", shuffled), abs=0.02)
+    assert share("rewritten", carried.MEASURED) > 2 * share("rewritten", shuffled)
+
+
+@pytest.mark.parametrize(("kind", "more", "less"), [("amplified", 1, 0), ("erased", 0, 1)])
+def test_latents_that_blocks_treat_are_found_and_others_as_often_as_by_chance(
+    beside, kind, more, less
+):
+    for of in (margins.CHANCE, next(iter(carried.UPDATES))):
+        by_chance = at(beside["carried"]["treated"], of=of)
+        assert by_chance[["more", "less"]].to_numpy().mean() == pytest.approx(0.025, abs=0.02)
+    found = at(beside[kind]["treated"], of=next(iter(carried.UPDATES)))
+    assert (found.latents == toys.FEATURES).all()
+    assert found.more.mean() == pytest.approx(more, abs=0.1)
+    assert found.less.mean() == pytest.approx(less, abs=0.1)
 
 
 def test_tables_for_the_chapter_keep_their_numbers(found):

@@ -5,6 +5,7 @@ import pytest
 from test_pipeline import SETTINGS, run_of
 
 from mlsae_book import experiments, stages, surrogates
+from mlsae_book.tables import carried, margins
 from mlsae_core import pipeline, store
 from mlsae_core.spec import EvaluateSpec, Experiment
 
@@ -20,6 +21,18 @@ def test_survival_and_ablations_are_stages_of_a_run(inputs):
     assert pairs.single["measured"] == pytest.approx(pairs.single["k"])
     table = pd.read_csv(session.make("effects", run, SETTINGS).file("effects.csv"))
     assert set(table.columns) > {"total", "direct", "blocks_low"}
+
+
+def test_margins_are_a_stage_whose_measured_share_is_that_of_persistence(inputs):
+    run, session = run_of(inputs), pipeline.Session()
+    made = session.make("margins", run, SETTINGS)
+    table = pd.read_csv(made.file("selections.csv")).set_index(["of", "selection"])
+    pairs = pd.read_csv(session.make("persistence", run, SETTINGS).file("pairs.csv"))
+    for selection, share in pairs.set_index("of").single.items():
+        if selection in carried.MARGINS:
+            assert table.single["measured", selection] == pytest.approx(share)
+    treated = pd.read_csv(made.file("treated.csv"))
+    assert set(treated.of) == {*carried.UPDATES, margins.CHANCE}
 
 
 def test_several_dictionaries_are_measured_together(inputs):

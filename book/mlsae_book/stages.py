@@ -241,6 +241,16 @@ def _persistence(folder: Path, subject: Subject) -> dict:
     return {"tokens": subject.source.n_sequences * subject.run.data.context_length}
 
 
+def _margins(folder: Path, subject: Subject) -> dict:
+    """Selections beside sums, and latents that blocks treat: a table each."""
+    from mlsae_book.tables import margins
+
+    tables = margins.margins(subject.source, subject.sae, subject.size)
+    for name, table in tables.items():
+        table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+    return {"tokens": subject.source.n_sequences * subject.run.data.context_length}
+
+
 def _effects(folder: Path, subject: Subject) -> dict:
     """What becomes of a latent that is taken out: `effects.csv`."""
     from mlsae_book.tables import carried
@@ -423,6 +433,7 @@ pipeline.register(
     Stage("examples", 1, _examples, **_BY_LAYER),
     Stage("cards", 1, _cards, by_layer=True),
     Stage("persistence", 1, _persistence, by_layer=True),
+    Stage("margins", 1, _margins, by_layer=True),
     Stage("effects", 1, _effects, by_layer=True),
     Stage("together", 1, _called("together")),
     Stage("lifetimes", 1, _called("lifetimes")),

@@ -45,6 +45,8 @@ from mlsae_core.metrics.geometry import (
 from mlsae_core.metrics.groups import Groups, GroupsResult
 from mlsae_core.metrics.lifetimes import Correlation, Matches, best_matches, chain_lengths
 from mlsae_core.metrics.persistence import (
+    Excess,
+    ExcessResult,
     Persistence,
     PersistenceResult,
     Survival,
