@@ -31,7 +31,9 @@ from mlsae_book.charts import planted as draw
 
 charts.use_book_theme()
 world = planted.PlantedSpec()
-estimators, features, provenance = planted.sweep(world, [0, 15, 30, 60], mode="read-only")
+angles = [0, 15, 30, 60]
+turned = planted.worlds(world, "drift", angles, mode="read-only")
+estimators, features = turned["estimators"], turned["features"]
 
 # %% [markdown]
 # ## Every estimator against the truth
@@ -132,7 +134,7 @@ planted.by_kind(features).set_index(["drift", "kind"]).round(3)
 # described in `book/mlsae_book/planted.py`.
 
 # %% tags=["hide-input"]
-provenance.set_index("drift")
+turned["provenance"].set_index("drift")
 
 # %% [markdown]
 # ```{bibliography}

@@ -27,6 +27,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from mlsae_book.tables import latents
 from mlsae_core import analysis, metrics, store, train
 from mlsae_core.activations import Batch
 from mlsae_core.keys import keyed
@@ -424,54 +425,122 @@ def learn(spec: PlantedSpec) -> tuple[World, MLSAE]:
     return world, train.train(spec.run, world, description="planted").sae.eval()
 
 
-store.STAGES["planted"] = 1
+def handover(world: World, sae: MLSAE) -> pd.DataFrame:
+    """Whether `latents.duplicates` sees that features which turn are handed on, as is known here.
+
+    Returns:
+        `latents.drift_summary` of all latents concentrated at one layer (``pair``: all), and of
+        those that with their most similar latent are of one feature (both have a cosine similarity
+        of `RECOVERED` or more with one of its directions), or of no one.
+    """
+    found = latents.duplicates(world, sae, EVALUATION_SEQUENCES, progress=False)
+    rows, features = sae.decoder.detach(), world.directions.transpose(0, 1)
+    similar = torch.stack([metrics.mmcs_between(rows, of)[2] for of in features], 1)
+    similarity, nearest = similar.max(1)
+    of_none = torch.arange(-len(rows), 0)  # a number of its own for each latent
+    feature = nearest.where(similarity >= RECOVERED, of_none).numpy()
+    alike = feature[found.latent] == feature[found.partner]
+    parts = {"all": found, "one feature": found[alike], "not of one feature": found[~alike]}
+    return pd.concat(
+        [
+            latents.drift_summary(part, (-1.0,)).drop(columns="cosine").assign(pair=pair)
+            for pair, part in parts.items()
+        ],
+        ignore_index=True,
+    )
+
+
+def _scored(spec: PlantedSpec) -> dict[str, pd.DataFrame]:
+    return dict(zip(("estimators", "features"), score(*learn(spec)), strict=True))
+
+
+def _handed_on(spec: PlantedSpec) -> dict[str, pd.DataFrame]:
+    return {"handover": handover(*learn(spec))}
+
+
+#: What is measured of a world and the dictionary that is trained on it: stage → its tables.
+MEASURED = {"planted": _scored, "handover": _handed_on}
+store.STAGES |= dict.fromkeys(MEASURED, 1)
 
 
 def find_or_compute(
-    spec: PlantedSpec, mode: Literal["cached", "read-only"] = "cached"
+    spec: PlantedSpec,
+    mode: Literal["cached", "read-only"] = "cached",
+    stage: str = "planted",
 ) -> store.Artefact:
-    """The result of a world: `estimators.csv` and `features.csv`, see `score`.
+    """The result of a world: `estimators.csv` and `features.csv`, see `score`, or at the stage
+    ``handover`` `handover.csv`, see there.
 
     Raises:
         StoreError: with ``read-only``, where it does not exist.
     """
     content = to_dict(spec)
-    identity = store.key("planted", keyed(spec), {})
-    if found := store.find("planted", identity):
+    identity = store.key(stage, keyed(spec), {})
+    if found := store.find(stage, identity):
         return found
     if mode == "read-only":
         raise store.StoreError(
-            f"planted {identity} does not exist: expected the result of {content}; "
-            "`planted.find_or_compute(spec)` computes it in about a minute"
+            f"{stage} {identity} does not exist: expected the result of {content}; "
+            f'`planted.find_or_compute(spec, stage="{stage}")` computes it in about a minute'
         )
 
     def fill(folder: Path) -> dict:
-        tables = dict(zip(("estimators", "features"), score(*learn(spec)), strict=True))
-        for name, table in tables.items():
+        for name, table in MEASURED[stage](spec).items():
             table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
         return {"tokens": spec.training_tokens}
 
-    return store.write("planted", identity, content, {}, fill)
+    return store.write(stage, identity, content, {}, fill)
 
 
-def sweep(
-    spec: PlantedSpec, angles: Sequence[float], mode: Literal["cached", "read-only"] = "cached"
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """The worlds of several angles of drift as tables: estimators, features, provenance.
+def worlds(
+    spec: PlantedSpec,
+    field: str,
+    values: Sequence[float],
+    mode: Literal["cached", "read-only"] = "cached",
+    stage: str = "planted",
+) -> dict[str, pd.DataFrame]:
+    """The tables of worlds that differ in one field, which is their first column, by name.
 
-    The first two have the angle in degrees as their first column, ``drift``.
+    Also ``provenance``: how each was made.
     """
-    parts: tuple[list, list, list] = ([], [], [])
-    for angle in angles:
-        artefact = find_or_compute(dataclasses.replace(spec, drift=angle), mode)
-        for part, name in zip(parts, ("estimators", "features"), strict=False):
-            table = pd.read_csv(artefact.file(f"{name}.csv"))
-            table.insert(0, "drift", angle)
-            part.append(table)
-        fields = {n: artefact.meta.get(n) for n in ("tokens", "seconds", "commit", "written")}
-        parts[2].append(pd.DataFrame([{"drift": angle, "key": artefact.key, **fields}]))
-    estimators, features, provenance = (pd.concat(p, ignore_index=True) for p in parts)
-    return estimators, features, provenance
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for value in values:
+        artefact = find_or_compute(dataclasses.replace(spec, **{field: value}), mode, stage)
+        names = ("tokens", "seconds", "commit", "written")
+        made = {"key": artefact.key} | {name: artefact.meta.get(name) for name in names}
+        tables = {file: pd.read_csv(artefact.file(file)) for file in artefact.meta["files"]}
+        for file, table in (tables | {"provenance": pd.DataFrame([made])}).items():
+            table.insert(0, field, value)
+            parts.setdefault(Path(file).stem, []).append(table)
+    return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
+
+
+#: Other worlds and dictionaries, one field at a time; that of the default is among them.
+OTHERS = {
+    "seed": (0, 1, 2, 3, 4),
+    "k": (3, 6, 12),
+    "expansion_factor": (4, 8, 16),
+    "training_tokens": (400_000, 1_600_000),
+    "tokens": (8_192, 32_768, 131_072),
+}
+
+
+def others(spec: PlantedSpec, mode: Literal["cached", "read-only"] = "cached") -> pd.DataFrame:
+    """Truth, oracle and estimate of Eq. 11 and 12 over the values of `OTHERS`.
+
+    Returns:
+        One row per ``field`` and ``value``: the three of each ratio, and the estimated ``fvu``.
+    """
+    rows = []
+    for field, values in OTHERS.items():
+        for value, table in worlds(spec, field, values, mode)["estimators"].groupby(field):
+            found = table.set_index("estimator")
+            row = {"field": field, "value": value}
+            for name, ratio in (("Eq. 11", "ratio_latent"), ("Eq. 12", "ratio_token")):
+                of = ("truth", "oracle", "estimate")
+                row |= {f"{name}, {column}": found.loc[ratio, column] for column in of}
+            rows.append(row | {"fvu": found.estimate["fvu"]})
+    return pd.DataFrame(rows)
 
 
 def series(estimators: pd.DataFrame, keys: Sequence[str] = ("drift",)) -> pd.DataFrame:
