@@ -223,6 +223,13 @@ def test_the_range_over_seeds_is_that_of_the_runs():
     assert (mean.low, mean.high) == (2, 2)
 
 
+def test_intervals_stand_in_brackets_behind_their_value():
+    table = pd.DataFrame({"layer": [2, 5], "mse": [1.0, 2.0], "kl": [0.5, 0.125]})
+    table = table.assign(kl_low=[0.4, 0.1], kl_high=[0.6, 0.15])
+    found = tables.with_intervals(table, ["kl"], 2)
+    assert found.kl.to_dict() == {2: "0.50 [0.40, 0.60]", 5: "0.12 [0.10, 0.15]"}
+
+
 def test_the_last_layer_is_set_beside_the_others():
     table = tables.last_layer(swept(), "expansion_factor").set_index("run")
     assert table["last"][2] == pytest.approx(0.21 / 2)

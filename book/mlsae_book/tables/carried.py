@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mlsae_book.tables import interventions
+from mlsae_book.tables import between, interventions
 from mlsae_core.activations import ActivationSource, TextSource, one_pass
 from mlsae_core.metrics import (
     Effects,
@@ -522,9 +522,6 @@ def over_seeds(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     """
     keys = ["condition", "measure"]
     found = table.groupby(keys, sort=False).value.agg(["mean", "min", "max"])
-    shown = [
-        f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-        for mean, low, high in found.itertuples(index=False)
-    ]
+    shown = [between(*row, digits) for row in found.itertuples(index=False)]
     wide = found.assign(text=shown).pivot_table("text", *keys, aggfunc="first", sort=False)
     return wide.rename_axis(columns=None)

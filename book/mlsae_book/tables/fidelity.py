@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from mlsae_book.tables import between
+
 METRICS = ("fvu_global", "fvu_per_dimension", "mse", "l1", "delta_ce", "kl")
 MEAN = "mean"
 
@@ -44,6 +46,20 @@ def repeated(table: pd.DataFrame, label: str, metrics: Sequence[str] = METRICS) 
     groups = over(stacked, metrics).groupby(["layer", "metric"], sort=False)["value"]
     names = {"mean": "mean", "low": "min", "high": "max", "runs": "size"}
     return groups.agg(**names).reset_index()
+
+
+def with_intervals(table: pd.DataFrame, metrics: Sequence[str], digits: int = 4) -> pd.DataFrame:
+    """Metrics of one run with their 95 % intervals, as text: one row per layer, the index.
+
+    Args:
+        table: of `analysis.evaluate` with `replaced`.
+    """
+    by_layer = table.set_index("layer")
+    shown = {}
+    for name in metrics:
+        ends = by_layer[[name, f"{name}_low", f"{name}_high"]].itertuples(index=False)
+        shown[name] = [between(*row, digits) for row in ends]
+    return pd.DataFrame(shown, by_layer.index)
 
 
 def means(table: pd.DataFrame, by: str, metrics: Sequence[str]) -> pd.DataFrame:
