@@ -1,7 +1,10 @@
 """The book's stages on a tiny model: what they write, and on what their keys depend."""
 
+import json
+
 import pandas as pd
 import pytest
+from test_lens import random_lens
 from test_pipeline import SETTINGS, run_of
 
 from mlsae_book import experiments, stages, surrogates
@@ -70,6 +73,21 @@ def test_every_surrogate_is_trained_measured_and_shipped(inputs):
         assert 0 < table["live"] <= 1
         assert (store.SHIPPED / "surrogate" / artefact.key / "surrogate.csv").is_file()
     assert experiments.surrogates(experiment, "read-only")[0][1].path.is_relative_to(store.SHIPPED)
+
+
+def test_a_dictionary_is_read_in_a_basis_that_it_has_not_seen(inputs, data):
+    random_lens().write(data / "lens")
+    runs = {"identity": run_of(inputs), "lens": run_of(inputs, basis=str(data / "lens"))}
+    experiment = Experiment("x", tuple(({"case": c}, run) for c, run in runs.items()), SETTINGS)
+    bases = {"identity": ["identity", str(data / "lens")], "lens": ["identity", str(data / "lens")]}
+    table = experiments.crossed(experiment, bases, ship=True)
+    found = table[table.ratio == "Eq. 11"].set_index(["case", "basis"]).value
+    session = pipeline.Session()
+    for case, run in runs.items():  # in its own basis, what is measured of it anyway
+        numbers = session.distributions(run, SETTINGS).file("variances.json").read_text()
+        assert found[case, run.site.basis] == json.loads(numbers)["ratio_latent"]["value"]
+    assert len(set(found)) == 4
+    assert len(list((store.SHIPPED / "crossed").iterdir())) == 4
 
 
 def test_overlap_is_measured_of_the_runs_own_text(inputs):
