@@ -25,14 +25,18 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from benchmarks import bench_train
 from benchmarks.bench_loop import Shape, random_lm
-from mlsae_core import kernels, objective, store
+from mlsae_core import kernels, objective, pipeline, store
 from mlsae_core import train as training
 from mlsae_core.activations import TextSource
 from mlsae_core.lm import LanguageModel
@@ -44,6 +48,7 @@ from mlsae_core.spec import (
     SaeSpec,
     SiteSpec,
     TrainSpec,
+    load_experiment,
     run_from_dict,
 )
 from mlsae_core.text import TokenBlocks
@@ -145,7 +150,7 @@ def right():
     )[: 3 if CUDA else 1]:
         x, b = torch.randn(n, d, generator=generator), torch.randn(d, generator=generator)
         weights = [F.normalize(torch.randn(m, d, generator=generator)) for _ in "ed"]
-        which = torch.randperm(m, generator=generator)[:dead].sort().values
+        which = torch.randperm(m, generator=generator)[:dead].sort()[0]
         results = {}
         for kernel in ("dense", "sparse", "triton", "triton again"):
             device, dtype = DEVICE, torch.float32
@@ -273,7 +278,54 @@ def paper():
         note("1 billion tokens at that rate", minutes=1e9 / rate / 60, peak_gb=gigabytes())
 
 
-def train_random(shape: Shape, steps: int, n_dead: int, kernel: str, compile: bool):
+def busy():
+    """How much of the time the card computes in the loop at its fastest, and what: a trace.
+
+    What the tracing adds is the host's, so the share is a lower bound.
+    """
+    if not CUDA:
+        return
+    from torch.autograd import DeviceType
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as traced:
+        train_random(SHAPE, 8, 0, "triton", True)
+    spans = [
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in traced.events()
+        if event.device_type == DeviceType.CUDA
+    ]
+    spans.sort()
+    first = spans[0][0] + (spans[-1][1] - spans[0][0]) * 3 / 4  # the start and compilation left out
+    until, computed, by_name = first, 0.0, collections.Counter()
+    for start, end, name in spans:
+        if start >= first:
+            computed += max(end - max(start, until), 0)
+            until = max(until, end)
+            by_name[name] += end - start
+    whole, together = until - first, sum(by_name.values())
+    note("the card computes", of_time=computed / whole, ms=whole / 1e3)
+    for name, took in by_name.most_common(12):
+        note(f"  {name[:90]}", of_time=took / together)
+
+
+def checkpoints():
+    """What it costs the loop to write one checkpoint after the other, all the time."""
+    for seconds in (1e9, 0.0):
+        with tempfile.TemporaryDirectory() as folder:
+            before, training.CHECKPOINT_EVERY = training.CHECKPOINT_EVERY, 0
+            try:
+                path = {"checkpoint": Path(folder, "one"), "checkpoint_seconds": seconds}
+                log = train_random(
+                    SHAPE, 64 if CUDA else 3, 0, "triton" if CUDA else "sparse", CUDA, path
+                )
+            finally:
+                training.CHECKPOINT_EVERY = before
+        note_rate("none is written" if seconds else "one after the other is written", log)
+
+
+def train_random(
+    shape: Shape, steps: int, n_dead: int, kernel: str, compile: bool, options: dict | None = None
+):
     """The log of a run on random text; that many latents start dead, and hardly listen at first."""
     run = run_spec(shape, steps, MICRO_BATCHES)
     lm, blocks = inputs(shape, run)
@@ -290,7 +342,7 @@ def train_random(shape: Shape, steps: int, n_dead: int, kernel: str, compile: bo
     try:
         model = lm.compiled("inductor" if CUDA else "aot_eager") if compile else lm
         source = TextSource(model, blocks, run.site)
-        return training.train(run, source, kernel=kernel).log
+        return training.train(run, source, kernel=kernel, **(options or {})).log
     finally:
         training.build_sae = build
 
@@ -397,6 +449,42 @@ def real():
         note(f"the book's default run, {precision}", fvu=float(log.fvu.iloc[-1]), seconds=took)
 
 
+def measures():
+    """Stages of the book's default run, on its shipped dictionary, beside the CPU's results."""
+    from mlsae_book import stages  # noqa: F401 (registered)
+
+    experiment = load_experiment(store.ROOT / "book/experiments/default.yml")
+    settings = experiment.evaluate if CUDA else replace(experiment.evaluate, tokens=2048)
+    ((_, run),) = experiment.runs
+    for stage in ("evaluate", "distributions"):
+        cpu = pipeline.Session("read-only").make(stage, run, experiment.evaluate)
+        began = time.perf_counter()
+        made = pipeline.Session("force").make(stage, run, settings)
+        took = {"seconds": time.perf_counter() - began, "cpu_seconds": cpu.meta["seconds"]}
+        note(f"{stage} of the default run", **took)
+        for name in cpu.meta["files"]:
+            for what, ours, cpus in _numbers(made.path / name, cpu.path / name):
+                if cpus.any():
+                    apart = float(np.abs(ours - cpus).sum() / np.abs(cpus).sum())
+                    note(f"  {stage}: {what}", relative_difference=apart)
+
+
+def _numbers(ours: Path, cpus: Path):
+    """What two files of a result have in common that nothing random is in: name, and both."""
+    if ours.suffix == ".csv":
+        tables = [pd.read_csv(path).select_dtypes("number") for path in (ours, cpus)]
+        for name in tables[0]:
+            yield name, *(table[name].to_numpy(float) for table in tables)
+    elif ours.suffix == ".safetensors":
+        found = [load_file(path) for path in (ours, cpus)]
+        for name in ("totals", "counts", "active_tokens"):
+            yield name, *(tensors[name].double().numpy() for tensors in found)
+    else:
+        found = [json.loads(path.read_text()) for path in (ours, cpus)]
+        for name in ("ratio_latent", "ratio_token"):
+            yield name, *(np.array([values[name]["value"]]) for values in found)
+
+
 def large():
     """Two steps at the shapes of larger models: do they fit?"""
     for name in ("Pythia-1b", "Gemma 2 2B") if CUDA else ():
@@ -406,7 +494,7 @@ def large():
             note(f"{name}, R = 64, the start included", tokens_per_second=rate, peak_gb=gigabytes())
 
 
-_PHASES = (env, right, parts, step, loop, paper, peer, real, large)
+_PHASES = (env, right, parts, step, loop, busy, checkpoints, paper, peer, real, measures, large)
 PHASES = {phase.__name__: phase for phase in _PHASES}
 
 

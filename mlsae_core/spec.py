@@ -361,7 +361,8 @@ class Experiment:
     title: one line. runs: (labels, run) pairs, labels being the swept fields or the case. evaluate:
     settings of the analyses, or none for training alone. analyses: which ones, names in
     `pipeline.STAGES`. weights: whether the trained dictionaries are shipped with their tables.
-    half: whether those are rounded to half precision.
+    half: whether those are rounded to half precision. arrays: whether distributions are shipped
+    with those of each latent.
     """
 
     title: str
@@ -370,6 +371,7 @@ class Experiment:
     analyses: tuple[str, ...] = ("evaluate", "distributions")
     weights: bool = True
     half: bool = False
+    arrays: bool = True
 
 
 # --- canonical form -------------------------------------------------------------------------
@@ -451,7 +453,7 @@ def load_experiment(path: str | Path) -> Experiment:
     values = read_yaml(path)
     if "run" not in values:
         return Experiment(title=Path(path).stem, runs=(({}, run_from_dict(values)),))
-    known = {"title", "run", "sweep", "cases", "evaluate", "analyses", "weights", "half"}
+    known = {"title", "run", "sweep", "cases", "evaluate", "analyses", "weights", "half", "arrays"}
     reject_unknown(values, known)
     base, sweep, cases = values["run"], values.get("sweep") or {}, values.get("cases") or {}
     if not isinstance(base, dict):
@@ -479,7 +481,7 @@ def load_experiment(path: str | Path) -> Experiment:
         evaluate=None if off else build(EvaluateSpec, evaluate, "evaluate"),
         **{
             name: coerce(name, values[name], _hints(Experiment)[name])
-            for name in ("analyses", "weights", "half")
+            for name in ("analyses", "weights", "half", "arrays")
             if name in values
         },
     )

@@ -22,6 +22,7 @@ import platform
 import secrets
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -243,6 +244,12 @@ def provenance() -> dict:
     }
 
 
+def _card() -> str:
+    """The GPU that this process computes on, if it does."""
+    torch = sys.modules.get("torch")
+    return f", {torch.cuda.get_device_name()}" if torch and torch.cuda.is_initialized() else ""
+
+
 def read(path: Path, check: bool = True) -> Artefact:
     """Read an artefact; check that it is the one of its place, and every file's recorded hash."""
     remedy = f"delete {path}; it is computed anew where it is needed"
@@ -342,6 +349,7 @@ def write(
             **notes,
             **provenance(),
         }
+        meta["machine"] += _card()
         (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return read(path, check=False)
 
@@ -445,9 +453,11 @@ def restoring(path: Path, kind: str) -> Iterator[dict]:
 def forget_checkpoint(path: Path, result: Path):
     """Remove the checkpoint of a result that is there; a kill between the two leaves it behind.
 
-    One that is younger than the file `result` belongs to a computation of it anew.
+    One that is younger than the file `result` belongs to a computation of it anew. What a process
+    left that was killed while it wrote one goes as well.
     """
     with contextlib.suppress(FileNotFoundError):
+        _remove_leftovers(path)
         if path.stat().st_mtime_ns <= result.stat().st_mtime_ns:
             path.unlink()
 

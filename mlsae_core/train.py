@@ -11,6 +11,7 @@ import itertools
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
+from accelerate.utils import LoggerType, recursively_apply
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -174,18 +175,24 @@ def train(
                 if stop or saved.is_due(checkpoint_seconds):
                     saved.write(state)
                 if stop:
+                    saved.settle()
                     raise Stopped("stopped as asked")
+            saved.settle()
     except (Stopped, ActivationError, stops.Interrupted) as error:
         if isinstance(error, store.Unavailable | stops.Interrupted):  # between two steps
             with stops.held():  # a launcher whose process ends stops the others
                 saved.write(state)
+                saved.settle()
                 # After the last step the others are told nothing more, and would not come.
                 if isinstance(error, stops.Interrupted) and state.step < loop.plan.steps:
                     accelerator.wait_for_everyone()
+        saved.settle()
         where = f"after step {state.step} of {loop.plan.steps}; {kept(checkpoint)}"
         if isinstance(error, stops.Interrupted):
             raise error.kept(where) from error
         raise Stopped(f"{error}, {where}") from error
+    finally:
+        saved.close()
     return Trained(sae, pd.DataFrame(state.log), state.seconds)
 
 
@@ -379,25 +386,33 @@ class _Ahead(Iterator):
 
 
 class _Checkpoint:
-    """The file from which a run continues, or none."""
+    """The file from which a run continues, or none.
+
+    Of a device's tensors a copy is queued, and written while the next steps are made.
+    """
 
     def __init__(self, path: Path | None, loop: _Loop):
         self.path, self.loop = path, loop
         self.source = loop.source.key if path else None
         self.written, self.seconds = time.perf_counter(), 0.0  # when last, and how long it took
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future | None = None
 
     def is_due(self, interval: float) -> bool:
         """Whether so many seconds have passed since the last one, and writing stays a small share.
 
-        Of a large dictionary it takes seconds, in which nothing is trained.
+        Of a large dictionary it takes seconds, in which a CPU trains nothing.
         """
+        if self._writing is not None and not self._writing.done():
+            return False
         return time.perf_counter() - self.written > max(interval, CHECKPOINT_EVERY * self.seconds)
 
     def write(self, state: _State):
         """Write all that the rest of the run depends on; the main process does it for all."""
-        loop, began = self.loop, time.perf_counter()
+        loop = self.loop
         if self.path is None or not loop.accelerator.is_main_process:
             return
+        self.settle()
         scaler = loop.accelerator.scaler
         content = {
             "run": run_settings(loop.run),
@@ -407,6 +422,25 @@ class _Checkpoint:
             "scaler": scaler.state_dict() if scaler else {},
             "state": vars(state),
         }
+        if loop.sae.encoder.device.type == "cpu":
+            self._save(content)
+        else:
+            self._writing = self._writer.submit(self._save, *_in_host_memory(content))
+
+    def settle(self):
+        """Wait for what is being written; an error of it is raised here."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self):
+        """Wait for what is being written, whatever becomes of it."""
+        self._writer.shutdown()
+
+    def _save(self, content: dict, copied: torch.cuda.Event | None = None):
+        began = time.perf_counter()
+        if copied is not None:
+            copied.synchronize()
         store.save_checkpoint(self.path, content)
         self.written = time.perf_counter()
         self.seconds = self.written - began
@@ -429,6 +463,23 @@ class _Checkpoint:
             if loop.accelerator.scaler and content["scaler"]:
                 loop.accelerator.scaler.load_state_dict(content["scaler"])
             return state
+
+
+def _in_host_memory(state: dict) -> tuple[dict, torch.cuda.Event | None]:
+    """A copy of all tensors, and the event after which it is whole where nothing waits for it."""
+    cuda = torch.cuda.is_available()
+
+    def copy(tensor: Tensor) -> Tensor:
+        # A copy that nothing waits for is made in pinned memory.
+        at_home = tensor.device.type == "cpu"
+        return tensor.clone() if at_home else tensor.to("cpu", non_blocking=cuda)
+
+    copied = recursively_apply(copy, state)
+    if not cuda:
+        return copied, None
+    whole = torch.cuda.Event()
+    whole.record()
+    return copied, whole
 
 
 def kept(checkpoint: Path | None) -> str:

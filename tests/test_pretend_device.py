@@ -1,5 +1,6 @@
 """On an accelerator, if a pretended one: the CPU's results, and how often the host waits for it."""
 
+import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -16,7 +17,7 @@ from tiny_lm import EOS, VOCAB, tiny_network, tiny_tokenizer, train_on_text
 from torch.utils._python_dispatch import TorchDispatchMode
 from workers import use_data
 
-from mlsae_book import stages
+from mlsae_book import stages, surrogates
 from mlsae_core import metrics, objective, pipeline, store, train
 from mlsae_core.activations import TextSource
 from mlsae_core.lens import Lens
@@ -149,6 +150,66 @@ def test_training_gives_the_cpus_numbers_and_continues_exactly(there, tmp_path):
         np.testing.assert_allclose(weights[name], other, **ROUNDING, err_msg=name)
 
 
+def train_while_a_checkpoint_is_written(path):
+    """The first of them is begun after step 1 and reaches the disk after step 8."""
+    real, may_write, begun = store.save_checkpoint, threading.Event(), []
+
+    def slowly(path, content):
+        begun.append(content["state"]["step"])
+        assert may_write.wait(60)
+        real(path, content)
+        if len(begun) == 1:
+            path.rename(path.with_name("first"))
+
+    def look(step):
+        if step == 8:
+            may_write.set()
+        return False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "CHECKPOINT_EVERY", 0)
+        patch.setattr(store, "save_checkpoint", slowly)
+        inputs = inputs_on("pretend")
+        train_on_text(*inputs, checkpoint=path, checkpoint_seconds=0, should_stop=look)
+    return begun
+
+
+def test_a_device_trains_on_while_a_checkpoint_is_written(there, tmp_path):
+    begun = there(train_while_a_checkpoint_is_written, tmp_path / "checkpoint")
+    assert begun[0] == 1  # and none was begun while it was written
+    assert len(begun) > 1
+    assert begun[1] >= 8
+    assert store.load_checkpoint(tmp_path / "first")["state"]["step"] == 1
+    log, weights = there(train_on, "pretend")
+    (tmp_path / "checkpoint").unlink()
+    continued, same = there(go_on, tmp_path / "first")
+    pd.testing.assert_frame_equal(continued, log)
+    assert all(np.array_equal(same[name], weights[name]) for name in weights)
+
+
+def go_on(checkpoint):
+    sae, log, _ = train_on_text(*inputs_on("pretend"), checkpoint=checkpoint)
+    return log.drop(columns="tokens_per_second"), {
+        n: x.cpu().numpy() for n, x in sae.state_dict().items()
+    }
+
+
+def fail_to_write(path):
+    def full(path, content):
+        raise OSError("the disk is full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "CHECKPOINT_EVERY", 0)
+        patch.setattr(store, "save_checkpoint", full)
+        with pytest.raises(OSError, match="the disk is full"):
+            train_on_text(*inputs_on("pretend"), checkpoint=path, checkpoint_seconds=0)
+    return True
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(there, tmp_path):
+    assert there(fail_to_write, tmp_path / "checkpoint")
+
+
 def waits_of_steps(micro_batches, ranks=1, put_back=None):
     """Of every step between the first, which begins the run, and the last, which ends the log."""
     seen = []
@@ -238,8 +299,8 @@ def settled(examples, expected):
     return kept | {values: examples[values]}
 
 
-def test_every_analysis_gives_the_cpus_numbers(there, inputs, data, monkeypatch):
-    """Their random numbers are the CPU's on every device but CUDA, where others are drawn."""
+def differing(there, inputs, data, monkeypatch):
+    """The names of all numbers that are not the CPU's in another process; and its device."""
     generator = torch.Generator().manual_seed(0)
     lens = Lens(torch.randn(3, 16, 16, generator=generator) / 16, torch.ones(3, 16) / 8)
     lens.write(data / "lens")
@@ -249,16 +310,58 @@ def test_every_analysis_gives_the_cpus_numbers(there, inputs, data, monkeypatch)
         device, expected = compute(run, data, ("train", *ANALYSES))
     assert device == "cpu"
     device, found = there(compute, run, data, ANALYSES)
-    assert device == "pretend"
     for results in (expected, found):
         results["examples"] = settled(results["examples"], expected["examples"])
+    apart = []
     for stage, numbers in found.items():
         assert numbers.keys() == expected[stage].keys()
         for name, column in expected[stage].items():
             if column.dtype.kind in "OTU":
-                np.testing.assert_array_equal(numbers[name], column, err_msg=name)
+                same = np.array_equal(numbers[name], column)
             else:
-                np.testing.assert_allclose(numbers[name], column, **ROUNDING, err_msg=name)
+                same = np.allclose(numbers[name], column, **ROUNDING, equal_nan=True)
+            apart += [] if same else [f"{stage}: {name}"]
+    return device, apart
+
+
+def test_every_analysis_gives_the_cpus_numbers(there, inputs, data, monkeypatch):
+    """Their random numbers are the CPU's on every device but CUDA, where others are drawn."""
+    assert differing(there, inputs, data, monkeypatch) == ("pretend", [])
+
+
+@pytest.mark.gpu
+def test_every_analysis_on_a_gpu_gives_the_cpus_numbers(processes, inputs, data, monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    with ProcessPoolExecutor(1, processes) as pool:
+        device, apart = differing(lambda *a: pool.submit(*a).result(300), inputs, data, monkeypatch)
+    random = ("gaussian", "permuted", "random", "shuffled")
+    assert device == "cuda"
+    assert [name for name in apart if not any(word in name for word in random)] == []
+
+
+def surrogate_tables(inputs, folder, conditions):
+    use_data(folder)
+    run, session = test_pipeline.run_of(inputs), pipeline.Session()
+    made = {
+        name: stages.surrogate(session, run, EvaluateSpec(tokens=1024), name) for name in conditions
+    }
+    tables = {name: pd.read_csv(made[name].file("surrogate.csv")) for name in made}
+    return session.device.type, tables
+
+
+def test_every_surrogate_gives_the_cpus_numbers(there, inputs, data, tmp_path, monkeypatch):
+    conditions = surrogates.CONDITIONS[1:]  # the first is an analysis of the run's own dictionary
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        device, expected = surrogate_tables(inputs, data, conditions)
+    assert device == "cpu"
+    device, found = there(surrogate_tables, inputs, tmp_path, conditions)
+    assert device == "pretend"
+    for name in conditions:
+        pd.testing.assert_frame_equal(
+            found[name], expected[name], check_exact=False, obj=name, rtol=1e-2, atol=1e-3
+        )
 
 
 def draw(device, generator):

@@ -209,6 +209,16 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
             store.load_checkpoint(path)
 
 
+def test_a_result_says_on_which_gpu_it_was_computed(data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    said = []
+    for computed in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda computed=computed: computed)
+        made = store.write("tokens", f"{computed}", {}, {}, lambda folder: {})
+        said.append(made.meta["machine"].removeprefix(store.provenance()["machine"]))
+    assert said == ["", ", NVIDIA H100"]
+
+
 def test_looking_results_up_needs_neither_torch_nor_transformers():
     heavy = ("torch", "transformers", "accelerate", "datasets")
     code = f"import sys, mlsae_core.pipeline; print([m for m in {heavy} if m in sys.modules])"
@@ -223,6 +233,9 @@ def test_a_checkpoint_behind_its_end_is_forgotten_and_one_of_a_new_computation_k
         for path, seconds in ((checkpoint, written), (result, 10)):
             path.touch()
             os.utime(path, (seconds, seconds))
+        left = tmp_path / f".checkpoint-{2**22 + 1}"  # beyond the largest process number
+        left.touch()
         store.forget_checkpoint(checkpoint, result)
+        assert not left.exists()
         assert checkpoint.exists() != forgotten
         assert result.exists()

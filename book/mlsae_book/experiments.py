@@ -51,15 +51,15 @@ def materialise(experiment: Experiment, mode: Mode = "cached", ship: bool = Fals
             artefact = session.make(stage, run, experiment.evaluate)
             everything.append((labels, artefact))
             if ship and pipeline.is_main_process():
-                slim = stage == "train" and not experiment.weights
-                if stage == "train" and not slim:  # another experiment may have shipped its log
+                only = slim(experiment, stage)
+                if stage == "train" and not only:  # another experiment may have shipped its log
                     artefact = session.with_weights(run, artefact)
-                if stage == "train" and experiment.half and not slim:
+                if stage == "train" and experiment.half and not only:
                     if "half" not in artefact.meta:
                         store.ship_half(artefact, rounding_costs(session, run))
                         session.look_again(artefact)
                 else:
-                    store.ship(artefact, ("log.csv",) if slim else None)
+                    store.ship(artefact, only)
     made: dict[str, list[tuple[dict, Artefact]]] = {}
     for labels, artefact in everything:
         made.setdefault(artefact.meta["stage"], []).append((labels, artefact))
@@ -70,6 +70,13 @@ def materialise(experiment: Experiment, mode: Mode = "cached", ship: bool = Fals
         runs=experiment.runs,
         artefacts=made,
     )
+
+
+def slim(experiment: Experiment, stage: str) -> tuple[str, ...] | None:
+    """The files of a stage's results that are shipped, where these are not all."""
+    if stage == "train" and not experiment.weights:
+        return ("log.csv",)
+    return ("variances.json",) if stage == "distributions" and not experiment.arrays else None
 
 
 def rounding_costs(session: pipeline.Session, run: SubjectSpec, tokens: int = 2048) -> dict:
@@ -217,11 +224,18 @@ def transfers(
     targets: dict[str, Target],
     mode: Mode = "cached",
     ship: bool = False,
+    stage: str = "transfer",
 ) -> list[tuple[dict, Artefact]]:
-    """One dictionary measured in several models: (label, artefact) for :func:`tables`."""
+    """One dictionary measured in several models: (label, artefact) for :func:`tables`.
+
+    stage: or another one, of other text or tokens (`stages.elsewhere`).
+    """
     session, made = pipeline.Session(mode), []
     for name, target in targets.items():
-        artefact = stages.transfer(session, run, settings, target)
+        if stage == "transfer":
+            artefact = stages.transfer(session, run, settings, target)
+        else:
+            artefact = stages.elsewhere(session, stage, run, settings, target)
         made.append(({"target": name}, artefact))
         if ship and pipeline.is_main_process():
             store.ship(artefact)

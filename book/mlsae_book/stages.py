@@ -43,7 +43,9 @@ def drift_key(run: SubjectSpec, settings: EvaluateSpec) -> Keyed:
     return store.key("drift", own, parents), {"run": flat(run), "drift": read}, parents
 
 
-def transfer_key(run: SubjectSpec, settings: EvaluateSpec, target: Target) -> Keyed:
+def transfer_key(
+    run: SubjectSpec, settings: EvaluateSpec, target: Target, stage: str = "transfer"
+) -> Keyed:
     """Key, spec and parents of a transfer to another model: of its content, and of its text's."""
     fields, parents = pipeline.measured(run)
     parents |= {
@@ -51,8 +53,8 @@ def transfer_key(run: SubjectSpec, settings: EvaluateSpec, target: Target) -> Ke
         "data": pipeline.text_key(target.data),
     }
     own = {**fields, **keyed(settings), "target": target.settings()}
-    spec = {"run": flat(run), "transfer": to_dict(settings), "target": to_dict(target)}
-    return store.key("transfer", own, parents), spec, parents
+    spec = {"run": flat(run), stage: to_dict(settings), "target": to_dict(target)}
+    return store.key(stage, own, parents), spec, parents
 
 
 def prompts_key(run: SubjectSpec) -> Keyed:
@@ -88,6 +90,20 @@ def transfer(
         read=target.read(run),
         any_batch=target.text == "given",
     )
+
+
+def elsewhere(
+    session: Session, stage: str, run: SubjectSpec, settings: EvaluateSpec, target: Target
+) -> Artefact:
+    """A stage of the run's dictionary on what the target reads, with all that the stage measures.
+
+    Raises:
+        SpecError: a target that changes what is read by more than its choice of text and tokens.
+    """
+    if target.text != "given" or target.rescaled:
+        raise SpecError(f"target.text: expected given, not rescaled, for the stage {stage}")
+    key = partial(transfer_key, target=target, stage=stage)
+    return session.make(stage, run, settings, key=key, read=target.read(run))
 
 
 def _own(session: Session, run: SubjectSpec, settings: EvaluateSpec, target: Target) -> TextSource:

@@ -99,8 +99,8 @@ def gaussian(mean: Tensor, covariance: Tensor, n_layers: int) -> Change:
     mean = mean.float()
 
     def change(x: Tensor, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(x.shape[1], len(mean), generator=generator)
-        drawn = (mean + noise @ root).unflatten(1, (n_layers, -1))
+        noise = torch.randn(x.shape[1], len(mean), generator=generator)  # the CPU's on any device
+        drawn = (mean + noise.to(x.device) @ root).unflatten(1, (n_layers, -1))
         return drawn.transpose(0, 1).contiguous().to(x)
 
     return change
@@ -128,8 +128,8 @@ def match_drift(lm: LanguageModel, tokens: Tensor, cosines: Tensor):
         block = lm.blocks[layer]
         if not hasattr(block, "mlp") or not hasattr(block.mlp, "dense_4h_to_h"):
             raise SpecError(f"model: expected a GPT-NeoX, got blocks {type(block).__name__}")
-        before, after = (x[lm.keep_mask(tokens)] for x in lm.capture(
-            tokens, [layer - 1, layer])["residual"])  # fmt: skip
+        captured = lm.capture(tokens.to(lm.device), [layer - 1, layer])["residual"]
+        before, after = captured[:, lm.keep_mask(tokens)]
         update, low, high = after - before, 0.0, 1e3
 
         def cosine(by: float, before=before, update=update) -> float:
@@ -165,7 +165,8 @@ def prepared(condition: str, run: RunSpec, source: TextSource, opening: Tensor) 
         lm = LanguageModel.load(spec, source.device)
         if condition == MATCHED:
             keep = source.lm.keep_mask(opening)
-            trained = source.lm.capture(opening, source.layers)["residual"][:, keep]
+            tokens = opening.to(source.device)
+            trained = source.lm.capture(tokens, source.layers)["residual"][:, keep]
             match_drift(lm, opening, adjacent_cosines(trained))
         return run, replace(source, lm=lm)
     if condition == GAUSSIAN:
@@ -197,10 +198,12 @@ def measured(
         ``fvu`` (per dimension, mean over layers; of the vectors as the condition has them),
         ``mmcs``, ``adjacent cosine``, ``live``.
     """
-    n, shape = source.n_layers, (source.n_layers, sae.n_latents, carried.BLOCKS)
-    spread, pairs = metrics.LayerDistribution(*shape), metrics.Persistence(*shape)
-    steps = [metrics.Survival(n - 1, sae.n_latents) for _ in range(2)]
-    errors = metrics.Reconstruction(n, source.d_model)
+    n, device = source.n_layers, source.device
+    shape = n, sae.n_latents, carried.BLOCKS
+    spread = metrics.LayerDistribution(*shape, device=device)
+    pairs = metrics.Persistence(*shape, device=device)
+    steps = [metrics.Survival(n - 1, sae.n_latents, device=device) for _ in range(2)]
+    errors = metrics.Reconstruction(n, source.d_model, device)
     generator, first, cosines = torch.Generator().manual_seed(0), 0, []
     for batch in one_pass(source.batches(SIZE), source, SIZE, "surrogate", progress):
         x, sequence = batch.source, batch.sequence + first

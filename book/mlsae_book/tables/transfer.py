@@ -27,7 +27,7 @@ from mlsae_core.spec import DataSpec, ModelSpec, Spec, SpecError, SubjectSpec, a
 
 @dataclass(frozen=True)
 class Target(Spec):
-    """Another model to measure a dictionary in, and the text that this model reads.
+    """Another model to measure a dictionary in, or another text, or other tokens of it.
 
     Args:
         model, data: in the place of the run's own.
@@ -37,6 +37,8 @@ class Target(Spec):
         seed: of the sampling.
         rescaled: whether vectors are multiplied, layer by layer, so that their mean norm is that of
             the model in which the dictionary was trained, on the given text.
+        massive: whether tokens with massive activations are ``kept`` or ``excluded``; by default as
+            in training.
     """
 
     model: ModelSpec
@@ -45,6 +47,7 @@ class Target(Spec):
     prompt_tokens: int = 32
     seed: int = 0
     rescaled: bool = added(False)
+    massive: Literal["kept", "excluded"] | None = added(None)
 
     _prefix = "target."
 
@@ -58,7 +61,8 @@ class Target(Spec):
 
     def read(self, run: SubjectSpec) -> SubjectSpec:
         """The run as if its dictionary had been trained in this model, on this text."""
-        return dataclasses.replace(run, model=self.model, data=self.data)
+        site = dataclasses.replace(run.site, massive=self.massive or run.site.massive)
+        return dataclasses.replace(run, model=self.model, data=self.data, site=site)
 
     def settings(self) -> dict:
         """The fields that count by themselves; model and text count by their content."""
