@@ -64,7 +64,7 @@ planted.mechanism(planted.World(world)).set_index("codes").round(3)
 # that is linear reads a little of each feature in every other, and what it reads changes with the layer. It is not all, since the
 # dictionary's Eq. 12 is smaller still. Weak firings count as much as strong ones, since $P(T \mid j)$ is uniform over active tokens.
 # Besides, there are more latents than features: the mean cosine of a row with the nearest truth is 0.71, so part of the surplus is of
-# mixtures that are no features. All of it is one world with one seed.
+# mixtures that are no features.
 #
 # So a small Eq. 12, as in the paper (at most 0.10), is by itself *no* evidence that features change their layer
 # from token to token: this dictionary reports it of features half of whose variance is within tokens.
@@ -75,6 +75,20 @@ planted.mechanism(planted.World(world)).set_index("codes").round(3)
 #
 # **What would contradict it.** An oracle column that is off (then an estimator would be wrong), an
 # estimate of Eq. 12 near 0.5, or true directions that give the true ratios.
+#
+# ## Other worlds
+#
+# One world with one seed is little. Each of these differs from it in one thing: the seed of the world and of the training; $k$; $R$ (the
+# *expansion_factor*); how long the dictionary is trained; on how many tokens both are compared. *Truth* is that of the world, the oracle
+# its true codes:
+
+# %% tags=["hide-input"]
+planted.others(world, mode="read-only").set_index(["field", "value"]).round(3)
+
+# %% [markdown]
+# **What to see.** FILL OTHERS
+#
+# **What would contradict it.** A setting in which the estimate meets the truth.
 #
 # ## Drift
 #
@@ -126,6 +140,26 @@ planted.by_kind(features).set_index(["drift", "kind"]).round(3)
 # %% [markdown]
 # A single-layer feature has no variance, and its latent has some: all of it is false firing. Weighted by activation
 # totals, as in the paper's heatmaps, it is smaller, since false activations are; less wrong, not right.
+#
+# ## Would hand-overs be seen?
+#
+# In a language model we look for features that turn, and change their latent on the way, by the most similar other latent of each
+# ({doc}`explorer`): it should live at a neighbouring layer, and be active at the next layer where the one is active at this. Here we know
+# which pairs are of one feature: those in which both latents are near to its directions. Of latents with half of their probability at one
+# layer or more:
+
+# %% tags=["hide-input"]
+columns = ["latents", "neighbouring", "null_neighbouring", "next", "null_next", "same", "null_same"]
+handed = planted.worlds(world, "drift", angles, mode="read-only", stage="handover")["handover"]
+handed.set_index(["drift", "pair"])[columns].round(3)
+
+# %% [markdown]
+# *neighbouring*: the share whose most similar latent peaks one layer before or after. *next* and *same*: how often the other is active at
+# the next layer, or at the same, where the one is active. *null*: dealt anew.
+#
+# **What to see.** FILL HANDED
+#
+# **What would contradict it.** Pairs of one feature that the diagnostic does not tell from others.
 #
 # ## How this page was made
 #
