@@ -211,8 +211,8 @@ def massive(x: Tensor) -> Tensor:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU's tensor on a device, from pinned memory: else the copy waits for what is queued."""
-    if device.type == "cuda":
+    """A tensor on a device, a CPU's from pinned memory: else the copy waits for what is queued."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
