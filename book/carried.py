@@ -23,7 +23,7 @@
 # a sceptic would ask, beside null models that *contain* a residual stream where there are any, and toys in which the answer is known.
 
 # %% tags=["remove-cell", "nbval-ignore-output"]
-from mlsae_book import charts, experiments, stages, toys
+from mlsae_book import charts, experiments, stages, surrogates, toys
 from mlsae_book.charts import carried as draw
 from mlsae_book.tables import carried, margins
 from mlsae_book.tables import together as at_once
@@ -165,8 +165,8 @@ excess.set_index(["case", "layer"])[columns].round(3)
 # than in the null model: 0.117 against 0.091 (in the chart, *5 block(s)*). The small differences of single blocks do not add up to nothing.
 #
 # A second training (*seed 0*) has the same pattern. That the test can fail is seen with *random weights*. There survival is below the null
-# model after every block, by 0.08 at first. Why was not tested. Perhaps the dictionary of such a model holds tokens at layers, and what a
-# block adds leads from one of them to the next.
+# model after every block, by 0.08 at first. That its layers turn by other angles than the trained model's is not the reason (below). Perhaps
+# the dictionary of such a model holds tokens at layers, and what a block adds leads from one of them to the next.
 #
 # The average hides latents that differ. Of those active at 100 tokens in 16 sequences or more, *more* and *less* are the shares that survive
 # the block more or less often than with another token's update, beyond two standard errors over sequences. What chance alone gives is
@@ -289,6 +289,112 @@ draw.beside(
 #
 # **What would contradict it.** A measured value far from that of the streams of other tokens' updates, as with random weights.
 #
+# ## Do the second moments suffice?
+#
+# The null models above are fed to a dictionary that was trained on the real activations. A harder question is what a dictionary finds
+# that was *trained* on a null model. Two are drawn from. The first is a **Gaussian** over all layers at once, token by token, with the mean
+# and the covariance of the activations,
+#
+# $$
+# (\tilde{\mathbf{x}}_{t,0}, \dots, \tilde{\mathbf{x}}_{t,n_L-1}) \sim \mathcal{N}(\boldsymbol\mu, \boldsymbol\Sigma), \qquad
+# \boldsymbol\Sigma = \operatorname{Cov}(\mathbf{x}_{t,0}, \dots, \mathbf{x}_{t,n_L-1}) .
+# $$ (eq-gaussian-surrogate)
+#
+# Its layers have the offsets, the norms, the drift and the correlations of the real ones, and its tokens nothing that is sparse. The second
+# is a language model with **random weights**, as it is drawn, and with what each block adds scaled so that adjacent layers are as alike as
+# in the trained model,
+#
+# $$
+# \mathbf{x}_{\ell+1} = \mathbf{x}_\ell + \alpha_\ell \mathbf{u}_\ell, \qquad
+# \mathbb{E}_t \cos(\mathbf{x}_\ell - \boldsymbol\mu_\ell, \mathbf{x}_{\ell+1} - \boldsymbol\mu_{\ell+1})
+# = \text{that of the trained model} .
+# $$ (eq-same-drift)
+#
+# | if what is found of the activations is … | the Gaussian gives | random weights, same drift |
+# | --- | --- | --- |
+# | a matter of second moments alone | the same | something else, unless drift is all that matters |
+# | a matter of drift alone | the same | the same |
+# | a matter of what the model computes | something else | something else |
+
+# %% tags=["hide-input"]
+trained_on = experiments.surrogates(load_experiment("experiments/surrogates.yml"))
+found = experiments.tables(trained_on, "surrogate.csv")
+found = found.assign(seed=found.seed.map("seed {}".format))
+null_models = [surrogates.REAL, surrogates.GAUSSIAN, surrogates.RANDOM, surrogates.MATCHED]
+moments = found[found.condition.isin(null_models)]
+draw.beside(
+    moments,
+    ("condition", "What the dictionary is trained on, and measured on"),
+    ("value", "Value"),
+    "seed",
+    title="Neither second moments nor drift give the real ratios; all of Eq. 11 are far below 1",
+    subtitle="Two trainings each; lines: 95 % intervals over sequences, where there are any.",
+    choices={"measure": "Shown"},
+)
+
+# %% [markdown]
+# Means over two seeds, of the model with random weights as well, and in brackets both. *latents* and *tokens* say which $P(J)$; *single* is the share of
+# pairs at one layer; *survival* is over one block:
+
+# %% tags=["hide-input"]
+carried.over_seeds(moments).T
+
+# %% [markdown]
+# **What to see.** The Gaussian is no copy of the real thing. Its Eq. 11 is *smaller*, 0.41 beside 0.55, and more of its pairs are of one layer: a
+# dictionary makes latents of single layers out of second moments alone, and more so than out of activations. So an Eq. 11 far
+# below 1 is no sign of anything that is sparse, or learnt. That real latents are spread over *more* layers than the Gaussian's is what has
+# to be explained by what the Gaussian lacks.
+#
+# With random weights drift does matter: scaled to the trained model's, Eq. 11 goes from 0.51 to 0.58, past the real one, and the pairs
+# of one layer become fewer. Eq. 12 goes from 0.20 to 0.24. The real one is above all three null models, at 0.28, and both trainings agree.
+# So a part of Eq. 12 is left, a seventh or so, that neither second moments nor drift give. With $P(J)$ by tokens (*tokens*) the
+# order of the conditions in Eq. 11 is the same, but for random weights as drawn, which then lie above the real model and no longer below.
+#
+# Survival stays below its null model with random weights, by 0.05, when their drift is matched: that is not why.
+#
+# **What would contradict it.** A Gaussian whose ratios are those of the activations: then second moments would be all there is to say. Or
+# trainings of one condition as far apart as two conditions. Two seeds give a range, and no interval.
+#
+# ## Offsets and norms
+#
+# A tuned lens moves Eq. 11 ({doc}`tuned_lens`), and it changes three things at once: the layers' means, their lengths, and their
+# directions. Here each of the first two is changed alone. The dictionary sees $\mathbf{x}_\ell$ with
+#
+# $$
+# \mathbf{x}_\ell - \boldsymbol\mu_\ell, \qquad
+# \frac{\mathbf{x}_\ell - m}{\sigma} - \mathbf{b}_\ell, \qquad \text{or} \qquad \mathbf{x}_\ell \text{ as it is}
+# $$ (eq-offsets)
+#
+# in the place of $(\mathbf{x}_\ell - m) / \sigma$, the standardised vector: *each layer's mean taken off* before it is standardised; *a bias for
+# each layer*, $\mathbf{b}_\ell$ being the mean of the standardised vectors (a lens that is nothing but a bias); *not standardised*. If the layers'
+# offsets were what Eq. 11 sees, the first two would move it as the lens does; if their norms were, the third would.
+
+# %% tags=["hide-input"]
+changes = [surrogates.REAL, surrogates.CENTRED, surrogates.BIASES, surrogates.RAW]
+changed = found[found.condition.isin(changes)]
+draw.beside(
+    changed,
+    ("condition", "What the dictionary is trained on, and measured on"),
+    ("value", "Value"),
+    "seed",
+    title="Taking off each layer's mean raises Eq. 11 by more than a tuned lens does",
+    subtitle="Two trainings each; lines: 95 % intervals over sequences, where there are any.",
+    choices={"measure": "Shown"},
+)
+
+# %% tags=["hide-input"]
+carried.over_seeds(changed).T
+
+# %% [markdown]
+# **What to see.** With the layers' means taken off, Eq. 11 rises from 0.55 to 0.73, and with a bias for each layer to 0.71. The aligned lens
+# raises it by 0.13 ({doc}`tuned_lens`, shorter trainings). So a rise of that size needs no lens that brings the layers' directions
+# together: the layers' *offsets* are enough. With them in place a latent can tell the layer from the offset, without them less so.
+# FVU per dimension stays as it was. At a token fewer pairs are of one layer, too, and Eq. 12 falls. Without standardisation Eq. 11 rises by a
+# third of that, so lengths matter less than offsets. (FVU is of the vectors as the condition has them: with *a bias for each layer*, of
+# standardised ones.)
+#
+# **What would contradict it.** An Eq. 11 without offsets as it is with them.
+#
 # ## Several layers at once
 #
 # If one dictionary serves all layers, its reconstructions should be able to stand in at several of them: each is then made of what the ones before have let
@@ -371,11 +477,13 @@ chains.pivot_table(index=["of", "least", "mean"], columns="layers", values="shar
 # | A latent that stays is computed anew | ablation, updates kept or not | a total drop near 0 | 0.74, and as much with updates kept | for three quarters carried |
 # | Eq. 11 below 1 shows features with layers of their own | streams of other tokens' updates | a null model far above | 0.62, where 0.55 is measured | for the most part a property of sums |
 # | Eq. 12 shows features that stay | the same | a null model far below | 0.24, where 0.28 is measured | for the most part a property of sums |
+# | The ratios are those of second moments, or of drift | dictionaries trained on a Gaussian, and on random weights with the same drift | the same ratios | Eq. 11: 0.41 and 0.58 for 0.55; Eq. 12: 0.23 and 0.24 for 0.28 | not quite: no null model gives both |
+# | A tuned lens shows that layers have more in common | each layer's mean taken off, or a bias for each | no such rise of Eq. 11 | from 0.55 to 0.73 and 0.71 | offsets alone do as much |
 # | A dictionary for all layers is only smaller | several layers at once | no larger a saving than without sharing | in the mean as good as a dictionary for each layer at two to four layers; smaller dictionaries save as much | undecided |
 # | Features live as long as the latents of an MLSAE | chains of dictionaries of single layers | chains as long | short ones, but two seeds share as little | undecided |
 #
 # So what do the two ratios measure? Eq. 11: at which layers the rows of a dictionary are used over all the text. It hardly depends on what
-# happens at a token, and it depends on the choice of $P(J)$ ({doc}`variance`). Eq. 12: for how many layers a sum keeps a latent among the $k$
+# happens at a token, and it depends on the choice of $P(J)$ ({doc}`variance`) and on the layers' offsets. Eq. 12: for how many layers a sum keeps a latent among the $k$
 # largest. Neither tells carried from rewritten. In this model what is active at several layers of a token has mostly been *carried* there. In
 # a model with random weights the same ratio stands beside other null models, so it need not have the same cause.
 #
@@ -386,12 +494,15 @@ chains.pivot_table(index=["of", "least", "mean"], columns="layers", values="shar
 #
 # ## How this page was made
 #
-# `experiments/carried.yml`, `margins.yml`, `ablated.yml` and `equal.yml` declare the runs. Survival and ratios come from one pass, margins beside sums
+# `experiments/carried.yml`, `margins.yml`, `ablated.yml`, `surrogates.yml` and `equal.yml` declare the runs. Survival and ratios come from one pass, margins beside sums
 # from another, the ablations from a third in which each change has a copy of
 # its sequence to itself. The dictionaries of equal budget are trained on 200,000 tokens each, one seed.
 
 # %% tags=["hide-input"]
 experiments.notes([*measured, *beside_sums, *taken_out]).set_index(["case", "stage"])
+
+# %% tags=["hide-input"]
+experiments.notes(trained_on).set_index(["condition", "seed"])
 
 # %% [markdown]
 # ```{bibliography}
