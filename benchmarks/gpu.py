@@ -278,6 +278,21 @@ def paper():
         note("1 billion tokens at that rate", minutes=1e9 / rate / 60, peak_gb=gigabytes())
 
 
+#: Parts of the names of kernels → what these do.
+KINDS = {
+    "_by_latent": "backward by latent",
+    "_group_maxima": "selection",
+    "_select": "selection",
+    "_decode": "decode",
+    "nvjet": "products of matrices",
+    "gemm": "products of matrices",
+    "sdpa": "attention",
+    "flash": "attention",
+    "triton_": "elementwise, compiled",
+    "elementwise": "elementwise and copies",
+}
+
+
 def busy():
     """How much of the time the card computes in the loop at its fastest, and what: a trace.
 
@@ -296,16 +311,18 @@ def busy():
     ]
     spans.sort()
     first = spans[0][0] + (spans[-1][1] - spans[0][0]) * 3 / 4  # the start and compilation left out
-    until, computed, by_name = first, 0.0, collections.Counter()
+    until, computed, by_kind = first, 0.0, collections.Counter()
     for start, end, name in spans:
         if start >= first:
             computed += max(end - max(start, until), 0)
             until = max(until, end)
-            by_name[name] += end - start
-    whole, together = until - first, sum(by_name.values())
+            by_kind[next((kind for part, kind in KINDS.items() if part in name), "the rest")] += (
+                end - start
+            )
+    whole, together = until - first, sum(by_kind.values())
     note("the card computes", of_time=computed / whole, ms=whole / 1e3)
-    for name, took in by_name.most_common(12):
-        note(f"  {name[:90]}", of_time=took / together)
+    for kind, took in by_kind.most_common():
+        note(f"… {kind}", of_time=took / together)
 
 
 def checkpoints():

@@ -19,9 +19,9 @@ from mlsae_core.store import Artefact
 if TYPE_CHECKING:
     from mlsae_core.activations import TextSource
 
-# Operations a second, as `_operations` counts them, of one H200 with `--kernel triton --compile` in
+# Operations a second, as `_operations` counts them, of one H100 with `--kernel triton --compile` in
 # bfloat16: a test holds it to benchmarks/gpu.json.
-GPU_SPEED = 5.8e14
+GPU_SPEED = 5.14e14
 #: What is measured of a stage may take so long, by the speed of a matrix product.
 SAMPLE_SECONDS = 10.0
 
@@ -50,7 +50,7 @@ def status(experiment: Experiment) -> pd.DataFrame:
     there, at the speed of a sample of the stage with random weights; where the model is not here or
     is too large for one, at that of a matrix product, which is right within a factor of two.
     ``gpu_hours`` by the speed of
-    training on one H200, as it was measured at the size of Pythia-70m; several share them.
+    training on one H100, as it was measured at the size of Pythia-70m; several share them.
     ``memory_gb`` of each process, at least (`fits.memory`). ``disk_gb`` of the weights and the last
     checkpoint. A run that was begun continues from its checkpoint and takes less.
     """
