@@ -211,6 +211,17 @@ fidelity_charts.last_layer(
 # cause to appear here, and does not. In relative terms the last layer does fall behind, from 1.5 times the others' FVU to 1.8 times
 # at the largest $R$. But half of that has come about by $R = 8$, where no latent is dead.
 #
+# The third quantity of that figure, the auxiliary loss (before its weight of a 32nd), is a mean over each quarter of the training, and
+# with it the latents that are dead by the *training* window:
+
+# %% tags=["hide-input"]
+course = fidelity.auxiliary(factors.log, "expansion_factor")
+course.pivot_table(index="expansion_factor", columns="part", values=["auxk", "dead"]).round(4)
+
+# %% [markdown]
+# **What to see.** Zero, but at the two largest $R$ late in training. Where latents die the loss is near 1: what dead latents make of the error
+# explains none of it. With hardly any dead this says nothing of a run with many.
+#
 # **What would contradict it.** Lines that go apart where the bars grow.
 #
 # ## Over models

@@ -237,6 +237,14 @@ def test_the_last_layer_is_set_beside_the_others():
     assert table.dead.tolist() == [0.25, 0.125, 0.25 / 64]
 
 
+def test_the_auxiliary_loss_is_a_mean_over_each_part_of_the_training():
+    log = pd.DataFrame({"R": [1] * 4 + [2] * 2, "tokens": [10, 20, 30, 40, 50, 100]})
+    log = log.assign(auxk=[0.0, 1.0, 2.0, 4.0, 5.0, 7.0], dead_fraction=[0.0, 0.2, 0.4, 0.4, 0, 1])
+    found = tables.auxiliary(log, "R", 2).set_index(["R", "part"])
+    assert found.auxk.to_dict() == {(1, 1): 0.5, (1, 2): 3.0, (2, 1): 5.0, (2, 2): 7.0}
+    assert found.dead[1, 2] == pytest.approx(0.4)
+
+
 def test_pairs_are_of_the_same_layers():
     table = swept("case", (1, 2)).assign(case=lambda t: t.case.map({1: "a", 2: "b"}))
     pair = tables.paired(table, "case", "a", "b", "delta_ce")
