@@ -88,7 +88,7 @@ pairs[pairs.of.isin(own)].set_index(["case", "of"])[columns].round(3)
 # A latent stops where it is no longer among the $k$ largest. It may be just below. With the dictionary left as it is, the selection can be
 # changed: other $k$; one threshold for all vectors that keeps as many latents in the mean, as BatchTopK does {cite:p}`bussmann2024`; or *hysteresis*, where a
 # latent goes on when it is among the $k$ largest, and stays on over the layers around as long as it is among the $4k$ largest.
-
+#
 # The same is done to the two streams that are sums.
 
 # %% tags=["hide-input"]
@@ -189,8 +189,8 @@ latents = latents[(latents.of == "another token's updates") & (latents.case == "
 latents.set_index("layer")[["latents", "q05", "q25", "q50", "q75", "q95"]].round(3)
 
 # %% [markdown]
-# Half of the latents survive a block within about 0.1 of what the null model says (*q25* to *q75*), nine in ten within 0.28.
-#
+# Half of the latents survive a block within about 0.1 of what the null model says (*q25* to *q75*), nine in ten within 0.28, and a part of that is
+# the noise of few tokens.
 #
 # **What would contradict it.** An excess of the same sign at every layer, and large: then blocks would treat what is active in a way of their own.
 #
