@@ -99,7 +99,7 @@ draw.beside(
     ("selection", "Which latents count as active"),
     ("single", "Share of the pairs active at one layer"),
     "of",
-    title="The one-layer share hardly depends on k; without the margin it falls to a third, in sums as well",
+    title="The margin makes one-layer pairs, in sums of other tokens' updates too",
     subtitle="The dictionary is the same throughout; lines: 95 % intervals over sequences.",
     choices={"case": "Run"},
 )
@@ -327,7 +327,7 @@ draw.beside(
     ("condition", "What the dictionary is trained on, and measured on"),
     ("value", "Value"),
     "seed",
-    title="Neither second moments nor drift give the real ratios; all of Eq. 11 are far below 1",
+    title="Neither second moments nor drift give the real ratios",
     subtitle="Two trainings each; lines: 95 % intervals over sequences, where there are any.",
     choices={"measure": "Shown"},
 )

@@ -7,8 +7,12 @@ import pandas as pd
 
 from mlsae_book.charts import _select, _table, _titled
 
-#: Labels too long for their place: a line for each word.
-WORDS = "length(datum.label) > 12 ? split(datum.label, ' ') : datum.label"
+#: Labels too long for their place: two words a line.
+WORDS = (
+    "length(datum.label) > 12"
+    r" ? split(replace(datum.label, regexp('(\\S+ \\S+) ', 'g'), '$1|'), '|')"
+    " : datum.label"
+)
 
 
 def beside(
