@@ -238,6 +238,28 @@ def test_results_are_kept_under_the_key_of_their_spec(data, monkeypatch):
     assert keys[0] == made.key != keys[1]
 
 
+def test_other_worlds_differ_in_one_field_each(data, monkeypatch):
+    asked = []
+
+    def score(world, sae):
+        asked.append(world.spec)
+        ratio = {"truth": 0.5, "oracle": 0.25, "estimate": 0.125 * world.spec.k}
+        frame = pd.DataFrame({"estimator": ["ratio_latent", "ratio_token", "fvu"], **ratio})
+        return frame, frame
+
+    monkeypatch.setattr(planted, "learn", lambda spec: (World(spec), None))
+    monkeypatch.setattr(planted, "score", score)
+    monkeypatch.setattr(planted, "OTHERS", {"k": (SMALL.k, 3), "tokens": (SMALL.tokens, 2048)})
+    table = planted.others(SMALL).set_index(["field", "value"])
+    assert asked == [
+        SMALL,
+        dataclasses.replace(SMALL, k=3),
+        dataclasses.replace(SMALL, tokens=2048),
+    ]  # that of the default once
+    assert table.loc[("k", 3)].tolist() == [0.5, 0.25, 0.375] * 2 + [0.375]
+    assert len(table) == 4
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -533,8 +533,9 @@ def others(spec: PlantedSpec, mode: Literal["cached", "read-only"] = "cached") -
     """
     rows = []
     for field, values in OTHERS.items():
-        for value, table in worlds(spec, field, values, mode)["estimators"].groupby(field):
-            found = table.set_index("estimator")
+        for value in values:
+            artefact = find_or_compute(dataclasses.replace(spec, **{field: value}), mode)
+            found = pd.read_csv(artefact.file("estimators.csv")).set_index("estimator")
             row = {"field": field, "value": value}
             for name, ratio in (("Eq. 11", "ratio_latent"), ("Eq. 12", "ratio_token")):
                 of = ("truth", "oracle", "estimate")
