@@ -316,12 +316,14 @@ draw.beside(
 # | a matter of drift alone | the same | the same |
 # | a matter of what the model computes | something else | something else |
 
-# %% tags=["hide-input"]
+# %% tags=["remove-cell"]
 trained_on = experiments.surrogates(load_experiment("experiments/surrogates.yml"))
 found = experiments.tables(trained_on, "surrogate.csv")
 found = found.assign(seed=found.seed.map("seed {}".format))
 null_models = [surrogates.REAL, surrogates.GAUSSIAN, surrogates.RANDOM, surrogates.MATCHED]
 moments = found[found.condition.isin(null_models)]
+
+# %% tags=["hide-input"]
 draw.beside(
     moments,
     ("condition", "What the dictionary is trained on, and measured on"),

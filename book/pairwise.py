@@ -33,12 +33,14 @@ from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
 made = experiments.swept("geometry")
-factors = [run.sae.expansion_factor for _, run in load_experiment("experiments/factors.yml").runs]
+
+# %% tags=["remove-cell"]
 _, run = load_experiment("experiments/default.yml").runs[0]
 session = pipeline.Session()
 source, sae = session.source(run, EvaluateSpec(tokens=8192)), session.sae(run)
-rows = [sae.decoder.shape[1] * factor for factor in factors]
-control = geometry.anisotropic(source, sae, rows).above.set_axis(factors)
+mmcs = experiments.tables(made["Expansion factor R"], "mmcs.csv")
+of_size = mmcs[mmcs["rows"] == "dictionary"].set_index("expansion_factor").latents
+control = geometry.anisotropic(source, sae, of_size).above.set_axis(of_size.index)
 
 # %% [markdown]
 # ## By sparsity
