@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -83,7 +84,8 @@ class Commands:
             known = isinstance(error, SpecError | store.Stopped | OSError)
             said = str(error) if known else f"{type(error).__name__}: {error}"
             print(f"error: {line(said)}", file=sys.stderr)
-            return 2 if isinstance(error, SpecError) else 1
+            long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+            return 2 if long or isinstance(error, SpecError) else 1
         return 0
 
 

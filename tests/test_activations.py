@@ -3,6 +3,7 @@ import torch
 from test_lens import random_lens
 from tiny_lm import D_MODEL, EOS, N_LAYERS, PAD, read, tiny_lm, tiny_tokens
 
+from mlsae_core import activations
 from mlsae_core.activations import MASSIVE, ActivationError, massive
 from mlsae_core.spec import SiteSpec, SpecError
 
@@ -131,3 +132,17 @@ def test_excluded_massive_activations_are_left_out_at_every_layer(lm, monkeypatc
     assert torch.equal(kept.position, every.position)
     assert torch.equal(batch.position, every.position[rest])
     assert torch.equal(batch.source, every.source[:, rest])
+
+
+def test_what_is_on_a_card_already_is_not_pinned():
+    class There:
+        device = torch.device("cuda", 0)
+
+        def pin_memory(self):
+            raise RuntimeError("only dense CPU tensors can be pinned")
+
+        def to(self, device, non_blocking):
+            return device, non_blocking
+
+    wanted = torch.device("cuda", 0)
+    assert activations.to_device(There(), wanted) == (wanted, True)

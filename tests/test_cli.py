@@ -389,6 +389,14 @@ def test_activations_that_are_not_finite_stop_with_exit_code_1(call, monkeypatch
     assert "no checkpoint was written" in err
 
 
+def test_a_name_that_no_disk_has_room_for_is_exit_code_2(call):
+    for arguments in (["pretrain", "a" * 300], ["train", "a" * 300]):
+        code, _, errors = call(*arguments)
+        assert code == 2
+        assert errors.count("\n") == 1
+    assert call("train", "SPEC", model="a" * 300)[0] == 2
+
+
 def test_a_full_disk_is_one_line_and_exit_code_1(call, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")

@@ -237,6 +237,13 @@ def test_what_stops_a_fetch_is_said_in_one_line(wheel, monkeypatch):
     with pytest.raises(store.Stopped, match=r"could not get .*No module named pip"):
         fetch.fetch("tiny")
     origin = wheel[1] / "origin.yml"
+    whole = origin.read_text()
+    origin.write_text(
+        whole.replace("licence", "license").replace("package_sha256: ", "package_sha256: 1 #")
+    )
+    with pytest.raises(SpecError, match=r"origin.yml: expected texts for licence, package_sha"):
+        fetch.fetch("tiny")
+    origin.write_text(whole)
     origin.write_text(origin.read_text().replace("\nsha256: '", "\nsha256: '0"))
     monkeypatch.setattr(subprocess, "run", pip(wheel[0]))
     with pytest.raises(SpecError, match=r"expected tiny.gguf with SHA-256 0"):

