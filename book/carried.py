@@ -491,7 +491,7 @@ drops[drops.home == "all"].set_index(["gap", "seed"])[columns].sort_index().roun
 
 # %% [markdown]
 # **What to see.** The excess of a block differs between trainings by 0.007 at most, and has the same sign at every block but the second, where it
-# is near zero. Over all five blocks both have one. So have the drops: three quarters of an activation are carried in both. Of the small
+# is near zero. Over all five blocks there is one in both. The drops agree, too: three quarters of an activation are carried in either. Of the small
 # $\rho - \delta$ after one block, zero is in one interval and not in the other; it is 0.015 at most. Two trainings give a range, and no interval.
 #
 # **What would contradict it.** Signs that change from one training to the other.
