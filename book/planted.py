@@ -28,6 +28,7 @@
 # %% tags=["remove-cell"]
 from mlsae_book import charts, planted
 from mlsae_book.charts import planted as draw
+from mlsae_book.tables import handover
 
 charts.use_book_theme()
 world = planted.PlantedSpec()
@@ -153,7 +154,7 @@ planted.by_kind(features).set_index(["drift", "kind"]).round(3)
 
 # %% tags=["hide-input"]
 columns = ["latents", "neighbouring", "null_neighbouring", "next", "null_next", "same", "null_same"]
-handed = planted.worlds(world, "drift", angles, mode="read-only", stage="handover")["handover"]
+handed = handover.turned(world, angles, mode="read-only")
 handed.set_index(["drift", "pair"])[columns].round(3)
 
 # %% [markdown]

@@ -12,6 +12,7 @@ from test_charts import assert_drawn, chosen
 from mlsae_book import planted
 from mlsae_book.charts import planted as charts
 from mlsae_book.planted import PlantedSpec, World
+from mlsae_book.tables import handover
 from mlsae_core import metrics, store
 from mlsae_core.sae import MLSAE
 from mlsae_core.spec import SpecError
@@ -150,7 +151,7 @@ def test_a_feature_with_a_latent_for_each_layer_is_seen_to_be_handed_on():
     rows = world.directions.flatten(0, 1)
     sae = MLSAE(world.d_model, len(rows), SMALL.k)
     sae.encoder.data, sae.decoder.data = rows, rows
-    table = planted.handover(world, sae).set_index("pair")
+    table = handover.handover(world, sae).set_index("pair")
     assert (
         table.latents["all"] == table.latents["one feature"] + table.latents["not of one feature"]
     )
@@ -161,7 +162,7 @@ def test_a_feature_with_a_latent_for_each_layer_is_seen_to_be_handed_on():
     rows = still.directions[0]
     sae = MLSAE(still.d_model, len(rows), SMALL.k)
     sae.encoder.data, sae.decoder.data = rows, rows
-    assert planted.handover(still, sae).set_index("pair").latents["one feature"] == 0
+    assert handover.handover(still, sae).set_index("pair").latents["one feature"] == 0
 
 
 def test_marks_are_those_of_the_chosen_estimator_with_its_interval():

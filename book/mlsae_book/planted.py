@@ -27,7 +27,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mlsae_book.tables import latents
 from mlsae_core import analysis, metrics, store, train
 from mlsae_core.activations import Batch
 from mlsae_core.keys import keyed
@@ -425,41 +424,12 @@ def learn(spec: PlantedSpec) -> tuple[World, MLSAE]:
     return world, train.train(spec.run, world, description="planted").sae.eval()
 
 
-def handover(world: World, sae: MLSAE) -> pd.DataFrame:
-    """Whether `latents.duplicates` sees that features which turn are handed on, as is known here.
-
-    Returns:
-        `latents.drift_summary` of all latents concentrated at one layer (``pair``: all), and of
-        those that with their most similar latent are of one feature (both have a cosine similarity
-        of `RECOVERED` or more with one of its directions), or of no one.
-    """
-    found = latents.duplicates(world, sae, EVALUATION_SEQUENCES, progress=False)
-    rows, features = sae.decoder.detach(), world.directions.transpose(0, 1)
-    similar = torch.stack([metrics.mmcs_between(rows, of)[2] for of in features], 1)
-    similarity, nearest = similar.max(1)
-    of_none = torch.arange(-len(rows), 0)  # a number of its own for each latent
-    feature = nearest.where(similarity >= RECOVERED, of_none).numpy()
-    alike = feature[found.latent] == feature[found.partner]
-    parts = {"all": found, "one feature": found[alike], "not of one feature": found[~alike]}
-    return pd.concat(
-        [
-            latents.drift_summary(part, (-1.0,)).drop(columns="cosine").assign(pair=pair)
-            for pair, part in parts.items()
-        ],
-        ignore_index=True,
-    )
-
-
 def _scored(spec: PlantedSpec) -> dict[str, pd.DataFrame]:
     return dict(zip(("estimators", "features"), score(*learn(spec)), strict=True))
 
 
-def _handed_on(spec: PlantedSpec) -> dict[str, pd.DataFrame]:
-    return {"handover": handover(*learn(spec))}
-
-
 #: What is measured of a world and the dictionary that is trained on it: stage → its tables.
-MEASURED = {"planted": _scored, "handover": _handed_on}
+MEASURED = {"planted": _scored}
 store.STAGES |= dict.fromkeys(MEASURED, 1)
 
 
@@ -468,8 +438,8 @@ def find_or_compute(
     mode: Literal["cached", "read-only"] = "cached",
     stage: str = "planted",
 ) -> store.Artefact:
-    """The result of a world: `estimators.csv` and `features.csv`, see `score`, or at the stage
-    ``handover`` `handover.csv`, see there.
+    """The result of a world: `estimators.csv` and `features.csv`, see `score`, or what another
+    stage of `MEASURED` gives.
 
     Raises:
         StoreError: with ``read-only``, where it does not exist.
