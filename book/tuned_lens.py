@@ -31,8 +31,6 @@
 # block $\ell$, *as released*. This page compares both with the residual stream as it is (*identity*).
 
 # %% tags=["remove-cell"]
-import pandas as pd
-
 from mlsae_book import charts, experiments, stages
 from mlsae_book.charts import layers as layer_charts
 from mlsae_book.charts import lenses as lens_charts
@@ -135,11 +133,12 @@ published[published.model.str.contains("Pythia-(?:70m|160m|410m)")]
 # Figure 12 varies $R$ and $k$. Here is $k$, at $R = 16$, the mean over layers without the lens and through the aligned one:
 
 # %% tags=["hide-input"]
-sparsity = experiments.measure(load_experiment("experiments/sparsity.yml"), "evaluate")
-through = experiments.measure(load_experiment("experiments/lens_sparsity.yml"), "evaluate")
-sparsity = experiments.tables(sparsity, "evaluation.csv").assign(lens="identity")
-through = experiments.tables(through, "evaluation.csv").assign(lens="aligned")
-over_k = pd.concat([sparsity[sparsity.k.isin(through.k)], through])
+sparsity, through = map(
+    load_experiment, ["experiments/sparsity.yml", "experiments/lens_sparsity.yml"]
+)
+over_k = experiments.measure(sparsity, "evaluate", lens="identity")
+over_k += experiments.measure(through, "evaluate", lens="aligned")
+over_k = experiments.tables(over_k, "evaluation.csv").query("k in (4, 16, 64)")
 over_k.groupby(["k", "lens"], sort=False)[averages].mean().sort_index(level="k").round(4)
 
 # %% [markdown]
