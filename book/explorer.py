@@ -27,7 +27,7 @@
 # %% tags=["remove-cell"]
 from IPython.display import HTML
 
-from mlsae_book import charts, experiments, widgets
+from mlsae_book import charts, experiments, live
 from mlsae_book.charts import latents as latent_charts
 from mlsae_book.tables import cards, examples, importance, interventions, latents
 from mlsae_core import pipeline
@@ -68,6 +68,15 @@ found = examples.load(results.artefacts["examples"][0][1].file("examples.safeten
 #
 # **What would contradict it.** Examples of one latent that share nothing, in its highest quarter too.
 #
+# In JupyterLab the kernel runs the models in the place of the page, so `run` may be any: one that you trained, or
+# published weights, of a language model of any size.
+
+# %% tags=["nbval-ignore-output", "remove-output"]
+settings = load_experiment("experiments/default.yml").evaluate
+prompt = "Return the number of elements along the given axis."
+live.explorer(session, run, settings, prompt=prompt)
+
+# %% [markdown]
 # ### Token or context?
 #
 # At each layer, the latents with three examples there, and the fraction of them of which all three are the same token:
@@ -102,12 +111,6 @@ cards.one_token(all_cards).set_index("examples").round(3)
 middle = lm.n_layers // 2
 latent = latents.sharpest(arrays, middle, least=1000)
 middle, latent
-
-# %% [markdown]
-# In JupyterLab, every latent by its number:
-
-# %% tags=["nbval-ignore-output", "remove-output"]
-widgets.explorer(lm, sae, arrays, found, latent)
 
 # %% [markdown]
 # Its strongest examples. The colour says how active the latent is at each token, at the layer where the
@@ -312,7 +315,8 @@ importance.beside_null_models(source, sae).round(2)
 #
 # `python -m mlsae_book report my-run.yml pages` writes the explorer of any run into the folder `pages`, with its evaluation
 # above it: of one that was just trained, or of published weights. Where the language model is too large for a page, or of
-# another architecture, the page says so and has all but the prompt.
+# another architecture, the page says so and has all but the prompt. Then `live.explorer(session, run, settings)` in JupyterLab
+# has the prompt as well.
 #
 # ## Beside other explorers
 #
@@ -322,17 +326,17 @@ importance.beside_null_models(source, sae).round(2)
 # | | this page | in JupyterLab | paper's application | Neuronpedia | SAEDashboard |
 # | --- | --- | --- | --- | --- | --- |
 # | type a prompt | yes | yes | yes | yes | no |
-# | active latents by layer and token | yes | no | yes | by layer | in part |
-# | tokens coloured by a latent | every layer at once | yes | yes | yes | yes |
+# | active latents by layer and token | yes | yes | yes | by layer | in part |
+# | tokens coloured by a latent | every layer at once | every layer at once | yes | yes | yes |
 # | any latent | all 2,048; of any run by `report` | any run | yes | yes | those chosen |
-# | histogram of activations by layer | yes | no | of the prompt | one layer | one layer |
+# | histogram of activations by layer | yes | yes | of the prompt | one layer | one layer |
 # | distribution over layers | yes | yes | of the prompt | no | no |
-# | examples from every part of the range | yes | no | no | yes | yes |
-# | promoted and suppressed tokens | by layer | of one latent | by steering | yes | yes |
-# | nearest latents | yes | as a table | no | yes | yes |
-# | reconstruct a layer | yes | no | yes | no | no |
-# | steer, ablate: predictions before and after | yes | of one latent | steer | steer | no |
-# | search, sort | yes | by number | no | yes | no |
+# | examples from every part of the range | yes | yes | no | yes | yes |
+# | promoted and suppressed tokens | by layer | by layer | by steering | yes | yes |
+# | nearest latents | yes | yes | no | yes | yes |
+# | reconstruct a layer | yes | yes | yes | no | no |
+# | steer, ablate: predictions before and after | yes | yes | steer | steer | no |
+# | search by a token of the examples, sort | yes | yes | no | yes | no |
 # | a link to what is shown | everything | no | the prompt | yes | no |
 # | explanations in words | no | no | no | yes | no |
 # | larger models | no | yes | yes | yes | yes |

@@ -11,17 +11,6 @@
 #
 # **At which layers does a feature of a language model live?**
 #
-# What was found, with small models that this project trained itself:
-#
-# - One dictionary for all layers can be trained, and most of its latents are active at **several** layers.
-# - More than half of the spread over layers lies **within** single latents: 56 % here, 62 % after a shorter training.
-# - A language model with **random weights**, which has learnt nothing, gives **nearly the same picture**: 55 %
-#   in place of the 62 % ({doc}`variance`).
-# - So the picture alone is no evidence for features that live across layers; other tests are
-#   ({doc}`planted`, {doc}`tuned_lens`, {doc}`drift`).
-# - The ratios printed in the paper are of another estimator, which alone can explain where ours differ
-#   ({doc}`definitions`).
-#
 # ## The words
 #
 # A transformer is a stack of *layers*. For every token it carries one vector along, the *residual stream*,
@@ -38,14 +27,64 @@
 import pandas as pd
 
 from mlsae_book import charts, experiments, tables
+from mlsae_book.charts import layers as layer_charts
+from mlsae_book.tables import layers
 from mlsae_core import pipeline
 from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
 experiment = load_experiment("experiments/default.yml")
 session = pipeline.Session()
+_, run = experiment.runs[0]
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+passage = layer_charts.passage(
+    layers.passage(
+        session.lm(run.model),
+        session.sae(run),
+        "Return the number of elements along the given axis",
+    ),
+    token="axis",
+    title="One token on its way, read by one dictionary after every layer",
+    subtitle="The last word of “… along the given axis”. A column is a latent. Move the slider; click one to meet it.",
+)
+charts.with_cards(passage)
 
 # %% [markdown]
+# Some latents stay active from the first block to the last, most come and go. Is that a fact about what the model has learnt?
+#
+# ## Which of these is the trained model?
+#
+# Three pictures of 200 latents each. A column is a latent, strong in colour at the layers where it is mostly active. One is of a
+# language model that was trained on text, one of the same model with *random weights*, which has learnt nothing, and in one the
+# layers of the trained model were *permuted* at every token. Guess, and the pictures say what they are.
+
+# %% tags=["hide-input"]
+read = experiments.swept_distributions({"weights": "experiments/random.yml"})
+[(_, trained, _), (_, random, _)] = read["weights"]
+probs = {"A": random["probs"], "B": trained["probs_permuted"], "C": trained["probs"]}
+layer_charts.guess(
+    layers.guess_table(probs),
+    {"A": "random weights", "B": "trained, layers permuted", "C": "trained"},
+    trained="C",
+    title="One of these language models has learnt something",
+    subtitle="Choose the one that you take for it.",
+)
+
+# %% [markdown]
+# ## What was found
+#
+# Two of them look much alike, and only one of the two has learnt anything. With small models that this project trained itself:
+#
+# - One dictionary for all layers can be trained, and most of its latents are active at **several** layers.
+# - More than half of the spread over layers lies **within** single latents: 56 % here, 62 % after a shorter training.
+# - A language model with **random weights**, which has learnt nothing, gives **nearly the same picture**: 55 %
+#   in place of the 62 % ({doc}`variance`).
+# - So the picture alone is no evidence for features that live across layers; other tests are
+#   ({doc}`planted`, {doc}`tuned_lens`, {doc}`drift`).
+# - The ratios printed in the paper are of another estimator, which alone can explain where ours differ
+#   ({doc}`definitions`).
+#
 # ## The picture to keep in mind
 #
 # For latent $j$ and token $t$, let $h_j(x_{t,\ell})$ be the activation of the latent on the
@@ -59,7 +98,6 @@ session = pipeline.Session()
 # column of the picture: dark where the latent is mostly active.
 
 # %% tags=["hide-input"]
-_, run = experiment.runs[0]
 distributions = session.distributions(run, experiment.evaluate)
 arrays, numbers = experiments.read_distributions(distributions)
 heatmap = charts.heatmap(

@@ -82,11 +82,13 @@ sums.assign(same=sums["difference"].lt(1e-9)).drop(columns="difference").round(3
 # Eq. 14 holds for each latent separately.
 
 # %% tags=["hide-input", "nbval-ignore-output"]
-sweep_charts.variance_by_rank(
+by_rank = sweep_charts.variance_by_rank(
     total_variance.by_rank(terms.latents),
     title="Most of a latent's spread is between its tokens, less within one",
-    subtitle="A latent's variance is the height of both parts together. Move the slider to read off one latent.",
+    subtitle="A latent's variance is the height of both parts together. Move the slider to read off one latent; "
+    "click its number to meet it.",
 )
+charts.with_cards(by_rank)
 
 # %% [markdown]
 # **What to see.** For most of the latents that are drawn, about nine in ten, the larger part is the one between tokens. It is not so

@@ -67,7 +67,8 @@ def materialise(good: Path, folder: Path) -> list[str]:
 def dictionaries(good: Path, folder: Path) -> list[str]:
     run = run_fields(good, activation="batchtopk", standardize=False)
     fields = {"title": "set", "run": run, "sweep": {"layers": [[0], [2]]}}
-    return ["book", "dictionaries", write_spec(folder, fields), "--name", "set"]
+    # It may have ended before it was to be killed.
+    return ["book", "dictionaries", write_spec(folder, fields), "--name", "set", "--force"]
 
 
 def report(good: Path, folder: Path) -> list[str]:

@@ -100,15 +100,14 @@ def test_the_best_examples_are_distinct_tokens_in_falling_order(arrays, activati
 
 def test_tables_hold_the_text_of_the_window(arrays, activations):
     tokenizer, latent = tiny_lm().tokenizer, int(activations.amax((0, 1, 2)).argmax())
-    table = examples.example_table(arrays, tokenizer, [latent], most=2)
+    table = examples.best(arrays, [latent], most=2)
     tokens = torch.cat(BATCHES)
     long = examples.token_table(arrays, tokenizer, [latent], most=2)
     assert len(long) == 2 * WINDOW
     for row in table.itertuples():
-        assert row.token == f"w{tokens[row.sequence, row.position]}"
         mine = long[long["rank"] == row.rank]
         peak = mine[mine.peak]
-        assert peak.token.tolist() == [row.token]
+        assert peak.token.tolist() == [f"w{tokens[row.sequence, row.position]}"]
         assert peak.activation.item() == pytest.approx(row.activation, rel=1e-3)
 
 

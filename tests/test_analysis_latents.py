@@ -1,4 +1,4 @@
-"""Nearest tokens and pairs of latents, by hand and against loops."""
+"""Pairs of latents, by hand and against loops."""
 
 from types import SimpleNamespace
 
@@ -14,27 +14,6 @@ from mlsae_book.tables import examples, latents
 from mlsae_core import pipeline, spec
 from mlsae_core.sae import TopK
 from mlsae_core.spec import SiteSpec, SpecError
-
-
-@torch.no_grad()
-def test_nearest_tokens_agree_with_all_cosines():
-    lm, sae = tiny_lm(), tiny_sae()
-    table = latents.nearest_tokens(lm, sae, [5, 3], most=2).set_index(["latent", "matrix", "rank"])
-    matrices = {
-        "embedding": lm.model.get_input_embeddings().weight,
-        "unembedding": lm.model.get_output_embeddings().weight,
-    }
-    for latent in (5, 3):
-        for name, matrix in matrices.items():
-            cosines = functional.cosine_similarity(sae.decoder[latent][None], matrix)
-            values, ids = cosines.sort(descending=True)
-            for rank in (1, 2):
-                row = table.loc[(latent, name, rank)]
-                assert row.token == lm.tokenizer.decode([int(ids[rank - 1])])
-                assert row.cosine == pytest.approx(float(values[rank - 1]), abs=1e-5)
-    assert len(table) == 8
-    tied = latents.nearest_tokens(tiny_lm("gpt2"), sae, [5], most=2)
-    assert tied.matrix.unique().tolist() == ["embedding and unembedding"]
 
 
 class Planted:
@@ -122,9 +101,6 @@ def test_latents_are_chosen_by_their_distributions():
     }
     assert latents.sharpest(arrays, 0, least=100) == 0
     assert latents.sharpest(arrays, 0, least=1000) == 2
-    table = latents.profile(arrays, [1, 3])
-    assert table.probability.tolist() == pytest.approx([0.2, 0.8, 1, 0])
-    assert table.tokens.tolist() == [500, 500, 1, 1]
 
 
 def test_the_summary_counts_concentrated_latents_by_hand(planted):

@@ -132,6 +132,34 @@ def test_heatmap_columns_are_live_latents_by_mean_layer():
     assert thinned.query("layer == 0").latent_probs.tolist() == [2, 0]
 
 
+def test_rivals_stand_each_in_its_own_order():
+    table = layers.guess_table({"A": THREE["probs"], "B": THREE["probs"][:, 1:2]}, most=2)
+    columns = {
+        where: rows.probability.tolist() for where, rows in table.groupby(["panel", "order"])
+    }
+    assert columns == {("A", 0): [1, 0, 0], ("A", 1): [0, 0, 1], ("B", 0): [0.5, 0.5, 0]}
+    assert table[table.panel == "B"].layer.tolist() == [0, 1, 2]
+
+
+@torch.no_grad()
+def test_the_passage_is_of_the_last_token():
+    lm, sae = tiny_lm(), tiny_sae()
+    table = layers.passage(lm, sae, "w5 w9 w7")
+    stream = lm.original(torch.tensor([[5, 9, 7]])).residual[:, 0, 2]
+    values, indices = sae.encode(stream)
+    codes = torch.zeros(N_LAYERS, 64).scatter(1, indices, values)
+    assert table.latent.nunique() == codes.any(0).sum() == len(table) / N_LAYERS
+    for row in table.itertuples():
+        assert row.activation == pytest.approx(float(codes[row.layer, row.latent]), rel=1e-5)
+    mean = [
+        float(torch.arange(float(N_LAYERS)) @ codes[:, j] / codes[:, j].sum()) for j in table.latent
+    ]
+    assert (np.diff(pd.Series(mean)[table.layer == 0]) >= -1e-6).all()
+    assert table[table.layer == 0].order.tolist() == list(range(table.latent.nunique()))
+    with pytest.raises(SpecError, match="prompt: expected 1 to"):
+        layers.passage(lm, sae, "")
+
+
 def test_each_source_has_its_own_latents_and_order():
     arrays = dict(THREE)
     arrays["probs_gaussian"] = arrays["probs"].roll(1, 1)  # latents 1, 2, 3; 0 is dead

@@ -13,26 +13,6 @@ from mlsae_book import charts
 from mlsae_book.charts import latents
 
 SVG = "{http://www.w3.org/2000/svg}"
-PROFILE = pd.DataFrame(
-    [
-        {"latent": j, "layer": i, "probability": p, "mean_layer": m, "tokens": 10}
-        for j, m, ps in ((7, 0.2, (0.8, 0.2)), (3, 0.9, (0.1, 0.9)))
-        for i, p in enumerate(ps)
-    ]
-)
-EXAMPLES = pd.DataFrame(
-    [
-        {"latent": j, "rank": r, "layer": 1, "activation": 3.0 / r}
-        | {"before": "long " * 20, "token": f"<b>{j}-{r}", "after": "'); alert(1)"}
-        for j, r in itertools.product((7, 3), (1, 2))
-    ]
-)
-TOKENS = pd.DataFrame(
-    [
-        {"latent": j, "matrix": "embedding", "rank": r, "token": f"\nt{j}{r}", "cosine": 0.5 / r}
-        for j, r in itertools.product((7, 3), (1, 2))
-    ]
-)
 CHANGES = pd.DataFrame(
     [
         {"change": c, "direction": d, "rank": r, "token": f"{d[0]}{r}", "logit_change": s / r}
@@ -68,7 +48,6 @@ UNIFORMITY = pd.DataFrame(
 COST = pd.DataFrame({"alpha": [-1.0, 0.0, 1.0], "kl": [0.2, 0.0, 0.3]})
 
 CHARTS = {
-    "explorer": lambda title: latents.explorer(PROFILE, EXAMPLES, TOKENS, title),
     "steering_cost": lambda title: latents.steering_cost(COST, title),
     "promoted": lambda title: latents.promoted(CHANGES, title),
     "later_layers": lambda title: latents.later_layers(LATER, title),
@@ -104,26 +83,6 @@ def test_a_rounding_error_is_drawn_as_nothing():
     assert [row["kl"] for row in rows] == [0, 0, 1e-9, 0.25, 0.75]
 
 
-def test_the_explorer_shows_the_chosen_latent_alone():
-    chart = CHARTS["explorer"]("Latents")
-    (param,) = chart.to_dict()["params"]
-    assert param["bind"]["options"] == [7, 3]  # by mean layer
-    assert "mean layer 0.2" in param["bind"]["labels"][0]
-    alike = pd.concat([PROFILE.assign(latent=i, mean_layer=0.5) for i in range(40)])
-    alike = alike.sample(frac=1, random_state=0)
-    (param,) = latents.explorer(alike, EXAMPLES, TOKENS, "Latents").to_dict()["params"]
-    assert param["bind"]["options"] == list(range(40))
-    for latent, other in ((7, 3), (3, 7)):
-        texts, _ = svg(chart, latent=latent)
-        assert [t for t in texts if t and t.startswith("<b>")] == [
-            f"<b>{latent}-1",
-            f"<b>{latent}-2",
-        ]
-        assert f"↵t{latent}1 0.50" in [" ".join(t.split()) for t in texts if t]
-        assert not any(t and f"t{other}" in t for t in texts)
-    assert max(len(t) for t in texts if t and "long long" in t) <= latents.LEFT
-
-
 def test_the_reader_chooses_the_change_the_measure_and_the_layer():
     texts, _ = svg(CHARTS["promoted"]("Tokens"), change="ablate")
     assert [t for t in texts if t in ("p1", "p2", "s1", "s2")] == ["p1", "p2", "s2", "s1"]
@@ -142,13 +101,6 @@ def test_tables_that_lack_a_column_are_refused():
 
 
 # --- what the marks say -----------------------------------------------------------------------
-
-
-def test_the_profile_is_that_of_the_chosen_latent():
-    for latent, rows in PROFILE.groupby("latent"):
-        spec = chosen(CHARTS["explorer"]("Latents").to_dict(), latent=latent)
-        shown = {"Layer": rows.layer, "P(layer | latent)": rows.probability, "latent": rows.latent}
-        assert_drawn(spec, "bar", **shown)
 
 
 def test_steering_costs_what_the_table_says():

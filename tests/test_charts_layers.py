@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from test_charts import assert_drawn, chosen, drawn_marks
 
 from mlsae_book.charts import drift, layers
 
+SVG = "{http://www.w3.org/2000/svg}"
 SOURCES = {"probs": "mean over tokens", "probs_gaussian": "null model"}
 LATENTS, LAYERS = 4, 3
 
@@ -78,8 +80,26 @@ def parts():
     return pd.concat(stacked)
 
 
+def passage():
+    table = aggregate()[["order", "layer"]]
+    return table.assign(latent=table.order + 30, activation=table.layer + 0.5 * table.order)
+
+
+def rivals():
+    table = aggregate()[["order", "layer"]]
+    return pd.concat([table.assign(panel=p, probability=q) for p, q in (("A", 0.2), ("B", 0.7))])
+
+
 def chosen_sources(table, *titles):
     return layers.aggregate(table, SOURCES, *titles)
+
+
+def of_a_token(table, *titles):
+    return layers.passage(table, "a'\"b", *titles)
+
+
+def of_rivals(table, *titles):
+    return layers.guess(table, {"A": "random", "B": "trained"}, "B", *titles)
 
 
 # name: (function, its table, the marks that must be drawn, a choice, the marks after it)
@@ -94,6 +114,8 @@ CASES = {
         {"source": "probs_gaussian"},
         {"rect": (LATENTS - 1) * LAYERS},
     ),
+    "passage": (of_a_token, passage, {"rect": 12 + 3}, {"after_block": 2}, {"rect": 12 + 3}),
+    "guess": (of_rivals, rivals, {"rect": 24}, {"guess": "B"}, {"rect": 24}),
     "totals": (layers.totals, totals, {"rect": 12}, {"power": 1}, {"rect": 12}),
     "prompts": (layers.prompts, prompts, {"rect": 3}, {"layers_prompt": "q"}, {"rect": 1}),
     "ratios": (
@@ -194,6 +216,42 @@ def test_cells_are_those_of_the_chosen_source():
         what = {"P(layer | latent)": rows[source], "latent": rows[f"latent_{source}"]}
         spec = chosen(specification("aggregate"), source=source)
         assert_drawn(spec, "rect mark", **where, end=rows.order + 1, **what)
+
+
+def texts(spec, **values):
+    svg = vl_convert.vegalite_to_svg(chosen(spec, **values), vl_version="5.8")
+    return [text.text for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_what_the_pictures_are_is_said_once_the_reader_has_guessed():
+    spec = specification("guess")
+    assert {"A", "B"} <= set(texts(spec))
+    assert not [t for t in texts(spec) if t and ("random" in t or "trained" in t)]
+    assert {"A: random – wrong", "B: trained"} <= set(texts(spec, guess="A"))
+    assert {"A: random", "B: trained – right"} <= set(texts(spec, guess="B"))
+    rows = rivals()
+    where = {"Layer": rows.layer, "end": rows.order + 1}
+    assert_drawn(spec, "rect mark", **where, **{"P(layer | latent)": rows.probability})
+
+
+def test_a_token_stands_at_its_block_and_later_cells_are_not_seen():
+    spec = specification("passage")
+    for block in range(LAYERS):
+        here = chosen(spec, after_block=block)
+        found = texts(here)
+        assert found.count("a'\"b") == 1
+        assert [t for t in found if t and t.startswith("block")] == [
+            f"block {layer}" for layer in range(LAYERS) if layer != block
+        ]
+        svg = ElementTree.fromstring(vl_convert.vegalite_to_svg(here, vl_version="5.8"))
+        cells = [
+            path for path in svg.iter(f"{SVG}path") if "latent: " in path.get("aria-label", "")
+        ]
+        hidden = [path for path in cells if path.get("opacity") == "0"]
+        assert (len(cells), len(hidden)) == (12, 4 * (LAYERS - 1 - block))
+    rows = passage()
+    shown = {"latent": rows.latent, "layer": rows.layer, "Activation": rows.activation}
+    assert_drawn(spec, "rect mark", **shown)
 
 
 def test_totals_are_shaded_by_the_chosen_power_of_their_share():

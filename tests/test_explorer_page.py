@@ -446,11 +446,19 @@ def test_latents_are_searched_sorted_listed_and_opened(visit):
     assert rows.count() == 1
     rows.locator("button").click()
     page.wait_for_selector("#le-card:text-is('Latent 962')")
-    page.fill("#le-find", "return")
+    page.fill("#le-find", " return")
     shown(page)
-    assert rows.count() > 0
-    for text in rows.locator(".token").all_inner_texts():
-        assert "return" in text.lower()
+    assert rows.count() == 25
+    for row in rows.all():
+        assert any("␣return" in t.lower() for t in row.locator(".token").all_inner_texts())
+    said = re.fullmatch(
+        r"([\d,]+) latents: (\d+) most often active at such a token,"
+        r" (\d+) active at one in an example, (\d+) with one in the text of an example",
+        page.inner_text(".found"),
+    )
+    total, *parts = (int(part.replace(",", "")) for part in said.groups())
+    assert total == sum(parts)
+    assert min(parts) > 0
     page.fill("#le-find", "")
     shown(page)
     assert page.inner_text(".found") == "2,048 latents"
@@ -467,6 +475,24 @@ def test_latents_are_searched_sorted_listed_and_opened(visit):
     shown(page)
     assert "<b>" in page.inner_text(".found")
     assert rows.count() == 0
+    assert page.complaints == []
+
+
+def test_a_latent_that_a_search_finds_has_the_token_in_an_example(visit):
+    page = visit()
+    page.fill("#le-find", " ndarray")
+    shown(page)
+    while page.locator(".more").is_visible():
+        page.click(".more")
+    rows = page.locator(".latents tbody tr")
+    active = ".examples .text :is([style*='--share: 0.'], [style*='--share: 1'])"
+    for kind, where in (("example at", active), ("example beside", ".examples .text *")):
+        row = rows.filter(has_text=kind).last
+        token = row.locator(".token").last.inner_text()
+        row.locator("button").click()
+        shown(page)
+        page.wait_for_selector(f"#le-card:text-is('Latent {row.locator('button').inner_text()}')")
+        assert token.replace("␣", " ") in page.locator(where).all_text_contents()
     assert page.complaints == []
 
 
@@ -534,6 +560,19 @@ def test_a_browser_that_cannot_unpack_gets_a_sentence(visit):
     page = visit(before="delete window.DecompressionStream")
     assert "cannot unpack" in page.inner_text(".status")
     assert page.complaints == []
+
+
+def test_a_search_says_when_examples_cannot_be_searched(visit, folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for file in (copy / "explorer/data").glob("tokens-*.js"):
+        file.unlink()
+    page = visit(place=copy)
+    page.fill("#le-find", "return")
+    shown(page)
+    said = page.inner_text(".found")
+    assert re.search(r"Examples cannot be searched. The file explorer/data/tokens-\d+.js", said)
+    assert page.locator(".latents tbody tr").count() > 0
 
 
 @pytest.mark.parametrize("file", ["index", "latents-15", "model"])
@@ -634,10 +673,26 @@ def test_the_built_page_fits_is_legible_and_does_not_move(open_page, size, schem
     page.locator(".latent-explorer").screenshot(path=folder / f"prompt-{size}-{scheme}.png")
 
 
-def test_a_column_of_the_first_heatmap_leads_to_a_card(open_page):  # noqa: F811
-    page = open_page("intro")
-    cells = page.locator(".vega-lite-chart").first.locator('path[aria-roledescription="rect mark"]')
-    cells.nth(300).click()
+def test_less_than_3_MB_are_loaded_before_the_reader_asks_for_more(open_page):  # noqa: F811
+    page = open_page("explorer")
+    page.wait_for_selector(".latent-explorer[aria-busy='false']")
+    assert "index.js" in page.files
+    assert sum(page.files.values()) < 3_000_000
+
+
+CLICKED = {
+    "a latent of one token": ("intro", 0, "rect mark", 20),
+    "a column of the first heatmap": ("intro", 1, "rect mark", 300),
+    "the name of a latent": ("total_variance", 0, "text mark", 0),
+}
+
+
+@pytest.mark.parametrize("name", CLICKED)
+def test_a_mark_of_a_latent_leads_to_its_card(open_page, name):  # noqa: F811
+    chapter, chart, kind, place = CLICKED[name]
+    page = open_page(chapter)
+    view = page.locator(".chart-view[style*=pointer]").nth(chart)
+    view.locator(f'[aria-roledescription="{kind}"]').nth(place).click()
     page.wait_for_url("**/explorer.html#latent=*")
     page.wait_for_selector("#le-card")
     assert page.inner_text("#le-card") == f"Latent {chosen(page)['latent']}"

@@ -1,5 +1,6 @@
 """JupyterLab: a working copy that reads as the pages do, and nothing tracked is changed by it."""
 
+import contextlib
 import json
 import os
 import re
@@ -82,21 +83,17 @@ def request(address, token, data=None):
         return json.loads(answer.read()) if "json" in answer.headers["Content-Type"] else answer.url
 
 
-@pytest.mark.slow
-def test_executing_and_saving_in_jupyterlab_changes_nothing_that_is_tracked(small):
-    """As its autosave does: a chapter is opened, executed, and saved without its outputs."""
-    (small / ".gitignore").write_text("/lab/\n")
-    git = ["git", "-C", str(small), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "Begin"]):
-        subprocess.run([*git, *command], check=True)
+@contextlib.contextmanager
+def serving(module, folder, *arguments):
+    """A JupyterLab that a module starts, with the token a: its address, and its first page's."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address, options = f"http://127.0.0.1:{port}", ["--allow-root"] if os.geteuid() == 0 else []
     server = subprocess.Popen(
-        [sys.executable, "-m", "mlsae_book.lab", "--no-browser", f"--port={port}", *options,
+        [sys.executable, "-m", module, *arguments, "--no-browser", f"--port={port}", *options,
          "--IdentityProvider.token=a", "--ServerApp.ip=127.0.0.1"],
-        cwd=small, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:
         for _ in range(240):
@@ -105,7 +102,21 @@ def test_executing_and_saving_in_jupyterlab_changes_nothing_that_is_tracked(smal
                 break
             except OSError:
                 time.sleep(0.5)
-        assert first.partition("?")[0] == f"{address}/lab/tree/intro.ipynb"
+        yield address, first.partition("?")[0]
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait(30)
+
+
+@pytest.mark.slow
+def test_executing_and_saving_in_jupyterlab_changes_nothing_that_is_tracked(small):
+    """As its autosave does: a chapter is opened, executed, and saved without its outputs."""
+    (small / ".gitignore").write_text("/lab/\n")
+    git = ["git", "-C", str(small), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "Begin"]):
+        subprocess.run([*git, *command], check=True)
+    with serving("mlsae_book.lab", small) as (address, first):
+        assert first == f"{address}/lab/tree/intro.ipynb"
         opened = request(f"{address}/api/contents/figures.ipynb", "a")
         execute = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--inplace", "--execute"]
         subprocess.run([*execute, small / "lab/book/figures.ipynb"], check=True)
@@ -115,9 +126,6 @@ def test_executing_and_saving_in_jupyterlab_changes_nothing_that_is_tracked(smal
                 del cell["outputs"]
         request(f"{address}/api/contents/figures.ipynb", "a",
                 {"type": "notebook", "content": opened["content"]})  # fmt: skip
-    finally:
-        os.killpg(server.pid, 15)
-        server.wait(30)
     saved = json.loads((small / "lab/book/figures.ipynb").read_text())
     assert not [output for cell in saved["cells"] for output in cell.get("outputs", ())]
     changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)

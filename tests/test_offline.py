@@ -125,11 +125,13 @@ def test_what_the_page_cannot_run_is_left_out_with_the_reason(subject, monkeypat
 
 def test_nearest_rows_are_those_of_the_whole_matrix(monkeypatch):
     generator = np.random.default_rng(0)
-    rows, others = generator.normal(size=(2, 7, 5))
+    rows, others = map(offline._unit, generator.normal(size=(2, 7, 5)))
     monkeypatch.setattr(offline, "ROWS_AT_ONCE", 3)
     for theirs in (None, others):
         indices, cosines = offline._nearest(rows, theirs, 2)
-        full = offline._unit(rows) @ offline._unit(rows if theirs is None else theirs).T
+        part = offline._nearest(rows, theirs, 2, range(2, 6))
+        np.testing.assert_array_equal(part[0], indices[2:6])
+        full = rows @ (rows if theirs is None else theirs).T
         if theirs is None:
             np.fill_diagonal(full, -2)
         np.testing.assert_array_equal(indices, np.argsort(-full, 1)[:, :2])
@@ -158,6 +160,29 @@ def test_every_latent_has_a_card_that_agrees_with_its_numbers(run, scripts):
             assert value <= card["largest"] + 0.01
     assert quarters[0] == pytest.approx(STRONGEST * len(cards), rel=0.01)
     assert all(0 < quarters[q] <= OF_QUARTER * len(cards) for q in range(1, 5))
+
+
+def test_latents_are_found_by_every_token_of_their_examples(run, scripts):
+    begun = json.loads(content(scripts["index"]))["token_shards"]
+    shards = sorted(name for name in scripts if name.startswith("tokens-"))
+    parts = [json.loads(content(scripts[name])) for name in shards]
+    assert [len(part) for part in parts] == np.diff([*begun, len(run.vocabulary)]).tolist()
+    found = {}
+    for token, steps in enumerate(step for part in parts for step in part):
+        latents = np.cumsum([step >> 1 for step in steps])
+        found |= {(token, j): step & 1 for j, step in zip(latents.tolist(), steps, strict=True)}
+    expected = {}
+    c = run.cards
+    for j, slot in np.argwhere(c["place"] >= 0).tolist():
+        for token, active in zip(c["window"][j, slot].tolist(), c["around"][j, slot], strict=True):
+            expected[token, j] = max(expected.get((token, j), 0), int(active > 0))
+    assert found == expected
+
+
+def test_files_of_tokens_hold_as_many_pairs_as_they_may(monkeypatch):
+    monkeypatch.setattr(offline, "PAIRS", 3)
+    assert offline.starts([[2], [2, 2], [], [2, 2, 2, 2], [], [2]]) == [0, 3, 4]
+    assert offline.starts([[], []]) == [0]
 
 
 def test_lists_are_of_latents_that_are_what_they_say(run):

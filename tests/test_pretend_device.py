@@ -365,6 +365,23 @@ def test_every_surrogate_gives_the_cpus_numbers(there, inputs, data, tmp_path, m
         )
 
 
+def test_cards_have_the_cpus_numbers(there, inputs, data, monkeypatch):
+    """Places and tokens, too, but for the few that rounding exchanges for their equals."""
+    run = test_pipeline.run_of(inputs)  # a lens has no cards
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        device, expected = compute(run, data, ("train", "cards"))
+    assert device == "cpu"
+    device, found = there(compute, run, data, ("cards",))
+    assert device == "pretend"
+    assert found["cards"].keys() == expected["cards"].keys()
+    for name, numbers in expected["cards"].items():
+        if numbers.dtype.kind == "f":
+            np.testing.assert_allclose(found["cards"][name], numbers, **ROUNDING, err_msg=name)
+        else:
+            assert (found["cards"][name] == numbers).mean() > 0.99, name
+
+
 def draw(device, generator):
     waits.clear()
     values = torch.arange(24.0).view(2, 3, 4).to(device, non_blocking=True)

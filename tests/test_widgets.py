@@ -1,18 +1,18 @@
 """Every panel driven as a reader would: each control is changed, and what is shown looked at."""
 
 import dataclasses
+import json
 
 import ipywidgets
 import pandas as pd
 import pytest
 import torch
-from test_analysis import BATCHES, tiny_sae
 from test_pipeline import SETTINGS, run_of
-from tiny_lm import N_LAYERS, reading, tiny_lm
+from tiny_lm import tiny_lm
 
 from mlsae_book import charts, tables, widgets
-from mlsae_book.tables import examples, layers
-from mlsae_core import analysis, pipeline
+from mlsae_book.tables import layers
+from mlsae_core import pipeline
 from mlsae_core.spec import SpecError
 
 
@@ -112,15 +112,42 @@ def test_a_run_of_the_chosen_sparsity_and_size_is_trained(shown, monkeypatch, in
     assert shown[0]["title"]["text"] == "k = 2, R = 3"
     assert rows(shown[0], "fvu").fvu.tolist() == pytest.approx(log.fvu.tolist(), rel=1e-3)
 
+    # the run that was trained last, whatever is chosen by now
+    explore = control(panel, "Explore it")
+    monkeypatch.setattr(widgets, "EXPLORED", 256)
+    k.value = 4
+    assert not explore.disabled
+    explore.click()
+    *_, found = panel.children
+    frame, asked, answered = found.children
+    assert "<iframe" in frame.value
+    asked.value = '0 1 ["asset", "index"]'
+    index = json.loads(answered.value.split(" ", 2)[2])["result"]
+    assert len(index["latents"]["density"]) == 3 * 16
+    asked.value = '0 2 ["run", "the cat"]'
+    found_in = json.loads(answered.value.split(" ", 2)[2])["result"]
+    assert len(found_in["codes"][0]["indices"]) == 2 * len(found_in["ids"])
+    assert explore.disabled
+    button.click()
+    assert found not in panel.children
+
+    def without_cards(*_):
+        raise SpecError("cards: expected more")
+
+    monkeypatch.setattr(widgets.live, "explorer", without_cards)
+    explore.click()
+    assert said(panel) == "cards: expected more\n"
+
     def refused(*_):
         assert button.disabled
         raise SpecError("k: expected less")
 
     monkeypatch.setattr(pipeline.Session, "train", refused)
     button.click()
-    assert said(panel) == "k: expected less\n"
+    assert said(panel) == "k: expected less\n"  # and the explorer is gone
     assert not button.disabled
-    assert len(shown) == 1
+    assert explore.disabled
+    assert len(shown) == 2
 
 
 def distributions(seed):
@@ -230,26 +257,3 @@ def test_the_latents_are_those_of_the_typed_prompt(shown, inputs, data):
         assert set(found.prompt) == {prompt}
     control(panel, "Prompt").value = ""
     assert said(panel).startswith("prompt: expected 1 to")
-
-
-def test_the_explorer_shows_the_latent_of_the_number(shown):
-    lm, sae = tiny_lm(), tiny_sae()
-    source = reading(lm, BATCHES)
-    stored, _ = analysis.distributions(source, sae, replicates=2, progress=False)
-    arrays = layers.derived(stored)
-    found = examples.examples(source, sae, n_examples=2, window=4, progress=False)
-    alive = arrays["active_tokens"].nonzero()[:, 0].tolist()
-    (dead, *_) = (arrays["active_tokens"] == 0).nonzero()[:, 0].tolist()
-    panel = widgets.explorer(lm, sae, arrays, found, alive[0])
-    box = control(panel, "Latent")
-    assert (box.min, box.max, box.value) == (0, sae.n_latents - 1, alive[0])
-    box.value = alive[1]
-    for spec, latent in zip(shown, alive[:2], strict=True):
-        assert spec["title"]["text"] == f"Latent {latent}"
-        assert all(set(pd.DataFrame(part).latent) == {latent} for part in spec["datasets"].values())
-        profile = rows(spec, "probability")
-        expected = arrays["probs"][:, latent].tolist()
-        assert profile.probability.tolist() == pytest.approx(expected, rel=1e-3)
-        assert len(profile) == N_LAYERS
-    box.value = dead
-    assert said(panel) == f"latent {dead} is never active in this text\n"

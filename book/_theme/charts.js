@@ -97,6 +97,7 @@
       if (cards) {
         this.view.style.cursor = "pointer";
         this.result.view.addEventListener("click", (_, item) => {
+          if (item?.mark.marktype === "area") return; // one mark of many latents
           const latent = item?.datum?.latent;
           if (latent !== undefined) location.href = `${cards}#latent=${latent}`;
         });

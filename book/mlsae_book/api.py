@@ -71,6 +71,7 @@ PACKAGES = {
             "experiments",
             "dictionaries",
             "charts",
+            "live",
             "widgets",
             "report",
             "pretrain",

@@ -12,12 +12,14 @@ has deflated.
   that are too large for it, are left out.
 - ``index``: the vocabulary, one row of numbers for every latent, and lists worth reading.
 - ``latents-00`` and so on: the cards of `SHARD` latents each.
+- ``tokens-00`` and so on: for a range of tokens each, the latents that have them in an example.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import shutil
 import zlib
@@ -42,10 +44,15 @@ if TYPE_CHECKING:
 CHAPTER, PLACE = "explorer", '<div class="latent-explorer"></div>'
 #: The page's own markup, scripts and styles, and its scripts in the order in which they are read.
 PAGE = Path(__file__).with_name("page")
-SCRIPTS = ("assets", "tokenizer", "model", "engine")
-SCRIPTS += ("page", "card", "find", "overview", "prompt", "app")
+ENGINE = ("assets", "tokenizer", "model", "engine")
+PANELS = ("page", "card", "find", "overview", "prompt", "app")
+SCRIPTS = ENGINE + PANELS
+#: What they are read with; the second where the book's theme is not.
+STYLES = ("explorer", "report")
 #: Latents in a file.
 SHARD = 64
+#: Pairs of a token and a latent in a file, at most, but for those of one token.
+PAIRS = 150_000
 #: Similar latents and tokens on a card, and latents in a list.
 NEAREST, LISTED = 8, 12
 #: Tokens at which a latent has to be active to be in a list.
@@ -76,9 +83,9 @@ class Run(NamedTuple):
     context: int
     """Tokens that the model reads at most."""
     embedding: np.ndarray
-    """(vocabulary, d_model)."""
+    """(vocabulary, d_model), rows of length 1."""
     decoder: np.ndarray
-    """(latent, d_model)."""
+    """(latent, d_model), rows of length 1."""
     cards: dict[str, np.ndarray]
     """As `tables.cards.cards` made them."""
     cards_tokens: int
@@ -120,8 +127,8 @@ def read(session: Session, run: SubjectSpec, settings: EvaluateSpec) -> Run:
     return Run(
         vocabulary(lm),
         lm.max_positions or run.data.context_length,
-        _numpy(lm.model.get_input_embeddings().weight),
-        _numpy(sae.decoder),
+        _unit(_numpy(lm.model.get_input_embeddings().weight)),
+        _unit(_numpy(sae.decoder)),
         load(made["cards"].file("cards.safetensors")),
         made["cards"].meta["tokens"],
         load_file(made["distributions"].file("distributions.safetensors")),
@@ -141,9 +148,8 @@ def write(run: Run, folder: Path) -> list[Path]:
     if folder.exists():
         shutil.rmtree(folder)
     (folder / "data").mkdir(parents=True)
-    for source in PAGE.iterdir():
-        if source.suffix != ".html":
-            shutil.copyfile(source, folder / source.name)
+    for name in [*(f"{name}.js" for name in SCRIPTS), *(f"{name}.css" for name in STYLES)]:
+        shutil.copyfile(PAGE / name, folder / name)
     written = []
     for name, content in _assets(run):
         payload = base64.b64encode(zlib.compress(content, 9)).decode()
@@ -162,9 +168,11 @@ def _assets(run: Run) -> Iterator[tuple[str, bytes]]:
     if run.model is not None:
         yield "model", run.model
     yield "index", _json(index(run))
-    everything = cards(run)
-    for first in range(0, len(everything), SHARD):
-        yield f"latents-{first // SHARD:02}", _json(everything[first : first + SHARD])
+    for number in range(-(-len(run.decoder) // SHARD)):
+        yield f"latents-{number:02}", _json(cards(run, number))
+    found = postings(run)
+    for number, (first, last) in enumerate(itertools.pairwise([*starts(found), len(found)])):
+        yield f"tokens-{number:02}", _json(found[first:last])
 
 
 def _json(value) -> bytes:
@@ -329,8 +337,10 @@ def index(run: Run) -> dict:
         "vocabulary": run.vocabulary,
         "layers": len(probs),
         "shard": SHARD,
+        "token_shards": starts(postings(run)),
         "context": run.context,
         "no_model": None if run.model is not None else run.why_no_model,
+        "megabytes": round(len(run.model or b"") / 1e6),
         "tokens": [run.distributions_tokens, run.cards_tokens],
         "latents": columns,
         "lists": lists(run),
@@ -363,8 +373,8 @@ def lists(run: Run) -> list[dict]:
     ]
 
 
-def cards(run: Run) -> list[dict]:
-    """The card of every latent, with numbers that are short to write.
+def cards(run: Run, shard: int) -> list[dict]:
+    """The cards of `SHARD` latents, with numbers that are short to write.
 
     Examples are lists of: group (0 for the strongest, then quarters from the highest), activation
     at the peak, layer, place of the peak, token ids, activations there in steps of 1/255 of the
@@ -373,12 +383,11 @@ def cards(run: Run) -> list[dict]:
     c = run.cards
     density = run.distributions["counts"].T / run.distributions_tokens
     probs = _probs(run).T
-    near, words = (
-        _nearest(run.decoder, None, NEAREST),
-        _nearest(run.decoder, run.embedding, NEAREST),
-    )
+    latents = range(shard * SHARD, min((shard + 1) * SHARD, len(run.decoder)))
+    near = _nearest(run.decoder, None, NEAREST, latents)
+    words = _nearest(run.decoder, run.embedding, NEAREST, latents)
     found = []
-    for j in range(len(c["largest"])):
+    for row, j in enumerate(latents):
         found.append(
             {
                 "probs": _rounded(probs[j], 3),
@@ -392,8 +401,8 @@ def cards(run: Run) -> list[dict]:
                 "examples": list(_examples(c, j)),
                 "promoted": [_paired(*x) for x in _by_layer(c, "promoted", j)],
                 "suppressed": [_paired(*x) for x in _by_layer(c, "suppressed", j)],
-                "nearest": _paired(*(x[j] for x in near)),
-                "words": _paired(*(x[j] for x in words)),
+                "nearest": _paired(*(x[row] for x in near)),
+                "words": _paired(*(x[row] for x in words)),
             }
         )
     return found
@@ -415,6 +424,34 @@ def _examples(c: dict[str, np.ndarray], latent: int) -> Iterator[list]:
         ]
 
 
+def postings(run: Run) -> list[list[int]]:
+    """For every token the latents that have it in an example, so that they can be searched.
+
+    Latents ascend. Of each, twice the step from the one before, and 1 more where it is active at
+    the token in one of them.
+    """
+    c, n_tokens = run.cards, len(run.vocabulary)
+    there = np.broadcast_to((c["place"] >= 0)[..., None], c["window"].shape)
+    latent = np.nonzero(there)[0]
+    token, active = c["window"][there].astype(np.int64), c["around"][there] > 0
+    pairs, first = np.unique(token * len(there) + latent, return_inverse=True)
+    is_active = np.bincount(first, active) > 0
+    token, latent = np.divmod(pairs, len(there))
+    parts = np.split(np.arange(len(pairs)), np.searchsorted(token, np.arange(1, n_tokens)))
+    return [(2 * np.diff(latent[part], prepend=0) + is_active[part]).tolist() for part in parts]
+
+
+def starts(found: list[list[int]]) -> list[int]:
+    """The tokens with which the files of `postings` begin: as many in each as fit `PAIRS`."""
+    begun, held = [0], 0
+    for token, latents in enumerate(found):
+        if held and held + len(latents) > PAIRS:
+            begun.append(token)
+            held = 0
+        held += len(latents)
+    return begun
+
+
 def _by_layer(c: dict[str, np.ndarray], name: str, latent: int):
     return zip(c[name][:, latent], c[f"{name}_by"][:, latent], strict=True)
 
@@ -431,19 +468,20 @@ def _probs(run: Run) -> np.ndarray:
 
 
 def _nearest(
-    rows: np.ndarray, others: np.ndarray | None, most: int
+    rows: np.ndarray, others: np.ndarray | None, most: int, chosen: range | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and cosine similarities, (row, most), of the most similar other rows.
+    """Indices and cosine similarities, (row, most), of the most similar other rows, all of length 1.
 
-    others: of another matrix, or None for the rest of the same.
+    others: of another matrix, or None for the rest of the same. chosen: rows, or None for all.
     """
-    unit = _unit(rows)
-    theirs = unit if others is None else _unit(others)
+    theirs = rows if others is None else others
+    chosen = range(len(rows)) if chosen is None else chosen
     indices, cosines = [], []
-    for first in range(0, len(unit), ROWS_AT_ONCE):
-        similar = unit[first : first + ROWS_AT_ONCE] @ theirs.T
+    for first in range(0, len(chosen), ROWS_AT_ONCE):
+        own = np.array(chosen[first : first + ROWS_AT_ONCE])
+        similar = rows[own] @ theirs.T
         if others is None:  # a latent is not like itself
-            similar[np.arange(len(similar)), first + np.arange(len(similar))] = -np.inf
+            similar[np.arange(len(own)), own] = -np.inf
         best = np.argsort(-similar, axis=1, kind="stable")[:, :most]
         indices.append(best)
         cosines.append(np.take_along_axis(similar, best, 1))
@@ -451,6 +489,7 @@ def _nearest(
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
+    """Rows of length 1."""
     return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
 
 

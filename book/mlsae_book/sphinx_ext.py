@@ -276,11 +276,11 @@ def missing_pages(root: Path) -> list[str]:
 
 
 def readme_figure(root: Path) -> Path:
-    """Write the README's figure: the landing page's chart as it stands in its stored outputs."""
-
+    """Write the README's figure: the landing page's heatmap as it stands in its stored outputs."""
     cells = json.loads((root / "book/intro.ipynb").read_text())["cells"]
-    outputs = (output for cell in cells for output in cell.get("outputs", []))
-    chart = next(o["data"][charts.MIME] for o in outputs if charts.MIME in o.get("data", {}))
+    data = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+    drawn = [found[charts.MIME] for found in data if charts.MIME in found]
+    chart = next(spec for spec in drawn if spec.get("layer", [{}])[0].get("name") == "heatmap")
     chart["title"]["subtitle"] = "A column is a latent; columns are sorted by mean layer."
     chart["config"]["aria"] = False  # a label for every cell would be most of the file
     still = {**chart, "width": 820, "background": "white"}

@@ -13,13 +13,14 @@ from dataclasses import replace
 import altair as alt
 import ipywidgets
 import pandas as pd
-from torch import Tensor
 
-from mlsae_book import charts, tables
+from mlsae_book import charts, live, tables
 from mlsae_core import pipeline
 from mlsae_core.lm import LanguageModel
-from mlsae_core.sae import MLSAE
-from mlsae_core.spec import RunSpec, SpecError
+from mlsae_core.spec import EvaluateSpec, RunSpec, SpecError
+
+#: Tokens that are read for the cards of a run that was just trained.
+EXPLORED = 65_536
 
 
 def _panel(draw: Callable[..., alt.TopLevelMixin], **controls: ipywidgets.Widget):
@@ -73,18 +74,22 @@ def live_training(run: RunSpec, k: Sequence[int], factors: Sequence[int]) -> ipy
     """Choose k and the expansion factor, press the button, and see the FVU of that run by layer.
 
     While it trains, a bar shows how far it is and how many seconds are left. A run that was trained
-    before is shown at once: results are kept under their key.
+    before is shown at once: results are kept under their key. Another button opens the explorer of
+    the run that was trained last.
     """
     choose_k = ipywidgets.Dropdown(options=k, value=run.sae.k, description="k")
     choose_factor = ipywidgets.Dropdown(
         options=factors, value=run.sae.expansion_factor, description="R"
     )
     button = ipywidgets.Button(description="Train", button_style="primary")
+    explore = ipywidgets.Button(description="Explore it", disabled=True)
     output = ipywidgets.Output()
     progress = ipywidgets.IntProgress(max=run.train.tokens // run.train.batch_tokens)
     left = ipywidgets.Label()
+    trained = run
 
     def train(_):
+        nonlocal trained
         progress.value, left.value, start = 0, "", time.perf_counter()
 
         def show(step: int) -> bool:
@@ -94,23 +99,39 @@ def live_training(run: RunSpec, k: Sequence[int], factors: Sequence[int]) -> ipy
             return False
 
         sae = replace(run.sae, k=choose_k.value, expansion_factor=choose_factor.value)
-        button.disabled = True
-        output.outputs = ()
+        wanted = replace(run, sae=sae)
+        button.disabled = explore.disabled = True
+        panel.children, output.outputs = parts, ()
         try:
-            artefact = pipeline.Session(should_stop=show).train(replace(run, sae=sae))
+            artefact = pipeline.Session(should_stop=show).train(wanted)
         except SpecError as error:
             output.append_stdout(f"{error}\n")
         else:
             log = tables.long_log(pd.read_csv(artefact.file("log.csv")))
             title = f"k = {sae.k}, R = {sae.expansion_factor}"
             output.append_display_data(charts.training_curves(log, title))
+            trained, explore.disabled = wanted, False
         finally:
             progress.value, left.value = progress.max, ""
             button.disabled = False
 
+    def look(_):
+        explore.disabled = True
+        left.value = "the cards of its latents take minutes, once"
+        settings = EvaluateSpec(tokens=EXPLORED)
+        try:
+            panel.children = (*parts, live.explorer(pipeline.Session(), trained, settings))
+        except SpecError as error:
+            output.append_stdout(f"{error}\n")
+        finally:
+            left.value = ""
+
     button.on_click(train)
-    choices = ipywidgets.HBox([choose_k, choose_factor, button])
-    return ipywidgets.VBox([choices, ipywidgets.HBox([progress, left]), output])
+    explore.on_click(look)
+    choices = ipywidgets.HBox([choose_k, choose_factor, button, explore])
+    parts = (choices, ipywidgets.HBox([progress, left]), output)
+    panel = ipywidgets.VBox(parts)
+    return panel
 
 
 def heatmaps(read: Sequence[tuple[dict, dict, dict]]) -> ipywidgets.VBox:
@@ -163,7 +184,6 @@ def total_variance(
     """Choose how many test tokens; see every latent's variance and its two parts (Eq. 14)."""
     from mlsae_book.charts import sweeps
     from mlsae_book.tables import total_variance
-    from mlsae_core.spec import EvaluateSpec
 
     sae = session.sae(run)
 
@@ -191,33 +211,3 @@ def prompt_layers(session: pipeline.Session, run: RunSpec, prompt: str) -> ipywi
         prompt, description="Prompt", continuous_update=False, layout={"width": "95%"}
     )
     return _panel(draw, prompt=box)
-
-
-def explorer(
-    lm: LanguageModel,
-    sae: MLSAE,
-    distributions: dict[str, Tensor],
-    found: dict[str, Tensor],
-    latent: int,
-) -> ipywidgets.VBox:
-    """Choose any latent by its number; see its layers, top examples and nearest tokens.
-
-    distributions: arrays of `analysis.distributions`. found: arrays of `examples.examples`.
-    """
-    from mlsae_book.charts import latents as latent_charts
-    from mlsae_book.tables import examples, latents
-
-    def draw(latent: int):
-        if not distributions["active_tokens"][latent]:
-            raise SpecError(f"latent {latent} is never active in this text")
-        return latent_charts.explorer(
-            latents.profile(distributions, [latent]),
-            examples.example_table(found, lm.tokenizer, [latent]),
-            latents.nearest_tokens(lm, sae, [latent]),
-            f"Latent {latent}",
-        )
-
-    box = ipywidgets.BoundedIntText(
-        latent, min=0, max=sae.n_latents - 1, description="Latent", continuous_update=False
-    )
-    return _panel(draw, latent=box)

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import altair as alt
 import pandas as pd
 
-from mlsae_book.charts import _by_run, _latent_cells, _select, _select_prompt, _table, _titled
+from mlsae_book.charts import (
+    NEUTRAL,
+    _by_run,
+    _latent_cells,
+    _select,
+    _select_prompt,
+    _table,
+    _titled,
+)
 
 WEIGHTINGS = {
     "probs": "mean over active tokens",
@@ -42,6 +52,115 @@ def aggregate(
         .add_params(source)
     )
     return _titled(chart.properties(height=220), title, subtitle)
+
+
+#: Pixels: of a block in `passage`, and up to where its name reaches.
+BLOCK, NAMES = 22, 96
+
+
+def passage(
+    table: pd.DataFrame, token: str, title: str, subtitle: str | None = None
+) -> alt.LayerChart:
+    """A token on its way through the blocks, and the latents that a dictionary of all layers reads
+    after each; the reader moves it up.
+
+    ``table`` is what `tables.layers.passage` returns.
+    """
+    table = _table(table, "layers.passage", "latent", "layer", "activation", "order")
+    last, width = int(table["layer"].max()), int(table["order"].max()) + 1
+    here = alt.param(
+        name="after_block",
+        value=last // 2,
+        bind=alt.binding_range(min=0, max=last, step=1, name="The token is after block "),
+    )
+    place = alt.Scale(domain=[0, width], nice=False, range=[NAMES, alt.ExprRef("width")])
+    axis = alt.Axis(labels=False, ticks=False, titleAnchor="end")
+    cells = (
+        _latent_cells(alt.Chart(table), f"{width} latents, by their mean layer here", width)
+        .encode(
+            x=alt.X("order:Q", title=f"{width} latents, by their mean layer here", axis=axis).scale(
+                place
+            ),
+            y=alt.Y("layer:O", title=None, sort="descending", axis=None),
+            color=alt.Color("activation:Q", title="Activation").scale(domainMin=0),
+            opacity=alt.when(alt.datum.layer <= here).then(alt.value(1)).otherwise(alt.value(0)),
+            tooltip=["latent:O", "layer:O", "activation:Q"],
+        )
+        .properties(name="cells")
+    )
+    layers = alt.Chart(pd.DataFrame({"layer": range(last + 1)})).encode(
+        y=alt.Y("layer:O", sort="descending", axis=None)
+    )
+    stream = (
+        alt.Chart(alt.InlineData([{}]), name="stream")
+        .mark_rule(strokeDash=[], strokeWidth=3)
+        .encode(x=alt.value(BLOCK / 2), y=alt.value(0), y2=alt.value("height"))
+    )
+    blocks = layers.mark_rect(
+        height={"band": 0.55}, cornerRadius=3, color=NEUTRAL, aria=False
+    ).encode(x=alt.value(0), x2=alt.value(BLOCK))
+    names = (
+        layers.transform_calculate(
+            label=f"datum.layer == {here.name} ? {json.dumps(token)} : 'block ' + datum.layer"
+        )
+        .mark_text(align="left")
+        .encode(
+            x=alt.value(BLOCK + 6),
+            text="label:N",
+            opacity=alt.when(alt.datum.layer == here).then(alt.value(1)).otherwise(alt.value(0.6)),
+            size=alt.when(alt.datum.layer == here).then(alt.value(15)).otherwise(alt.value(12)),
+        )
+    )
+    parts = [blocks.properties(name="blocks"), names.properties(name="names")]
+    chart = alt.layer(stream, *parts, cells).add_params(here)
+    return _titled(chart.properties(height=220), title, subtitle)
+
+
+def guess(
+    table: pd.DataFrame,
+    panels: dict[str, str],
+    trained: str,
+    title: str,
+    subtitle: str | None = None,
+) -> alt.VConcatChart:
+    """Heatmaps beneath each other; the reader is asked which of them is of the trained model.
+
+    ``table`` is what `tables.layers.guess_table` returns, ``panels`` what each panel is, and
+    ``trained`` the one asked for. What they are, and whether the guess was right, is written above
+    them once it has been made.
+    """
+    table = _table(table, "layers.guess", "panel", "order", "layer", "probability")
+    made = _select("guess", [None, *panels], "The trained model is", ["…", *panels])
+    width = int(table["order"].max()) + 1
+
+    def panel(name: str, what: str) -> alt.LayerChart:
+        own = table[table["panel"] == name].drop(columns="panel")
+        axis = f"{width} latents of each, by their mean layer" if name == [*panels][-1] else None
+        cells = (
+            _latent_cells(alt.Chart(own), axis, width)
+            .encode(
+                color=alt.Color("probability:Q", title="P(layer | latent)").scale(domain=[0, 1]),
+                tooltip=["layer:O", "probability:Q"],
+            )
+            .properties(name=f"cells_{name}")
+        )
+        verdict = "right" if name == trained else "wrong"
+        said = f": {what}' + ({made.name} == '{name}' ? ' – {verdict}' : '')"
+        label = (
+            alt.Chart(alt.InlineData([{}]), name=f"label_{name}")
+            .mark_text(
+                align="right",
+                baseline="bottom",
+                fontWeight="bold",
+                text=alt.ExprRef(f"{made.name} ? '{name}{said} : '{name}'"),
+            )
+            .encode(x=alt.value("width"), y=alt.value(-6))
+        )
+        return alt.layer(cells, label).properties(height=90)
+
+    parts = [panel(name, what) for name, what in panels.items()]
+    chart = alt.vconcat(*parts, spacing=24).add_params(made)
+    return _titled(chart, title, subtitle)
 
 
 def totals(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.Chart:

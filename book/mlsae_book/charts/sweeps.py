@@ -220,7 +220,7 @@ def variance_by_rank(table: pd.DataFrame, title: str, subtitle: str | None = Non
         .properties(name="parts")
     )
     chosen = base.transform_filter(alt.datum.rank == rank)
-    rule = chosen.mark_rule().encode(x="mean(rank):Q").properties(name="chosen")
+    rule = chosen.mark_rule().encode(x="mean(rank):Q", detail="latent:N").properties(name="chosen")
     words = (
         chosen.transform_pivot("part", value="variance", groupby=["latent"])
         .transform_calculate(
@@ -228,8 +228,8 @@ def variance_by_rank(table: pd.DataFrame, title: str, subtitle: str | None = Non
             "+ format(datum['between tokens'], '.3f') + ' = ' "
             "+ format(datum['at one token'] + datum['between tokens'], '.3f')"
         )
-        .mark_text(align="right", baseline="bottom")
-        .encode(x=alt.value("width"), y=alt.value(-8), text="label:N")
+        .mark_text(align="left", baseline="top")
+        .encode(x=alt.value(8), y=alt.value(8), text="label:N")
         .properties(name="sum")
     )
     chart = alt.layer(areas, rule, words).add_params(rank).properties(height=280)

@@ -60,11 +60,11 @@
       return;
     }
     const vocabulary = new Vocabulary(index.vocabulary);
-    if (index.no_model !== null) {
-      place.querySelector(".prompt").hidden = true;
-      const why = `The language model does not run in this page (${index.no_model}).`;
-      place.querySelector(".status").textContent = why;
-    }
+    const hasModel = index.no_model === null;
+    place.querySelector(".prompt").hidden = !hasModel;
+    place.querySelector(".status").textContent = hasModel
+      ? RUNS.before(index.megabytes)
+      : `The language model does not run in this page (${index.no_model}).`;
     let state = read(index);
     let turn = 0;
     let queue = Promise.resolve();
@@ -82,9 +82,8 @@
         if (mine !== turn) return;
         state = { ...state, token: settled.token, latent: settled.latent, asked: false };
         if (write(state) !== location.hash) history.replaceState(null, "", write(state));
-        find.show(state);
         overview.show(state.latent);
-        await card.show(state.latent);
+        await Promise.all([find.show(state), card.show(state.latent)]);
         if (mine === turn) place.setAttribute("aria-busy", "false");
       });
     };

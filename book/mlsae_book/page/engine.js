@@ -81,6 +81,16 @@ class Engine {
     return { before: of(this.before), after: of(this.after) };
   }
 
+  // The likeliest next tokens after a token, by rising id: `most` without the change, and as many
+  // with it; and what `predictions` has of them.
+  *likeliest({ token, most }) {
+    const { before, after } = yield* this.predictions(token);
+    const best = (p) => (p ? [...p.keys()].sort((a, b) => p[b] - p[a]).slice(0, most) : []);
+    const ids = [...new Set([...best(before), ...best(after)])].sort((a, b) => a - b);
+    const of = (p) => p && ids.map((id) => p[id]);
+    return { ids, before: of(before), after: of(after) };
+  }
+
   // The mean over tokens of KL(before ‖ after) of the predictions, in nats.
   *divergence() {
     const [p, q] = [this.before.probabilities, this.after.probabilities];
@@ -89,6 +99,13 @@ class Engine {
     return (sum * this.tokenizer.size) / p.length;
   }
 }
+
+// Where prompts are run, and what a reader is told of it before.
+const RUNS = {
+  where: "this browser",
+  before: (megabytes) =>
+    `Model and dictionary, ${megabytes} MB, are loaded when you run a prompt. Nothing that you type leaves this page.`,
+};
 
 // What a worker runs; everything above is given to it as text.
 function serve() {

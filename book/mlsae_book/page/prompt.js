@@ -122,7 +122,7 @@ class Prompt {
 
   async run(prompt) {
     if (this.done.prompt === prompt) return true;
-    this.say(this.ask ? "Running…" : "Loading the model, 7 MB…");
+    this.say(this.ask ? "Running…" : "Loading the model…");
     try {
       this.ask ??= await startEngine();
       const start = performance.now();
@@ -134,7 +134,7 @@ class Prompt {
       const { context } = this.index;
       const cut = `The model reads ${context} tokens; the last ${left} of the prompt are left out. `;
       const broken = prompt.isWellFormed?.() === false ? "Half a character was read as �. " : "";
-      this.say(`${left ? cut : ""}${broken}${words}, ${time} in this browser.`, Boolean(left));
+      this.say(`${left ? cut : ""}${broken}${words}, ${time} in ${RUNS.where}.`, Boolean(left));
       return true;
     } catch (error) {
       this.results.hidden = true;
@@ -165,8 +165,9 @@ class Prompt {
   activation(token, layer, state, changed = true) {
     const later = changed && this.done.later?.[layer - state.layer];
     const { indices, values } = later || this.done.codes[layer];
-    const at = indices.subarray(token * this.k, (token + 1) * this.k).indexOf(state.latent);
-    return at < 0 ? 0 : values[token * this.k + at];
+    const k = indices.length / this.done.ids.length;
+    const at = indices.subarray(token * k, (token + 1) * k).indexOf(state.latent);
+    return at < 0 ? 0 : values[token * k + at];
   }
 
   draw(state) {
@@ -300,22 +301,21 @@ class Prompt {
   }
 
   async predict(state) {
-    const { before, after } = await this.ask("predictions", state.token);
-    const best = (p) => [...p.keys()].sort((a, b) => p[b] - p[a]).slice(0, 8);
-    const ids = [...new Set([...best(before), ...(after ? best(after) : [])])];
+    const given = { token: state.token, most: 8 };
+    const { ids, before, after } = await this.ask("likeliest", given);
     const last = after ?? before;
-    ids.sort((a, b) => last[b] - last[a]);
+    const order = [...ids.keys()].sort((a, b) => last[b] - last[a]);
     const names = after ? ["Token", "Before", "After", "Points"] : ["Token", "Probability"];
     const head = names.map((name) => element("th", { scope: "col" }, name));
-    const rows = ids.map((id) => {
+    const rows = order.map((i) => {
       const numbers = after
         ? [
-            percent(before[id]),
-            percent(after[id]),
-            `${after[id] >= before[id] ? "+" : ""}${number(100 * (after[id] - before[id]), 1)}`,
+            percent(before[i]),
+            percent(after[i]),
+            `${after[i] >= before[i] ? "+" : ""}${number(100 * (after[i] - before[i]), 1)}`,
           ]
-        : [percent(before[id])];
-      const width = { width: `${100 * last[id]}%` };
+        : [percent(before[i])];
+      const width = { width: `${100 * last[i]}%` };
       const bar = element(
         "span",
         { className: "bar", "aria-hidden": "true" },
@@ -324,9 +324,9 @@ class Prompt {
       return element(
         "tr",
         {},
-        element("td", {}, this.vocabulary.chip(id)),
-        ...numbers.map((n, i) =>
-          element("td", {}, ...(i === names.indexOf("After") - 1 || !after ? [bar, n] : [n])),
+        element("td", {}, this.vocabulary.chip(ids[i])),
+        ...numbers.map((n, column) =>
+          element("td", {}, ...(column === names.indexOf("After") - 1 || !after ? [bar, n] : [n])),
         ),
       );
     });

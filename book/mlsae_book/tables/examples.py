@@ -193,19 +193,6 @@ def best(arrays: dict[str, Tensor], latents: Sequence[int], most: int = 4) -> pd
     return pd.concat(frames, ignore_index=True)
 
 
-def example_table(
-    arrays: dict[str, Tensor], tokenizer, latents: Sequence[int], most: int = 4
-) -> pd.DataFrame:
-    """`best` with its text: ``before``, ``token`` (the peak) and ``after``."""
-    table = best(arrays, latents, most)
-    texts = []
-    for row in table.itertuples():
-        ids, place = _window(arrays, row)
-        parts = (ids[:place], ids[place : place + 1], ids[place + 1 :])
-        texts.append([shown(tokenizer.decode(part)) for part in parts])
-    return table.assign(**pd.DataFrame(texts, columns=["before", "token", "after"]))
-
-
 def token_table(
     arrays: dict[str, Tensor], tokenizer, latents: Sequence[int], most: int = 4
 ) -> pd.DataFrame:

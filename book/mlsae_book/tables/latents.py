@@ -11,40 +11,12 @@ import torch
 from torch import Tensor
 
 from mlsae_core.activations import ActivationSource, one_pass
-from mlsae_core.lm import LanguageModel
-from mlsae_core.metrics import LayerDistribution, mmcs, most_similar
+from mlsae_core.metrics import LayerDistribution, mmcs
 from mlsae_core.resume import Pass
 from mlsae_core.sae import MLSAE
 
 #: Activity flags held at a time, over layers, tokens and latents or pairs.
 FLAGS_AT_ONCE = 2**25
-
-
-@torch.no_grad()
-def nearest_tokens(
-    lm: LanguageModel, sae: MLSAE, latents: Sequence[int], most: int = 5
-) -> pd.DataFrame:
-    """The tokens whose embedding or unembedding vectors are most similar to decoder rows.
-
-    Cosine similarities with the matrices as they are: neither the final norm nor its weights are
-    applied.
-
-    Returns:
-        One row per (latent, matrix, rank): ``token``, ``cosine``; ``matrix`` is "embedding" or
-        "unembedding", or "embedding and unembedding" where the model uses one matrix for both.
-    """
-    read = lm.model.get_input_embeddings().weight
-    write = lm.model.get_output_embeddings().weight
-    matrices = {"embedding": read, "unembedding": write}
-    if read is write:
-        matrices = {"embedding and unembedding": read}
-    rows = []
-    for name, matrix in matrices.items():
-        similar = most_similar(sae.decoder[list(latents)], matrix, most)
-        for latent, values, ids in zip(latents, *(t.tolist() for t in similar), strict=True):
-            for rank, (value, token) in enumerate(zip(values, ids, strict=True), 1):
-                rows.append((int(latent), name, rank, lm.tokenizer.decode([token]), value))
-    return pd.DataFrame(rows, columns=["latent", "matrix", "rank", "token", "cosine"])
 
 
 @torch.no_grad()
@@ -161,26 +133,6 @@ def most_alike(pairs: pd.DataFrame, most: int = 10, decimals: int = 3) -> pd.Dat
     in the order of their latents.
     """
     return pairs.round(decimals).sort_values(["cosine", "latent"], ascending=[False, True])[:most]
-
-
-def profile(arrays: dict[str, Tensor], latents: Sequence[int]) -> pd.DataFrame:
-    """P(layer | latent) of some latents: one row per (latent, layer) with ``probability``.
-
-    ``mean_layer`` and ``tokens``, the tokens at which the latent is active, repeat over layers.
-    """
-    frames = [
-        pd.DataFrame(
-            {
-                "latent": latent,
-                "layer": range(len(arrays["probs"])),
-                "probability": arrays["probs"][:, latent].numpy(),
-                "mean_layer": float(arrays["mean_layer"][latent]),
-                "tokens": int(arrays["active_tokens"][latent]),
-            }
-        )
-        for latent in latents
-    ]
-    return pd.concat(frames, ignore_index=True)
 
 
 def drift_summary(table: pd.DataFrame, cosines: Sequence[float] = (0.0, 0.3, 0.5, 0.7)):

@@ -17,6 +17,7 @@ from mlsae_book.tables import prompt_ids
 from mlsae_book.tables.order import ascending, evenly
 from mlsae_book.tables.sweeps import stack
 from mlsae_core.activations import ActivationSource, TextSource, needs_model, one_pass
+from mlsae_core.lm import LanguageModel
 from mlsae_core.metrics import LayerDistribution, layer_moments, permute_layers
 from mlsae_core.sae import MLSAE
 from mlsae_core.store import Artefact
@@ -92,6 +93,49 @@ def aggregate_table(arrays: dict[str, Tensor], most: int = 400) -> pd.DataFrame:
     place = {"order": np.arange(most).repeat(n_layers), "layer": np.tile(range(n_layers), most)}
     table = pd.DataFrame(place | columns)
     return table[table[list(SOURCES)].notna().any(axis=1)].reset_index(drop=True)
+
+
+def guess_table(panels: dict[str, Tensor], most: int = 200) -> pd.DataFrame:
+    """P(layer | latent) of several dictionaries, beneath each other.
+
+    Of each, the latents that are active, by their own mean layer, at most `most` evenly spaced.
+
+    Args:
+        panels: name → probabilities (layer, latent) as `derived` returns them.
+
+    Returns:
+        One row per (panel, layer, order): ``panel``, ``layer``, ``order``, ``probability``.
+    """
+    parts = []
+    for panel, probs in panels.items():
+        chosen = probs[:, _by_mean_layer(probs, most)]
+        layer, order = torch.meshgrid(*map(torch.arange, chosen.shape), indexing="ij")
+        columns = {"layer": layer, "order": order, "probability": chosen}
+        flat = {name: values.flatten().numpy() for name, values in columns.items()}
+        parts.append(pd.DataFrame({"panel": panel} | flat))
+    return pd.concat(parts, ignore_index=True)
+
+
+@torch.no_grad()
+def passage(lm: LanguageModel, sae: MLSAE, prompt: str) -> pd.DataFrame:
+    """The latents of the last token of a prompt, layer by layer, of a dictionary of all layers.
+
+    Returns:
+        One row per (latent, layer), of the latents that are active at some: ``latent``, ``layer``,
+        ``activation`` (0 where it is not), ``order`` (0, 1, … by the mean layer of the activation).
+    """
+    ids = prompt_ids(lm, prompt)
+    stream = lm.capture(torch.tensor([ids]), range(lm.n_layers))["residual"][:, 0, -1]
+    values, indices = sae.encode(stream.float())
+    codes = values.new_zeros(lm.n_layers, sae.n_latents).scatter_(1, indices, values).double().cpu()
+    active = codes.any(0).nonzero()[:, 0]
+    codes = codes[:, active]
+    mean = torch.arange(lm.n_layers, dtype=codes.dtype) @ codes / codes.sum(0)
+    order = ascending(mean)
+    layer, place = torch.meshgrid(*map(torch.arange, codes.shape), indexing="ij")
+    columns = {"latent": active[order].expand_as(layer), "layer": layer, "order": place}
+    columns |= {"activation": codes[:, order]}
+    return pd.DataFrame({name: values.flatten().numpy() for name, values in columns.items()})
 
 
 def totals_table(arrays: dict[str, Tensor], most: int = 400) -> pd.DataFrame:
