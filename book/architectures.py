@@ -45,7 +45,7 @@ models[["parameters", "training_tokens", "validation_loss", "bigram_loss", "seco
 # %% [markdown]
 # ## Heatmaps
 #
-# The counterparts of the paper's heatmaps, with that of GPT-NeoX. Choose a model.
+# The counterparts of the paper's heatmaps, with that of GPT-NeoX.
 
 # %% tags=["hide-input"]
 sweep_charts.gallery(
@@ -80,7 +80,7 @@ prompt = stages.PROMPTS[0]
 single = experiments.tables(results.artefacts["prompts"], "prompts.csv")
 layer_charts.prompts(
     layers.name_prompts(single, [prompt]),
-    title="In single prompts many latents are active at one layer only, in every architecture",
+    title="In single prompts many latents are active at one layer only, most of them for want of tokens",
     subtitle="A column is a latent, sorted by its mean layer in this prompt. Choose the model.",
 )
 
@@ -129,7 +129,7 @@ ratios.pivot(index="run", columns="ratio", values=["low", "value", "high"]).roun
 #
 # ## Reconstruction and loss
 #
-# The counterpart of the three rows of Table 1. Choose a metric; MSE depends on the scale of a model's
+# The counterpart of the three rows of Table 1. Choose two metrics; MSE depends on the scale of a model's
 # activations and is not to be compared between models.
 
 # %% tags=["hide-input"]

@@ -36,6 +36,7 @@ results = pd.DataFrame(found["results"]).set_index("suite", drop=False)
 cases = pd.DataFrame(found["cases"]).set_index("suite")
 columns = ["case", "implementation", "per_second", "times_ours", "share_of_limit"]
 columns += ["peak_megabytes", "note"]
+digits = {"per_second": 0, "times_ours": 2, "share_of_limit": 2, "peak_megabytes": 0}
 
 # %% tags=["hide-input"]
 pd.Series({"quick run, of no weight": found["quick"], **found["machine"]}, name="").to_frame()
@@ -70,10 +71,11 @@ draw.rates(
 )
 
 # %% tags=["hide-input"]
-results.loc[["training step"], columns].set_index(["case", "implementation"]).round(2)
+steps = results.loc[["training step"], columns].set_index(["case", "implementation"])
+steps.round(digits)
 
 # %% [markdown]
-# **What to see.** `times_ours` is how many times longer another implementation takes. What is left between
+# **What to see.** *Times as long* says how another implementation's time compares. What is left between
 # the first row and the limit is selection, gradients and the optimiser: little at *pythia*, where a step reaches 0.87 of the
 # limit, more at *mini*, whose product is small, and more where a quarter of the latents is dead and a second
 # selection joins the first. Candidates found in bfloat16, then scored again exactly, pass the
@@ -114,7 +116,7 @@ draw.rates(
 )
 
 # %% tags=["hide-input"]
-others[columns].drop(columns=["share_of_limit", "note"]).round(2)
+others[columns].drop(columns=["share_of_limit", "note"]).round(digits)
 
 # %% [markdown]
 # Where the time of the training loop goes:
@@ -134,7 +136,8 @@ pd.DataFrame([cases.loc["training loop", "shares"]], index=["share of the time"]
 # The whole analysis of {doc}`distributions`, null models and intervals included, on more and more tokens:
 
 # %% tags=["hide-input"]
-results.loc[["memory of distributions"], ["case", "peak_megabytes"]].set_index("case").round(0)
+memory = results.set_index("case", append=True)[["peak_megabytes"]]
+memory.loc["memory of distributions"].round(0)
 
 # %% [markdown]
 # **What to see.** Nearly the same peak with twenty times the tokens: sums per latent are kept, not tokens.
@@ -148,7 +151,7 @@ results.loc[["memory of distributions"], ["case", "peak_megabytes"]].set_index("
 # kept for a backward pass, so there is nothing to checkpoint.
 
 # %% tags=["hide-input"]
-results.loc[["memory"], ["case", "peak_megabytes"]].set_index("case").round(0)
+memory.loc["memory"].round(0)
 
 # %% [markdown]
 # **What to see.** Either peak is 0.5 GB above what the weights and the optimiser need: scores are held for one chunk of

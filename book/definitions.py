@@ -25,7 +25,6 @@ from mlsae_book.charts import definitions as draw
 from mlsae_book.tables import definitions
 
 charts.use_book_theme()
-pd.set_option("display.max_colwidth", None)
 
 # %% [markdown]
 # ## What is computed

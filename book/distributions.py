@@ -106,7 +106,7 @@ charts.with_cards(totals)
 # %% tags=["hide-input"]
 prompts = layer_charts.prompts(
     experiments.tables(single, "prompts.csv"),
-    title="In one prompt, far more latents are active at one layer only",
+    title="In one prompt, far more latents are active at one layer only, most of them for want of tokens",
     subtitle="A column is a latent, sorted by its mean layer in this prompt. Choose the prompt and what is shown.",
 )
 charts.with_cards(prompts)

@@ -36,7 +36,7 @@ sweep_charts.points(
     table,
     value="entropy",
     axis="Entropy of P(layer | latent) (fraction of ln n_L)",
-    title="The mean latent has two thirds or more of the entropy it could have",
+    title="The mean latent has two thirds or more of the entropy it could have, untrained too",
     subtitle="Points are means over latents; lines reach from the first quartile to the third. Choose what varies.",
     interval=("q25", "q75"),
 )

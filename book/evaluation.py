@@ -55,13 +55,13 @@ sparsity = experiments.materialise(load_experiment("experiments/sparsity.yml"))
 # %% [markdown]
 # ## By layer
 #
-# Choose a metric.
+# Choose two metrics.
 
 # %% tags=["hide-input"]
 charts.metric_by_layer(
     table,
     title="Later layers are harder to reconstruct, and cost more, but not in step",
-    subtitle="One point per layer, over the test split.",
+    subtitle="One point per layer, over the test split. Choose a metric above and one beneath.",
 )
 
 # %% [markdown]
@@ -143,7 +143,7 @@ experiments.tables([({}, overlapping)], "apart.csv").set_index("text").round(3)
 # %% tags=["hide-input"]
 fidelity_charts.repeated(
     fidelity.repeated(seeds.evaluation, "seed"),
-    title="Seeds move FVU and delta CE of a layer by far less than the layers differ",
+    title="Seeds move what is lost at a layer by far less than the layers differ",
     subtitle="Points are means over three seeds; lines reach from the smallest to the largest.",
 )
 
@@ -161,8 +161,8 @@ range_over_seeds.query("layer == 'mean'").set_index("metric").round(4)
 # ## Over R and k
 #
 # Figures 8, 9 and 10 of the paper: FVU, MSE, L1, delta CE and KL against the expansion factor
-# $R = n / d$ at fixed $k$, and against $k$ at fixed $R$. Choose the metric, what varies, and whether each
-# layer is drawn or the mean over layers alone.
+# $R = n / d$ at fixed $k$, and against $k$ at fixed $R$. Choose the metric, and whether each layer is
+# drawn or the mean over layers alone.
 
 # %% tags=["hide-input"]
 over = {"R, at k = 16": factors.evaluation, "k, at R = 16": sparsity.evaluation}

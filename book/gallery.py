@@ -12,8 +12,8 @@
 # **How does the picture change with the dictionary's size, its sparsity, the model and the lens?**
 #
 # Appendix D of {cite:t}`lawson2025` prints the heatmap of {doc}`distributions` again for every combination of model, $R$ and $k$, and
-# that of a single prompt beside each. Here the reader turns the pages. A column is a latent, its colours are $P(L = \ell \mid j)$ of
-# {eq}`eq-layer-distribution`, and columns are sorted by the mean layer. Every picture has a second choice: *many tokens*, or *one
+# that of a single prompt beside each. Here they stand one below the other. A column is a latent, its colours are $P(L = \ell \mid j)$ of
+# {eq}`eq-layer-distribution`, and columns are sorted by the mean layer. Every picture has a choice: *many tokens*, or *one
 # prompt*, the paper's "When John and Mary went to the store, John gave". In the latter an empty cell is a layer at which the latent
 # is never active. The figures of the paper that belong to each section:
 #
@@ -48,7 +48,8 @@ sample = "At most 80 latents of each dictionary, evenly spaced in the order of t
 sweep_charts.gallery(
     cells[cells.sweep == "Sparsity k"],
     title="Over many tokens, fewer latents belong to one layer the larger k is, up to 32",
-    subtitle=f"{sample}; R = 16. Choose k.",
+    subtitle=f"{sample}; R = 16.",
+    swept="k = ",
 )
 
 # %% [markdown]
@@ -63,8 +64,9 @@ sweep_charts.gallery(
 # %% tags=["hide-input"]
 sweep_charts.gallery(
     cells[cells.sweep == "Expansion factor R"],
-    title="With more latents, more of them belong to few layers",
-    subtitle=f"{sample}; k = 16. Choose R.",
+    title="Over many tokens, larger dictionaries have more latents of few layers",
+    subtitle=f"{sample}; k = 16.",
+    swept="R = ",
 )
 
 # %% [markdown]
@@ -80,7 +82,7 @@ sweep_charts.gallery(
 sweep_charts.gallery(
     cells[cells.sweep == "Model"],
     title="Four layers to eight, four architectures: the picture is of one kind",
-    subtitle=f"{sample}; R = 16, k = 16. Choose a model.",
+    subtitle=f"{sample}; R = 16, k = 16.",
 )
 
 # %% [markdown]
@@ -96,7 +98,8 @@ sweep_charts.gallery(
 sweep_charts.gallery(
     cells[cells.sweep == "Tuned lens"],
     title="Through a lens at its own layers, latents are spread over more of them",
-    subtitle=f"{sample}; R = 16, k = 16. Choose a basis.",
+    subtitle=f"{sample}; R = 16, k = 16.",
+    swept="Basis: ",
 )
 
 # %% [markdown]
@@ -111,7 +114,8 @@ sweep_charts.gallery(
 sweep_charts.gallery(
     cells[cells.sweep == "Sparsity k, tuned lens"],
     title="Through the aligned lens, too, the more latents are active, the paler they are",
-    subtitle=f"{sample}; R = 16. Choose k.",
+    subtitle=f"{sample}; R = 16.",
+    swept="k = ",
 )
 
 # %% [markdown]
@@ -126,8 +130,9 @@ sweep_charts.gallery(
 # %% tags=["hide-input"]
 sweep_charts.gallery(
     cells[cells.sweep == "Expansion factor R, tuned lens"],
-    title="Larger dictionaries have more latents of few layers with the lens, too",
-    subtitle=f"{sample}; k = 16. Choose R.",
+    title="Over many tokens, so it is with the lens: larger dictionaries, more latents of few layers",
+    subtitle=f"{sample}; k = 16.",
+    swept="R = ",
 )
 
 # %% [markdown]
@@ -142,7 +147,8 @@ sweep_charts.gallery(
 sweep_charts.gallery(
     cells[cells.sweep == "Random weights"],
     title="With random weights the diagonal is there, too, and sharper",
-    subtitle=f"{sample}; R = 16, k = 16. Choose the weights.",
+    subtitle=f"{sample}; R = 16, k = 16.",
+    swept="Weights: ",
 )
 
 # %% [markdown]

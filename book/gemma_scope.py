@@ -50,7 +50,7 @@ latents = experiments.materialise(load_experiment("experiments/explorer.yml"))
 # So it stands for the MLP, while the autoencoder describes only the result. It has the
 # harder task: an autoencoder is told the answer. Both are compared where they act, by the loss
 # when the MLP's output is replaced (their Figure 11). The same $R$, $k$ and text; one dictionary for all
-# layers in either case. Choose a metric.
+# layers in either case. Choose two metrics.
 
 # %% tags=["hide-input"]
 charts.metric_by_layer(
@@ -212,7 +212,8 @@ both = [
 charts.metric_by_layer(
     pd.concat(both).drop(columns=["mse", "l1"]),
     title="The set loses less up to layer 3, then the MLSAE, with more active latents",
-    subtitle="One point per layer, over 8,192 tokens of the test split. Choose a metric.",
+    subtitle="One point per layer, over 8,192 tokens of the test split. Choose two metrics.",
+    beneath="l0",
     color="dictionaries",
 )
 
@@ -257,7 +258,7 @@ transfer_charts.matrix(
 # at layers 3 and 4 delta CE is smallest with the autoencoder of the layer before, which has about twice as many latents active there. With
 # mean and spread made alike L0 differs far less, and the diagonal has the smallest FVU, delta CE and KL of each column. Of what borrowing
 # costs (*other* less *own* in the tables) more than half is mean and spread, in FVU and in delta CE. The rest is what these two leave,
-# directions among it. (`best_at_own` counts the layers but the last at which the autoencoder trained there has the smallest number.)
+# directions among it. (*Own is best* counts the layers but the last at which the autoencoder trained there has the smallest number.)
 #
 # **What would contradict it.** A second picture like the first: then mean and spread would not be what tells layers apart.
 
@@ -270,8 +271,8 @@ transfer.summary(transfer.matrix(moved, one.evaluation, errors))[columns].round(
 
 # %% [markdown]
 # **Distributions over layers.** Taken together the set has nothing to show: a latent of layer $i$'s autoencoder reads layer
-# $i$ alone, so that $P(L = i \mid j) = 1$ by construction. Each autoencoder by itself at all layers has a picture. Choose one, and the
-# vectors it reads.
+# $i$ alone, so that $P(L = i \mid j) = 1$ by construction. Each autoencoder by itself at all layers has a picture. Choose the vectors
+# that they read.
 
 # %% tags=["remove-cell"]
 read = experiments.all_distributions(alone, "everywhere")
@@ -285,9 +286,9 @@ sweep_charts.gallery(
 )
 
 # %% [markdown]
-# `own` is the mean over latents of $P(L = i \mid j)$ at the layer $i$ where the autoencoder was trained; a latent without
-# preference would have a sixth. `own_moved` is the same of vectors moved to its own layer's mean and spread, `own_gaussian`
-# of random directions as long as the vectors of each layer; `last` is the share of the last layer, of vectors as they are.
+# *Own* is the mean over latents of $P(L = i \mid j)$ at the layer $i$ where the autoencoder was trained; a latent without
+# preference would have a sixth. *own, moved* is the same of vectors moved to its own layer's mean and spread, *own, random
+# directions* of random directions as long as the vectors of each layer; *last* is the share of the last layer, of vectors as they are.
 
 # %% tags=["hide-input"]
 transfer.own_shares(read, read_moved).set_index("trained").round(3)
@@ -295,7 +296,7 @@ transfer.own_shares(read, read_moved).set_index("trained").round(3)
 # %% [markdown]
 # **What to see.** Whichever layer an autoencoder is of, its latents have about half of their probability or more at the last
 # layer, where vectors are longest, and those of the first four layers have 6 % or less at their own. It is not that longer vectors are
-# enough: random directions as long give these layers more (`own_gaussian`). With mean and spread made alike the last layer's share falls,
+# enough: random directions as long give these layers more (*own, random directions*). With mean and spread made alike the last layer's share falls,
 # but the own layer does not win: it has the *least* of the six, or no more than the least. With these vectors an autoencoder is sparsest
 # where it was trained (at the last layer, level with its neighbour), and elsewhere takes more latents. Perhaps it takes them for what it
 # does not know: then where a borrowed latent is active says where vectors fit its dictionary worst. A picture like those of
@@ -347,6 +348,7 @@ charts.metric_by_layer(
     set_tuned.drop(columns=["mse", "l1"]),
     title="In the tuned model more latents are active, which hides a part of what is lost",
     subtitle="One point per layer; autoencoders of the base model, each at its own layer.",
+    beneath="l0",
     color="target",
 )
 

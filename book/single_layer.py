@@ -78,8 +78,8 @@ transfer_charts.matrix(
 transfer.summary(cells).round(4)
 
 # %% [markdown]
-# `own` is the diagonal, `other` everything off it. `spread` is the largest less the smallest
-# over layers. `best_at_own` counts the layers at which the autoencoder trained there is the best of the
+# *Own* is the diagonal, *other* everything off it. *Spread* is the largest less the smallest
+# over layers. *Own is best* counts the layers at which the autoencoder trained there is the best of the
 # single-layer ones: all five.
 #
 # In the means, one dictionary for all raises FVU and delta CE by about a quarter each. A dictionary of another layer raises them to
@@ -91,7 +91,7 @@ inner = sparsity.evaluation.query("layer < 5")
 fidelity.means(inner, "k", ["fvu_global", "fvu_per_dimension", "delta_ce", "kl"]).round(4)
 
 # %% [markdown]
-# At $k = 32$ delta CE and KL are below `own` in the mean. Global FVU is the same, within what seeds do, and FVU per dimension a
+# At $k = 32$ delta CE and KL are below *own* in the mean. Global FVU is the same, within what seeds do, and FVU per dimension a
 # little above. All of these are single runs, but the differences between the MLSAE and the diagonal have one sign at all layers and
 # in all metrics, and their means are more than ten times what seeds alone do to the MLSAE's ({doc}`evaluation`).
 #
@@ -156,7 +156,7 @@ transfer.summary(lens_cells).round(4)
 # - the MLSAE does about as well as the single-layer autoencoder of each layer. Ours comes nearer to it than
 #   any other does, and is a quarter worse on average;
 # - the MLSAE is more consistent across layers. It is, beside any one single-layer autoencoder: its FVU spans 0.14
-#   over the columns, and every row above spans more. Beside the diagonal it is so by little (see `spread`),
+#   over the columns, and every row above spans more. Beside the diagonal it is so by little (see *spread*),
 #   as each layer has a difficulty of its own;
 # - on Pythia-410m, FVU changes sharply between the autoencoders of layers 4 and 5. Ours show no such step.
 #
@@ -173,7 +173,7 @@ found = fidelity.costs(each, one, d_model=128, expansion_factor=16)
 found.drop(columns=["seconds", "vectors_per_second"]).round(1)
 
 # %% [markdown]
-# `training_memory_mb` is arithmetic: 16 bytes a parameter, for the weight, its gradient and Adam's two
+# The memory of training is arithmetic: 16 bytes a parameter, for the weight, its gradient and Adam's two
 # moments. The language model runs once for the MLSAE and once for each of the others (up to its layer).
 #
 # ## At equal budget

@@ -48,6 +48,7 @@
 import pandas as pd
 
 from mlsae_book import charts, experiments, tables, widgets
+from mlsae_book.charts import links
 from mlsae_core import pipeline
 from mlsae_core.spec import flat, load_experiment
 
@@ -116,8 +117,8 @@ charts.training_curves(
 # rule that is written in `mlsae_core/spec.py`.
 
 # %% tags=["hide-input"]
-settings = pd.json_normalize(flat(experiment.runs[0][1]))
-settings.T.rename(columns={0: "value"}).fillna("default").astype(str)
+settings = pd.json_normalize(flat(experiment.runs[0][1])).T.fillna("default").astype(str)
+links.coded(settings[0].rename_axis("field").reset_index(name="value"), "field")
 
 # %% [markdown]
 # ## How this page was made

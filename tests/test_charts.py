@@ -61,7 +61,7 @@ def prompt_norms():
 # name: (function, its table, the marks that must be drawn)
 CASES = {
     "training_curves": (charts.training_curves, training_log, {"line": LAYERS + 1, "area": 1}),
-    "metric_by_layer": (charts.metric_by_layer, evaluation, {"line": 1, "symbol": LAYERS}),
+    "metric_by_layer": (charts.metric_by_layer, evaluation, {"line": 2, "symbol": 2 * LAYERS}),
     "loss_curve": (charts.loss_curve, loss_log, {"line": 2}),
     "heatmap": (charts.heatmap, distributions, {"rect": LATENTS * LAYERS}),
     "prompt_norms": (charts.prompt_norms, prompt_norms, {"rect": 3 * LAYERS}),
@@ -156,7 +156,8 @@ def test_marks_stand_where_the_table_says():
         assert [*map(number, marks[title])] == pytest.approx(column.tolist(), rel=2e-3)
     for metric, title in charts.METRICS.items():
         table = evaluation().assign(**{metric: np.arange(2.0, 2.0 + LAYERS)})
-        spec = chosen(charts.metric_by_layer(table, "A finding").to_dict(), metric=metric)
+        spec = charts.metric_by_layer(table, "A finding", beneath="none").to_dict()
+        spec = chosen(spec, metric=metric)
         assert_drawn(spec, "point", layer=table.layer, value=table[metric], Layer=table.layer)
         [parameter] = spec["params"]
         labels = dict(zip(parameter["bind"]["options"], parameter["bind"]["labels"], strict=True))
@@ -251,14 +252,14 @@ def test_the_reader_chooses_the_metric_in_the_chart_itself():
     """Another value of the bound parameter draws other points and another axis title."""
     table = evaluation().assign(l0=np.arange(LAYERS, 0, -1.0))
     spec = charts.metric_by_layer(table, "A finding").to_dict()
-    [parameter] = [p for p in spec["params"] if p["name"] == "metric"]
-    assert parameter["bind"]["options"] == list(charts.METRICS)
-    before = vl_convert.vegalite_to_svg(spec, vl_version="5.8")
-    parameter["value"] = "l0"
-    after = vl_convert.vegalite_to_svg(spec, vl_version="5.8")
-    assert charts.METRICS["fvu_global"] in before
-    assert charts.METRICS["l0"] in after
-    assert charts.METRICS["fvu_global"] not in after
+    for name, first in (("metric", "fvu_global"), ("beneath", "delta_ce")):
+        [parameter] = [p for p in spec["params"] if p["name"] == name]
+        assert parameter["bind"]["options"] == list(charts.METRICS)
+        before = vl_convert.vegalite_to_svg(spec, vl_version="5.8")
+        after = vl_convert.vegalite_to_svg(chosen(spec, **{name: "l0"}), vl_version="5.8")
+        assert charts.METRICS[first] in before
+        assert charts.METRICS["l0"] in after
+        assert charts.METRICS[first] not in after
 
 
 def test_the_threshold_counts_the_latents_that_reach_it():
@@ -307,7 +308,7 @@ def test_importing_charts_imports_neither_torch_nor_the_rest_of_the_package():
         "print([m for m in sys.modules if m == 'torch' or m.startswith('mlsae')])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "['mlsae_book', 'mlsae_book.charts']"
+    assert run.stdout.strip() == "['mlsae_book', 'mlsae_book.charts.names', 'mlsae_book.charts']"
 
 
 # Colours ----------------------------------------------------------------------------------------

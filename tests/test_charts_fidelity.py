@@ -49,7 +49,7 @@ def matrix():
 
 # name: (function, its table, the marks that must be drawn)
 CASES = {
-    "over_sweep": (fidelity.over_sweep, over, {"line": LAYERS + 1}),
+    "over_sweep": (fidelity.over_sweep, over, {"line": 2 * (LAYERS + 1)}),
     "repeated": (
         fidelity.repeated,
         lambda: tables.repeated(swept("seed"), "seed"),
@@ -114,12 +114,11 @@ def chosen(name, **values):
 
 def test_a_sweeps_points_are_those_of_the_table():
     table = over()
-    for (sweep, metric), rows in table.groupby(["sweep", "metric"]):
-        spec = chosen("over_sweep", sweep=sweep, metric=metric)
-        assert_drawn(spec, "point", layer=rows.layer, run=rows.run, value=rows.value)
-        means = rows[rows.layer == "mean"]
-        spec = chosen("over_sweep", sweep=sweep, metric=metric, shown="mean")
-        assert_drawn(spec, "point", run=means.run, value=means.value)
+    for metric, rows in table.groupby("metric"):
+        columns = {name: rows[name] for name in ("sweep", "layer", "run", "value")}
+        assert_drawn(chosen("over_sweep", metric=metric), "point", **columns)
+        means = {name: column[rows.layer == "mean"] for name, column in columns.items()}
+        assert_drawn(chosen("over_sweep", metric=metric, shown="mean"), "point", **means)
 
 
 def test_ranges_are_drawn_from_their_low_to_their_high_end():
@@ -165,17 +164,15 @@ def test_the_cells_numbers_are_those_of_the_table():
                 assert found[trained, str(layer)] == pytest.approx(value, rel=5e-3, abs=1e-9)
 
 
-def test_the_reader_chooses_sweep_metric_and_layers_of_a_sweep():
+def test_the_reader_chooses_metric_and_layers_and_sees_every_sweep():
     default = svg(specification("over_sweep"))
-    assert all(f">{factor}</text>" in default for factor in FACTORS)
+    assert all(f">{value}</text>" in default for value in (*FACTORS, 4, 8))
+    assert all(f", over {sweep}</text>" in default for sweep in "Rk")
     assert charts.METRICS["fvu_global"] in default
     order = re.findall(r">(\d+)</text>", default)
     assert [label for label in order if label in ("9", "10", "11")] == ["9", "10", "11"]
-    other = svg(chosen("over_sweep", sweep="k", metric="delta_ce"))
-    assert ">64</text>" not in other
-    assert ">8</text>" in other
-    assert charts.METRICS["delta_ce"] in other
-    assert drawn_marks(chosen("over_sweep", shown="mean"))["line"] == 1
+    assert charts.METRICS["delta_ce"] in svg(chosen("over_sweep", metric="delta_ce"))
+    assert drawn_marks(chosen("over_sweep", shown="mean"))["line"] == 2
 
 
 def test_the_last_layer_of_the_matrix_is_shown_on_demand():

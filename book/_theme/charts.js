@@ -32,6 +32,8 @@
         y.axis = { ...y.axis, titleY: -12 - LINE * (y.title.length - 1) };
         most = Math.max(most, y.title.length);
       }
+      const named = view.encoding?.color?.legend;
+      if (named?.columns) named.columns = 2; // long names
       [...(view.layer ?? []), ...(view.vconcat ?? [])].forEach(visit);
     };
     visit(spec);

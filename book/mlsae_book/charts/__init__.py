@@ -19,6 +19,8 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
+from mlsae_book.charts import names
+
 MIME = "application/vnd.vegalite.v5+json"
 SCHEMA = "https://vega.github.io/schema/vega-lite/v5.json"
 MAX_ROWS = 5000
@@ -119,14 +121,16 @@ def theme(dark: bool = False) -> dict[str, Any]:
 
 
 def use_book_theme() -> None:
-    """Make Altair draw in the book's theme and emit the one mime type that works everywhere.
+    """Make Altair draw in the book's theme and emit the one mime type that works everywhere; tables
+    and tooltips get names for people.
 
     The static page (through ``mlsae_book.sphinx_ext``) and JupyterLab both draw Vega-Lite 5 JSON from
     files of their own; Altair's default html would load its scripts from the network.
     """
+    names.show()
 
     def book(spec: dict, **_: Any) -> dict[str, Any]:
-        return {MIME: {**spec, "$schema": SCHEMA}, "text/plain": _plain(spec)}
+        return {MIME: {**names.explained(spec), "$schema": SCHEMA}, "text/plain": _plain(spec)}
 
     alt.renderers.register("book", book)
     alt.renderers.enable("book")
@@ -189,12 +193,17 @@ def training_curves(log: pd.DataFrame, title: str, subtitle: str | None = None) 
 
 
 def metric_by_layer(
-    table: pd.DataFrame, title: str, subtitle: str | None = None, color: str | None = None
-) -> alt.LayerChart:
-    """One metric per layer; the reader chooses the metric.
+    table: pd.DataFrame,
+    title: str,
+    subtitle: str | None = None,
+    color: str | None = None,
+    beneath: str = "delta_ce",
+) -> alt.LayerChart | alt.VConcatChart:
+    """Two metrics per layer, one above the other; the reader chooses either.
 
     ``table`` has one row per ``layer`` (and per value of the column named by ``color``, such as
-    ``model``) and at least one column named in `METRICS`.
+    ``model``) and at least one column named in `METRICS`. The first of these is drawn, and
+    ``beneath`` where it is another.
     """
     metrics = [name for name in METRICS if name in table]
     if not metrics:
@@ -205,21 +214,34 @@ def metric_by_layer(
     keys = ["layer", color] if color else ["layer"]
     table = _table(table, "metric_by_layer", *keys, *metrics)
     long = table.melt(id_vars=keys, value_vars=metrics, var_name="metric").dropna(subset="value")
-    metric = _select_metric(metrics)
-    points = (
-        alt.Chart(_limited(long, "metric_by_layer"), name="metric_by_layer")
-        .transform_filter(alt.datum.metric == metric)
-        .mark_line(point=True)
-        .encode(
-            x=alt.X("layer:O", title="Layer", axis=alt.Axis(labelAngle=0)),
-            y=alt.Y("value:Q", title=None),
-            tooltip=[*keys, alt.Tooltip("metric:N"), alt.Tooltip("value:Q")],
-        )
-    )
     if color:
-        shape = alt.Shape(f"{color}:N", legend=None)
-        points = points.encode(color=alt.Color(f"{color}:N"), shape=shape)
-    return _titled(_level_axis_title(points, "metric", METRICS, metrics, metric), title, subtitle)
+        long[color] = long[color].replace(names.NAMES)
+    long = _limited(long, "metric_by_layer")
+    chosen = {"metric": metrics[0], "beneath": beneath}
+    if beneath not in metrics[1:]:
+        del chosen["beneath"]
+    panels = []
+    for name, first in chosen.items():
+        metric = _select_metric(metrics, name, first)
+        points = (
+            alt.Chart(long, name=f"{name}_by_layer")
+            .transform_filter(alt.datum.metric == metric)
+            .mark_line(point=True)
+            .encode(
+                x=alt.X("layer:O", title="Layer", axis=alt.Axis(labelAngle=0)),
+                y=alt.Y("value:Q", title=None),
+                tooltip=[*keys, alt.Tooltip("value:Q")],
+            )
+        )
+        if color:
+            legend = alt.Legend(title=None, columns=4)
+            shape = alt.Shape(f"{color}:N", legend=None)
+            points = points.encode(color=alt.Color(f"{color}:N", legend=legend), shape=shape)
+        panels.append(_level_axis_title(points, name, METRICS, metrics, metric))
+    if len(panels) == 1:
+        return _titled(panels[0], title, subtitle)
+    panels = [panel.properties(height=220) for panel in panels]
+    return _titled(alt.vconcat(*panels, spacing=40), title, subtitle)
 
 
 def loss_curve(log: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.LayerChart:
@@ -353,9 +375,12 @@ def _select(
     return param
 
 
-def _select_metric(metrics: Sequence[str], name: str = "metric") -> alt.Parameter:
+def _select_metric(
+    metrics: Sequence[str], name: str = "metric", first: str | None = None
+) -> alt.Parameter:
     """A dropdown of names among `METRICS`, shown without their units."""
-    return _select(name, metrics, "Metric", [METRICS[m].split(" (")[0] for m in metrics])
+    label = "Beneath" if name == "beneath" else "Metric"
+    return _select(name, metrics, label, [METRICS[m].split(" (")[0] for m in metrics], first)
 
 
 def _select_prompt(name: str, prompts: Sequence[str], most: int) -> alt.Parameter:
@@ -390,13 +415,20 @@ def _level_axis_title(
     chart, name: str, titles: dict, names: Sequence[str], param
 ) -> alt.LayerChart:
     """Write above the y axis the title of the chosen metric: an axis title cannot change itself."""
-    lookup = "{" + ", ".join(f"{n!r}: {titles[n]!r}" for n in names) + "}"
-    label = (
-        alt.Chart(alt.InlineData([{}]), name=f"{name}_title")
+    label = _chosen_title(f"{name}_title", titles, names, param)
+    return alt.layer(chart, label).add_params(param).properties(height=280)
+
+
+def _chosen_title(
+    name: str, titles: dict, names: Sequence[str], param, where: str = ""
+) -> alt.Chart:
+    """Text above a y axis: the title of what is chosen, and ``where`` a panel stands."""
+    lookup = "{" + ", ".join(f"{n!r}: {titles[n] + where!r}" for n in names) + "}"
+    return (
+        alt.Chart(alt.InlineData([{}]), name=name)
         .mark_text(align="left", baseline="bottom", text=alt.ExprRef(f"({lookup})[{param.name}]"))
         .encode(x=alt.value(0), y=alt.value(-8))
     )
-    return alt.layer(chart, label).add_params(param).properties(height=280)
 
 
 def _titled(chart, title: str, subtitle: str | None):

@@ -9,6 +9,7 @@ from mlsae_book.charts import (
     METRICS,
     NEUTRAL,
     _by_run,
+    _chosen_title,
     _level_axis_title,
     _limited,
     _select,
@@ -30,42 +31,40 @@ def _metric(table: pd.DataFrame) -> tuple[alt.Parameter, list[str]]:
     return _select_metric(found), found
 
 
-def over_sweep(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.LayerChart:
-    """A metric over what was swept; the reader chooses the metric, the sweep and the layers.
+def over_sweep(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.VConcatChart:
+    """A metric over what was swept, a panel for each; the reader chooses the metric and the layers.
 
     ``table`` is what `tables.fidelity.over` gives: one row per ``sweep``, ``run``, ``position``,
     ``layer`` (text; "mean" is the mean over layers), ``metric``, ``value``.
     """
     table = _table(table, "over_sweep", "sweep", "run", "position", "layer", "metric", "value")
-    sweep = _select("sweep", list(table["sweep"].unique()), "Over")
     metric, metrics = _metric(table)
     shown = _select("shown", ["all", _MEAN], "Layers", ["each, and their mean", "mean alone"])
-    base = (
-        alt.Chart(table)
-        .transform_filter(alt.datum.sweep == sweep)
-        .transform_filter(alt.datum.metric == metric)
-        .encode(
-            x=_by_run(),
-            y=alt.Y("value:Q", title=None),
-            tooltip=["sweep:N", "run:N", "layer:N", "metric:N", "value:Q"],
-        )
-    )
     is_mean = alt.datum.layer == _MEAN
-    # One mark for both: a layer of which nothing is shown would have no scale.
-    lines = (
-        base.transform_filter(f"datum.layer == '{_MEAN}' || shown == 'all'")
-        .mark_line(point=True)
-        .encode(
-            color=alt.when(is_mean)
-            .then(alt.value(NEUTRAL))
-            .otherwise(alt.Color("layer:O", title="Layer").scale(domain=_layers(table)[:-1])),
-            strokeDash=alt.when(is_mean).then(alt.value([6, 3])).otherwise(alt.value([1, 0])),
-            strokeWidth=alt.when(is_mean).then(alt.value(3.5)).otherwise(alt.value(2)),
+    panels = []
+    for number, sweep in enumerate(table["sweep"].unique()):
+        # One mark for both: a layer of which nothing is shown would have no scale.
+        lines = (
+            alt.Chart(table, name=f"layers_{number}")
+            .transform_filter(alt.datum.sweep == sweep)
+            .transform_filter(alt.datum.metric == metric)
+            .transform_filter(f"datum.layer == '{_MEAN}' || shown == 'all'")
+            .mark_line(point=True)
+            .encode(
+                x=_by_run(),
+                y=alt.Y("value:Q", title=None),
+                tooltip=["sweep:N", "run:N", "layer:N", "value:Q"],
+                color=alt.when(is_mean)
+                .then(alt.value(NEUTRAL))
+                .otherwise(alt.Color("layer:O", title="Layer").scale(domain=_layers(table)[:-1])),
+                strokeDash=alt.when(is_mean).then(alt.value([6, 3])).otherwise(alt.value([1, 0])),
+                strokeWidth=alt.when(is_mean).then(alt.value(3.5)).otherwise(alt.value(2)),
+            )
         )
-        .properties(name="layers")
-    )
-    chart = _level_axis_title(lines, "metric", METRICS, metrics, metric)
-    return _titled(chart.add_params(sweep, shown), title, subtitle)
+        text = _chosen_title(f"title_{number}", METRICS, metrics, metric, f", over {sweep}")
+        panels.append(alt.layer(lines, text).properties(height=220))
+    chart = alt.vconcat(*panels, spacing=40).resolve_scale(y="shared")
+    return _titled(chart.add_params(metric, shown), title, subtitle)
 
 
 def repeated(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.LayerChart:
@@ -81,7 +80,7 @@ def repeated(table: pd.DataFrame, title: str, subtitle: str | None = None) -> al
         .transform_filter(alt.datum.metric == metric)
         .encode(x=alt.X("layer:O", title="Layer", sort=_layers(table), axis=alt.Axis(labelAngle=0)))
     )
-    tooltip = ["layer:O", "metric:N", "mean:Q", "low:Q", "high:Q"]
+    tooltip = ["layer:O", "mean:Q", "low:Q", "high:Q"]
     spans = base.mark_rule(strokeDash=[], strokeWidth=3, opacity=0.6).encode(
         y=alt.Y("low:Q", title=None), y2="high:Q", tooltip=tooltip
     )
@@ -117,7 +116,7 @@ def against_sparsity(
             ).scale(type="log", base=2, nice=False),
             y=alt.Y("value:Q", title=None),
             color=alt.Color("layer:O", title="Layer"),
-            tooltip=["layer:O", "l0:Q", "metric:N", "value:Q"],
+            tooltip=["layer:O", "l0:Q", "value:Q"],
         )
     )
     return _titled(_level_axis_title(lines, "metric", METRICS, metrics, metric), title, subtitle)

@@ -73,7 +73,7 @@ def metrics(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt
             y=alt.Y("value:Q", title=None),
             color=alt.Color("case:N", title=None, sort=cases),
             shape=alt.Shape("case:N", legend=None, sort=cases),
-            tooltip=["case:N", "layer:O", "metric:N", "value:Q"],
+            tooltip=["case:N", "layer:O", "value:Q"],
         )
     )
     return _titled(_level_axis_title(chart, "lens_metric", METRICS, names, metric), title, subtitle)

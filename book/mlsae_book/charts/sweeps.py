@@ -164,24 +164,28 @@ def histogram(
     return _titled(chart, title, subtitle)
 
 
-def gallery(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.Chart:
-    """P(layer | latent) of some latents of one run; the reader chooses the run.
+def gallery(
+    table: pd.DataFrame, title: str, subtitle: str | None = None, swept: str = ""
+) -> alt.Chart | alt.VConcatChart:
+    """P(layer | latent) of some latents of every run, one panel each.
 
-    ``table`` has one row per (run, latent, layer): ``run``, ``layer``, ``probability`` (sums to
+    ``swept`` stands before a run's name above its panel. ``table`` has one row per (run, latent, layer): ``run``, ``layer``, ``probability`` (sums to
     one over the layers of a latent; rows of zero may be missing), ``order`` (0, 1, … from left to
     right), ``latent`` and, where the reader is to choose a text as well, ``of``.
     """
     of = ["of"] if "of" in table else []
     table = _table(table, "gallery", "run", "latent", "layer", "probability", "order", *of)
     width = int(table["order"].max()) + 1
-    base, chosen = alt.Chart(table, name="gallery"), []
-    for column, label in (("run", "Run"), ("of", "Shown")):
-        if column in table:
-            chosen.append(_choice(column, table, column, label))
-            base = base.transform_filter(alt.datum[column] == chosen[-1])
-    chart = (
-        _latent_cells(base, f"At most {width} latents, by mean layer", width)
-        .encode(
+    chosen = [_choice("of", table, "of", "Shown")] if of else []
+    runs = list(table["run"].unique())
+    panels = []
+    for number, run in enumerate(runs):
+        base = alt.Chart(table, name=f"gallery_{number}").transform_filter(alt.datum.run == run)
+        for text in chosen:
+            base = base.transform_filter(alt.datum.of == text)
+        last = number == len(runs) - 1
+        cells = _latent_cells(base, f"At most {width} latents, by mean layer", width)
+        cells = cells.encode(
             color=alt.Color("probability:Q", title="P(layer | latent)").scale(domain=[0, 1]),
             tooltip=[
                 "run:N",
@@ -190,9 +194,15 @@ def gallery(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt
                 alt.Tooltip("probability:Q", title="P(layer | latent)"),
             ],
         )
-        .add_params(*chosen)
-    )
-    return _titled(chart.properties(height=220), title, subtitle)
+        if not last:
+            cells.encoding.x.title = None
+        if len(runs) > 1:
+            cells.encoding.y.title = f"{swept}{run}, by layer"
+        panels.append(cells)
+    if len(panels) == 1:
+        return _titled(panels[0].add_params(*chosen).properties(height=220), title, subtitle)
+    panels = [panel.properties(height=84) for panel in panels]
+    return _titled(alt.vconcat(*panels, spacing=16).add_params(*chosen), title, subtitle)
 
 
 def variance_by_rank(table: pd.DataFrame, title: str, subtitle: str | None = None):

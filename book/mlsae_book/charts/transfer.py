@@ -6,7 +6,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from mlsae_book.charts import METRICS, _table, _titled
+from mlsae_book.charts import METRICS, _chosen_title, _table, _titled
 from mlsae_book.charts.fidelity import _metric
 
 # Cells take the paler part of the scheme and are half transparent: ink is read on all of them, on
@@ -31,12 +31,7 @@ def matrix(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.
     table = table.assign(shade=shade.round(3))
     alone = bool(single.all())
     square = _cells(table[single], metric, "square", beneath=alone)
-    lookup = "{" + ", ".join(f"{name!r}: {METRICS[name]!r}" for name in metrics) + "}"
-    label = (
-        alt.Chart(alt.InlineData([{}]), name="metric_title")
-        .mark_text(align="left", baseline="bottom", text=alt.ExprRef(f"({lookup})[metric]"))
-        .encode(x=alt.value(0), y=alt.value(-8))
-    )
+    label = _chosen_title("metric_title", METRICS, metrics, metric)
     parts = [alt.layer(*square, label).properties(name="square", height=alt.Step(34))]
     if not alone:
         row = alt.layer(*_cells(table[~single], metric, "mlsae", beneath=True))
@@ -60,7 +55,7 @@ def _cells(
                 axis=alt.Axis(labelAngle=0, labels=beneath, ticks=False, domain=False),
             ),
             y=alt.Y("trained:O", title=None, sort=list(table["trained"].unique())),
-            tooltip=["trained:N", "layer:O", "metric:N", "value:Q"],
+            tooltip=["trained:N", "layer:O", "value:Q"],
         )
     )
     color = alt.Color("shade:Q").scale(domain=[0, 1]).legend(None)
