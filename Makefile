@@ -13,7 +13,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 BUILT := _build/.built
 # What a page may depend on; the shell's find, since make's wildcard does not descend.
-INPUTS := $(shell find book mlsae_core data benchmarks/results.json _config.yml _toc.yml -type f \
+INPUTS := $(shell find book mlsae_core data benchmarks/*.json _config.yml _toc.yml -type f \
 	-not -path 'data/store/*' -not -path '*/__pycache__/*' -not -path '*/.*' 2>/dev/null)
 
 .DEFAULT_GOAL := book

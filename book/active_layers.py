@@ -75,10 +75,11 @@ sweep_charts.points(
 # 0.39 to 0.82). Then it falls. So well under half of the paper's trend in $k$ is left beyond the arithmetic. More than half of the fall
 # with $R$ is kept.
 #
-# With the size of GPT-NeoX the share falls at the paper's threshold, as in the paper. But that is the arithmetic again, since a
-# larger model has more latents at the same $k$: in units of the mean count the model of middle size has the most. The lens at its own layers
+# With the size of GPT-NeoX the share falls at the paper's threshold, as in the paper. But that is the arithmetic again, since a larger
+# model has more latents at the same $k$: in units of the mean count the model of middle size has the most. The lens at its own layers
 # keeps its lead, for all bases have the same $k$ and $n$. With random weights the share is 0.87 in these units, as high as with trained
 # ones (0.85), and so it is at the paper's threshold (the table): this number does not tell a model that has learnt from one that has not.
+# SmolLM2-135M, of 30 layers, has the lowest share of the models either way ($R = 8$, $k = 32$, on less text).
 #
 # **What would contradict it.** Lines in the first chart that keep their order and distance at every
 # threshold: then the choice of one would not matter.

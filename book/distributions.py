@@ -32,13 +32,13 @@
 # %% tags=["remove-cell"]
 from mlsae_book import charts, experiments, stages, widgets
 from mlsae_book.charts import layers as layer_charts
-from mlsae_book.tables import layers
+from mlsae_book.charts import sweeps as sweep_charts
+from mlsae_book.tables import layers, spread, sweeps
 from mlsae_core import pipeline
 from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
 experiment = load_experiment("experiments/default.yml")
-trained = experiments.measure(experiment, "train")
 measured = experiments.measure(experiment, "distributions")
 single = experiments.measure(experiment, "prompts")
 arrays, numbers = experiments.read_distributions(measured[0][1])
@@ -64,19 +64,41 @@ charts.with_cards(aggregate)
 layers.spread_table(arrays).set_index("of").round(3)
 
 # %% [markdown]
-# *latents* and *dead* are numbers of latents; *one_layer* is the fraction of latents with more than 99 % of their probability at one layer, *largest*
-# the mean over latents of the largest probability, *entropy* that of the entropy over its maximum, $\ln n_L$.
+# *latents* and *dead* are numbers of latents; *one_layer* is the fraction of latents with more than 99 % of their probability at one
+# layer, *largest* the mean over latents of the largest probability, *entropy* that of the entropy over its maximum, $\ln n_L$.
 #
-# **What to see.** Each choice has an order of its own. The picture is a broad diagonal: latents prefer layers, and the preference changes gradually
-# from the first to the last. Hardly any belongs to one layer (three of 2048); on average the favourite layer has 0.46
-# of the probability, where no preference would be 0.17, and the entropy is three quarters of its maximum. Under both
-# null models nothing is left of it. By activation totals latents look more spread still (0.37; entropy
-# 0.81), for a reason that lies in the weighting: a token at which the latent is active at several layers adds
-# more to the totals than one at which it is active at one.
+# **What to see.** Each choice has an order of its own. The picture is a broad diagonal: latents prefer layers, and the preference changes
+# gradually from the first to the last. Hardly any belongs to one layer (three of 2048); on average the favourite layer has 0.46 of the
+# probability, where no preference would be 0.17, and the entropy is three quarters of its maximum. Under both null models nothing is left
+# of it. By activation totals latents look more spread still (0.37; entropy 0.81), for a reason that lies in the weighting: a token at
+# which the latent is active at several layers adds more to the totals than one at which it is active at one.
 #
 # **What would contradict it.** A picture that looks like the null model's: with layers permuted, every latent
 # has the same share of every layer, up to chance. But a picture unlike the null models' is not yet a fact about what the
 # language model has learnt: one with random weights has such a diagonal, too ({doc}`gallery`, {doc}`variance`).
+#
+# ## A model that people use
+#
+# The same picture of a dictionary of SmolLM2-135M, with 30 layers ({doc}`smollm2`), beside that of our default run. Choose the model.
+
+# %% tags=["hide-input"]
+ours = experiments.measure(experiment, "distributions", model="neox-6l-128d")
+both = experiments.read_all(ours + experiments.used("distributions"))
+sweep_charts.gallery(
+    sweeps.stack({"model": spread.sampled(both)}),
+    title="A diagonal in a model of 30 layers, too, with a crowd at the first",
+    subtitle="100 latents, evenly spaced in the order of their mean layer E[L | j].",
+)
+
+# %% tags=["hide-input"]
+layers.spread_table(both[-1][1]).set_index("of").round(3)
+
+# %% [markdown]
+# **What to see.** Latents of SmolLM2 prefer layers as those of our model do. The favourite layer has a quarter of the probability, where
+# no preference would be a thirtieth, and the entropy is about as far below its maximum as in our
+# model. So a latent there serves more layers, and about the same part of them.
+#
+# **What would contradict it.** An entropy at that of its null models.
 #
 # ## How much, not only where
 #
@@ -152,7 +174,7 @@ experiments.tables(single, "spread.csv").set_index(["prompt", "of"]).round(3)
 # the mean.
 
 # %% tags=["hide-input"]
-experiments.notes(trained + measured + single).set_index("stage")
+experiments.notes(experiments.measure(experiment, "train") + measured + single).set_index("stage")
 
 # %% [markdown]
 # ```{bibliography}

@@ -36,24 +36,27 @@ from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
 made = experiments.measure(load_experiment("experiments/drift.yml"), "drift")
+made += experiments.used("drift")
 layers, pairs = experiments.tables(made, "layers.csv"), experiments.tables(made, "pairs.csv")
 
 # %% [markdown]
 # ## Norms
 #
-# Choose a model to pick its line out; `neox-6l-128d-qa` is `neox-6l-128d` after more training on questions.
+# Choose a model to pick its line out; `neox-6l-128d-qa` is `neox-6l-128d` after more training on questions. SmolLM2-135M is one that
+# people use, of 30 layers, read without its attention sinks ({doc}`smollm2`).
 
 # %% tags=["hide-input"]
 drift_charts.norms(
     layers,
-    title="Vectors grow from the first layer to the last, in GPT-2 not at every step",
-    subtitle="Mean over tokens; ± 2 standard errors are mostly smaller than a point.",
+    title="Vectors grow from the first layer to the last, if not at every step",
+    subtitle="Mean over tokens; ± 2 standard errors are mostly smaller than a point. Dashed: SmolLM2.",
+    dashed="SmolLM2-135M",
 )
 
 # %% [markdown]
 # **What to see.** Norms grow from the first layer to the last in every model, as the paper finds in its own. Those of Llama and Gemma
-# 2 more than double (in the table at the end). GPT-2's grow, too, but with a step down on the way, to 14.1. Training on questions
-# adds little to those of `neox-6l-128d`, 3 % at most.
+# 2 more than double (in the table at the end). GPT-2's and SmolLM2's grow, too, but with a step down on the way. Training on questions
+# adds little to those of `neox-6l-128d`, 3 % at most. In SmolLM2, which has five times as many layers, they grow nineteenfold.
 #
 # **What would contradict it.** A trained model whose vectors shrink from first to last layer.
 #
@@ -65,14 +68,16 @@ drift_charts.norms(
 drift_charts.cosines(
     drift.adjacent(pairs),
     title="Adjacent layers are alike, about their means too; so are sums and their parts",
-    subtitle="Mean over tokens at layers ℓ and ℓ + 1; ± 2 standard errors. The axis begins at 0.5.",
+    subtitle="Mean over tokens at layers ℓ and ℓ + 1; ± 2 standard errors. The axis begins at 0.5. Dashed: SmolLM2.",
+    dashed="SmolLM2-135M",
 )
 
 # %% [markdown]
 # **What to see.** The larger a GPT-NeoX, in layers and width, the more alike are its neighbours, perhaps since a block has less to
 # do: the mean over pairs rises from 0.79 to 0.92 (in the table at the end). They are most alike at or just after the middle. In
-# GPT-2, Llama and Gemma 2 the first layer and the second are the least alike. Centring changes no pair by more than 0.06: an offset
-# that all tokens share is not what makes neighbours alike.
+# GPT-2, Llama and Gemma 2 the first layer and the second are the least alike. In SmolLM2 it is the last two: nowhere else does one block
+# do as much. Centring moves every pair by less than a tenth: an
+# offset that all tokens share is not what makes neighbours alike.
 #
 # **What would contradict it.** Similarities near zero after centring: then nothing but a common offset
 # would be shared, and a dictionary for all layers would be as many dictionaries as there are layers.
@@ -99,11 +104,11 @@ of_all = experiments.tables(every, "layers.csv"), experiments.tables(every, "pai
 drift.beside_sums(*of_all).set_index(["model", "layer", "other"]).round(3)
 
 # %% [markdown]
-# **What to see.** *perpendicular* is the ratio of the mean norms, *more* what the measured cosine (not centred) is above it. The
-# first four pairs of `neox-6l-128d` are *less* alike than perpendicular updates would leave them: their blocks take away as well as
-# add. In Llama, but for one pair, and in the later layers of `neox-8l-192d` it is the other way. With random weights the two differ
-# by less than 0.02. (A ratio above 1, as in GPT-2, belongs to vectors that shrink, which no perpendicular update makes them do.) So
-# that neighbours are alike is what a sum is, and no fact about what a model has learnt.
+# **What to see.** *perpendicular* is the ratio of the mean norms, *more* what the measured cosine (not centred) is above it. The first
+# four pairs of `neox-6l-128d` are *less* alike than perpendicular updates would leave them: their blocks take away as well as add. In
+# Llama, but for one pair, in most of SmolLM2 and in the later layers of `neox-8l-192d` it is the other way. With random weights the two
+# differ by less than 0.02. (A ratio above 1, as in GPT-2, belongs to vectors that shrink, which no perpendicular update makes them do.)
+# So that neighbours are alike is what a sum is, and no fact about what a model has learnt.
 #
 # **What would contradict it.** Cosines far above the ratio at every pair: then blocks would mostly lengthen what is there.
 #
@@ -119,10 +124,11 @@ drift_charts.matrix(
 )
 
 # %% [markdown]
-# **What to see.** The first and the last layer of `neox-6l-128d` have 0.44, and the ends of the other two GPT-NeoX nearly the same.
-# So with more layers the steps are smaller, the whole way is not. Among the other architectures GPT-2's ends are the least alike and
-# Llama's the most. In all of them centring *raises* the similarity of the two ends, by 0.13 at most: their offsets differ more than
-# their tokens do. A dictionary for all layers has to serve two ends whose similarity is below one half.
+# **What to see.** The first and the last layer of `neox-6l-128d` have 0.44, and the ends of the other two GPT-NeoX nearly the same. So
+# with more layers the steps are smaller, the whole way is not. Of SmolLM2's 30 layers the two ends are no longer alike: what the first
+# layer wrote is nearly gone at the last, though every step but one keeps nearly all of it. Among our other architectures GPT-2's ends are
+# the least alike and Llama's the most. In all models centring *raises* the similarity of the two ends, by 0.13 at most: their offsets
+# differ more than their tokens do. A dictionary for all layers has to serve two ends whose similarity is below one half, or next to none.
 #
 # The null model of the last section is in the table below, too: *ends_perpendicular* is the ratio of the first norm to the last. In every
 # model the ends (not centred, *ends_raw*) are *less* alike than that: over the whole way, blocks take away from what the first layer
@@ -145,7 +151,7 @@ drift.summary(*of_all).set_index("model").round(3)
 #
 # ## How this page was made
 #
-# Two passes over the first 131,072 tokens of the test split: the first for each layer's mean vector, the
+# Two passes over the first 131,072 tokens of the test split (of SmolLM2 fewer, see the table): the first for each layer's mean vector, the
 # second for norms and similarities about it. Special tokens are left out. Standard errors are over
 # sequences, since the tokens of one depend on each other; they say how well the means are known, not how
 # much tokens differ.

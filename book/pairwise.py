@@ -121,7 +121,7 @@ sweep_charts.histogram(
     geometry.densities(by_model, "pairs"),
     axis="Cosine similarity of two rows",
     title="In no model are there as many pairs above 0.4 as among copies",
-    subtitle="As above, R = 16, k = 16. Choose a model; the controls have its size.",
+    subtitle="As above, R = 16, k = 16 (SmolLM2: 8, 32). Choose a model; the controls have its size.",
     series="rows",
     logarithmic=True,
 )
@@ -132,7 +132,8 @@ share.unstack("rows").reindex(by_model["run"].unique()).mul(1e4).round(2)
 
 # %% [markdown]
 # **What to see.** In each model similar pairs are few beside copies, by a factor of ten or more. In
-# neox-4l-64d, whose rows have half the dimensions, even independent rows have twice as many as the dictionary.
+# neox-4l-64d, whose rows have half the dimensions, even independent rows have twice as many as the dictionary. In SmolLM2-135M
+# ({doc}`smollm2`) they are rarest beside copies.
 #
 # **What would contradict it.** A model whose share comes near that of its copies.
 #

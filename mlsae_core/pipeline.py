@@ -358,7 +358,7 @@ class Session:
         if found is None and self.mode != "force":
             found = store.find(stage, identity)
             if found is not None and is_main_process():
-                for left in checkpoints(identity):
+                for left in {checkpoint_path(identity), *checkpoints(identity)}:
                     store.forget_checkpoint(left, found.path / "meta.json")
         _wait()
         if found is None and self.mode == "read-only":

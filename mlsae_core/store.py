@@ -17,6 +17,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import secrets
@@ -201,16 +202,21 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
-def _remove_leftovers(path: Path):
-    """Remove what killed processes left beside `path`."""
+def _remove_leftovers(path: Path, before: float = math.inf):
+    """Remove what killed processes left beside `path`, if it is not younger than `before`, in ns.
+
+    Those of other machines that share the folder look as if they were killed.
+    """
     prefix = f".{path.name}-"
     for left in path.parent.iterdir():
         process = left.name.removeprefix(prefix).partition("-")[0]
         if left.name.startswith(prefix) and process.isdecimal() and not _is_running(int(process)):
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+                continue
+            with contextlib.suppress(FileNotFoundError):  # another process did
+                if left.stat().st_mtime_ns <= before:
+                    left.unlink()
 
 
 def _is_running(process: int) -> bool:
@@ -223,12 +229,17 @@ def _is_running(process: int) -> bool:
     return True
 
 
-@functools.cache
 def provenance() -> dict:
     """Commit, versions and machine of this process, for meta.json and model cards.
 
-    Read once: long runs ask for it before they begin, since the commit may move on meanwhile.
+    Read once, but for the card: long runs ask for it before they begin, since the commit may move
+    on meanwhile.
     """
+    return (found := _provenance()) | {"machine": found["machine"] + _card()}
+
+
+@functools.cache
+def _provenance() -> dict:
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -349,7 +360,6 @@ def write(
             **notes,
             **provenance(),
         }
-        meta["machine"] += _card()
         (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return read(path, check=False)
 
@@ -453,12 +463,13 @@ def restoring(path: Path, kind: str) -> Iterator[dict]:
 def forget_checkpoint(path: Path, result: Path):
     """Remove the checkpoint of a result that is there; a kill between the two leaves it behind.
 
-    One that is younger than the file `result` belongs to a computation of it anew. What a process
-    left that was killed while it wrote one goes as well.
+    One that is younger than the file `result` belongs to a computation of it anew. The same goes
+    for what a process left that was killed while it wrote one.
     """
     with contextlib.suppress(FileNotFoundError):
-        _remove_leftovers(path)
-        if path.stat().st_mtime_ns <= result.stat().st_mtime_ns:
+        written = result.stat().st_mtime_ns
+        _remove_leftovers(path, written)
+        if path.stat().st_mtime_ns <= written:
             path.unlink()
 
 

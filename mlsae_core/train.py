@@ -175,7 +175,6 @@ def train(
                 if stop or saved.is_due(checkpoint_seconds):
                     saved.write(state)
                 if stop:
-                    saved.settle()
                     raise Stopped("stopped as asked")
             saved.settle()
     except (Stopped, ActivationError, stops.Interrupted) as error:

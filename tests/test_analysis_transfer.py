@@ -14,7 +14,7 @@ from tiny_lm import D_MODEL, N_LAYERS, Given, reading, tiny_lm, tiny_tokens
 from mlsae_book import experiments, stages
 from mlsae_book.tables import transfer
 from mlsae_book.tables.transfer import Rollouts, Target
-from mlsae_core import analysis, pipeline
+from mlsae_core import activations, analysis, pipeline
 from mlsae_core.lens import Lens
 from mlsae_core.spec import SiteSpec, SpecError
 
@@ -199,6 +199,22 @@ def test_the_dictionary_is_measured_in_the_target_on_its_rollouts(inputs, data):
     assert table.predictions[0] == 256 // 8 * (8 - 3 - 1)
 
 
+def test_a_stage_of_a_dictionary_is_measured_on_what_the_target_reads(inputs, data, monkeypatch):
+    monkeypatch.setattr(activations, "MASSIVE", 1.2)  # so that some vectors are
+    session, run = pipeline.Session(), run_of(inputs, massive="excluded")
+    own = session.make("evaluate", run, SETTINGS)
+    kept = stages.elsewhere(session, "evaluate", run, SETTINGS, target_of(inputs, massive="kept"))
+    tables = [pd.read_csv(made.file("evaluation.csv")) for made in (own, kept)]
+    assert (tables[1].tokens > tables[0].tokens).all()
+    source = session.source(target_of(inputs, massive="kept").read(run), SETTINGS)
+    expected = analysis.evaluate(source, session.sae(run), 2048 // 8)
+    pd.testing.assert_frame_equal(tables[1].astype(float), expected.astype(float), rtol=1e-6)
+    assert own.key != kept.key
+    assert kept.path.parent.name == "evaluate"
+    with pytest.raises(SpecError, match=r"target\.text: expected given, not rescaled"):
+        stages.elsewhere(session, "evaluate", run, SETTINGS, target_of(inputs, rescaled=True))
+
+
 def test_the_key_has_what_the_target_depends_on_and_no_places(inputs, data, tmp_path):
     run = run_of(inputs)
     shutil.copytree(inputs / "gpt2", tmp_path / "moved")
@@ -222,6 +238,8 @@ def test_the_key_has_what_the_target_depends_on_and_no_places(inputs, data, tmp_
         key(target_of(inputs, "gpt2", **rollouts)),
         key(target_of(inputs, "gpt2", **rollouts | {"prompt_tokens": 4})),
         key(target_of(inputs, "gpt2", **rollouts, seed=1)),
+        key(target_of(inputs, massive="kept")),
+        key(target_of(inputs, massive="excluded")),
     ]
     assert len(set(keys)) == len(keys)
     moved = Target(model=str(tmp_path / "moved"), data=target_of(inputs).data)

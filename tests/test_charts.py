@@ -262,6 +262,20 @@ def test_the_reader_chooses_the_metric_in_the_chart_itself():
         assert charts.METRICS[first] not in after
 
 
+def test_layers_of_deep_and_shallow_models_are_placed_by_their_fraction_of_all():
+    shallow = evaluation().assign(model="shallow").head(2)
+    deep = evaluation().assign(model="deep").head(4)
+    table = pd.concat([shallow, deep]).assign(l0=range(6))
+    options = {"color": "model", "relative": True, "beneath": "none"}
+    spec = charts.metric_by_layer(table, "A finding", **options).to_dict()
+    columns = {
+        "model": table.model,
+        "layer": table.layer,
+        "relative_layer": [0, 1 / 2, 0, 1 / 4, 1 / 2, 3 / 4],
+    }
+    assert_drawn(chosen(spec, metric="l0"), "point", **columns)
+
+
 def test_the_threshold_counts_the_latents_that_reach_it():
     table = distributions()
     spec = charts.heatmap(table, "A finding").to_dict()

@@ -187,6 +187,17 @@ def test_results_are_computed_once_and_anew_by_force(inputs, data, monkeypatch):
     assert again.meta["files"]["model.safetensors"] == first.meta["files"]["model.safetensors"]
 
 
+def test_what_a_killed_process_left_goes_with_no_checkpoint_beside_it(inputs, data):
+    made = pipeline.Session().train(run_of(inputs))
+    path = pipeline.checkpoint_path(made.key)
+    left = path.with_name(f".{path.name}-{2**22 + 1}")  # beyond the largest process number
+    left.parent.mkdir()
+    left.touch()
+    os.utime(left, (1, 1))
+    pipeline.Session().train(run_of(inputs))
+    assert not left.exists()
+
+
 def test_a_damaged_result_is_not_used(inputs, data):
     run = run_of(inputs)
     path = pipeline.Session().train(run).file("model.safetensors")
@@ -383,6 +394,15 @@ def test_an_experiment_says_which_analyses_and_whether_weights_are_shipped(input
     experiments.materialise(Experiment("t", runs, None), ship=True)
     experiments.materialise(slim, ship=True)
     assert "model.safetensors" in store.read(shipped).meta["files"]
+
+
+@pytest.mark.parametrize("arrays", [True, False])
+def test_distributions_are_shipped_with_those_of_each_latent_or_without(inputs, data, arrays):
+    runs = (({}, run_of(inputs)),)
+    declared = Experiment("t", runs, SETTINGS, analyses=("distributions",), arrays=arrays)
+    [(_, made)] = experiments.materialise(declared, ship=True).artefacts["distributions"]
+    files = store.read(store.SHIPPED / "distributions" / made.key).meta["files"]
+    assert set(files) == {"variances.json"} | ({"distributions.safetensors"} if arrays else set())
 
 
 def test_weights_shipped_in_half_precision_are_the_measured_ones_and_say_what_that_costs(

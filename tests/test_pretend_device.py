@@ -1,9 +1,11 @@
 """On an accelerator, if a pretended one: the CPU's results, and how often the host waits for it."""
 
+import signal
 import threading
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from workers import use_data
 
 from mlsae_book import stages, surrogates
-from mlsae_core import metrics, objective, pipeline, store, train
+from mlsae_core import metrics, objective, pipeline, stops, store, train
 from mlsae_core.activations import TextSource
 from mlsae_core.lens import Lens
 from mlsae_core.lm import LanguageModel
@@ -194,20 +196,148 @@ def go_on(checkpoint):
     }
 
 
-def fail_to_write(path):
+def fail_to_write(path, step):
+    """At which steps it was tried, where it fails from one on."""
+    tried, real = [], store.save_checkpoint
+
     def full(path, content):
-        raise OSError("the disk is full")
+        tried.append(content["state"]["step"])
+        if tried[-1] >= step:
+            raise OSError("the disk is full")
+        real(path, content)
+
+    def is_due(checkpoint, _):
+        """When the one before is done, whatever came of it."""
+        wait([checkpoint._writing] if checkpoint._writing else [])
+        return True
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "CHECKPOINT_EVERY", 0)
+        patch.setattr(train._Checkpoint, "is_due", is_due)
         patch.setattr(store, "save_checkpoint", full)
         with pytest.raises(OSError, match="the disk is full"):
-            train_on_text(*inputs_on("pretend"), checkpoint=path, checkpoint_seconds=0)
-    return True
+            train_on_text(*inputs_on("pretend"), checkpoint=path)
+    return tried
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run(there, tmp_path):
-    assert there(fail_to_write, tmp_path / "checkpoint")
+@pytest.mark.parametrize("step", [3, 12])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(there, tmp_path, step):
+    """Before another is begun; the last one too."""
+    assert there(fail_to_write, tmp_path / "checkpoint", step) == list(range(1, step + 1))
+    kept = store.load_checkpoint(tmp_path / "checkpoint")
+    assert kept["state"]["step"] == step - 1
+
+
+STOPS = {
+    "a loss": (store.Stopped, "loss is nan"),
+    "another error": (RuntimeError, "of no kind that is known"),
+    "a signal": (stops.Interrupted, "stopped by SIGTERM"),
+}
+
+
+def pools():
+    return {t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")}
+
+
+def stop_while_a_checkpoint_is_written(path, how):
+    """What was said and in what order things came about; the first one takes its time."""
+    came, may_write, real, step = [], threading.Event(), store.save_checkpoint, objective.loss
+
+    def slowly(path, content):
+        may_write.wait(0.5)
+        real(path, content)
+        came.append(content["state"]["step"])
+
+    def broken(*arguments):
+        loss = step(*arguments)
+        if threads := pools() - before:
+            writers.update(threads)
+            if how == "another error":
+                raise RuntimeError("of no kind that is known")
+            if how == "a loss":
+                return loss._replace(total=loss.total * torch.nan)
+            signal.raise_signal(signal.SIGTERM)
+        return loss
+
+    before, writers = pools(), set()
+    accelerator = train.make_accelerator(inputs_on("pretend")[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "save_checkpoint", slowly)
+        patch.setattr(objective, "loss", broken)
+        patch.setattr(accelerator, "wait_for_everyone", lambda: came.append("the others"))
+        kind, message = STOPS[how]
+        with pytest.raises(kind, match=message) as error:
+            train_on_text(
+                *inputs_on("pretend"),
+                checkpoint=path,
+                checkpoint_seconds=0,
+                accelerator=accelerator,
+            )
+    return str(error.value), came, len(writers), any(t.is_alive() for t in writers)
+
+
+@pytest.mark.parametrize("how", STOPS)
+def test_whatever_stops_a_run_waits_for_the_checkpoint_that_is_written(there, tmp_path, how):
+    path = tmp_path / "checkpoint"
+    said, came, writers, alive = there(stop_while_a_checkpoint_is_written, path, how)
+    assert came == ([1, 1, "the others"] if how == "a signal" else [1])
+    assert ("the last good checkpoint is" in said) == (how != "another error")
+    assert (writers, alive) == (1, False)
+    assert store.load_checkpoint(path)["state"]["step"] == 1
+
+
+def writers_of(device, path):
+    """Whether each checkpoint was written by the thread that trains."""
+    seen = []
+
+    def note(path, content):
+        seen.append(threading.current_thread() is threading.main_thread())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "save_checkpoint", note)
+        train_on_text(*inputs_on(device), checkpoint=path, checkpoint_seconds=0)
+    return set(seen)
+
+
+@pytest.mark.parametrize("device", ["pretend", "cpu"])
+def test_only_of_a_device_is_a_checkpoint_written_beside_the_training(there, tmp_path, device):
+    """Of a CPU's tensors it would take a copy."""
+    assert there(writers_of, device, tmp_path / "checkpoint") == {device == "cpu"}
+
+
+def copy_as_cuda_does():
+    """What becomes of two tensors, in order, where copies are queued."""
+    came = []
+
+    class Event:
+        def record(self):
+            came.append(f"recorded after {sum(waits.values())} copy")
+
+        def synchronize(self):
+            came.append("waited for")
+
+    class Queued(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket.__name__ == "_to_copy":
+                came.append("queued" if kwargs.get("non_blocking") else "waits")
+            return function(*args, **(kwargs or {}))
+
+    state = {"own": torch.ones(2, device="pretend"), "cpus": torch.ones(2)}
+    waits.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(store, "save_checkpoint", lambda *_: came.append("saved"))
+        with Queued():
+            content, copied = train._in_host_memory(state)
+        state["cpus"] += 1
+        train._Checkpoint._save(SimpleNamespace(path=None), content, copied)
+    return came, content["cpus"].tolist()
+
+
+def test_a_queued_copy_is_waited_for_before_it_is_written(there):
+    came, kept = there(copy_as_cuda_does)
+    assert came == ["queued", "recorded after 1 copy", "waited for", "saved"]
+    assert kept == [1, 1]  # whatever becomes of the CPU's own meanwhile
 
 
 def waits_of_steps(micro_batches, ranks=1, put_back=None):

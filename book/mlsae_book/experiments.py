@@ -123,13 +123,30 @@ LENS_SWEEPS = {
     "Sparsity k, tuned lens": "experiments/lens_sparsity.yml",
     "Expansion factor R, tuned lens": "experiments/lens_factors.yml",
 }
+#: Dictionaries of models that people use, which stand beside those of our own wherever models do:
+#: name → path. What they differ in (R, k, text) is said there.
+USED = {"SmolLM2-135M": "experiments/fetched/smollm2.yml"}
+
+
+def used(stage: str, label: str = "model") -> list[tuple[dict, Artefact]]:
+    """`measure` of every dictionary of `USED`, with its name in the place of its own labels."""
+    return [
+        ({label: name}, artefact)
+        for name, path in USED.items()
+        for _, artefact in measure(load_experiment(path), stage)
+    ]
 
 
 def swept(
-    stage: str, experiments: dict[str, str] = SWEEPS
+    stage: str, experiments: dict[str, str] | None = None
 ) -> dict[str, list[tuple[dict, Artefact]]]:
-    """`measure` for several experiments: name of the sweep → path becomes name → results."""
-    return {name: measure(load_experiment(path), stage) for name, path in experiments.items()}
+    """`measure` for several experiments: name of the sweep → path becomes name → results.
+
+    experiments: by default `SWEEPS`, and then `used` models stand among the models.
+    """
+    paths = SWEEPS if experiments is None else experiments
+    made = {name: measure(load_experiment(path), stage) for name, path in paths.items()}
+    return made if experiments is not None else made | {"Model": made["Model"] + used(stage)}
 
 
 def by_case(experiment: Experiment) -> dict[str, SubjectSpec]:
@@ -279,18 +296,19 @@ def all_distributions(
 
     stage: or ``everywhere``, whose results are of all layers of the model.
     """
-    return _read_all(results.artefacts.get(stage, []))
+    return read_all(results.artefacts.get(stage, []))
 
 
 def swept_distributions(
-    experiments: dict[str, str] = SWEEPS,
+    experiments: dict[str, str] | None = None,
 ) -> dict[str, list[tuple[dict, dict, dict]]]:
     """`all_distributions` of several experiments: name of the sweep → path, as for `swept`."""
     made = swept("distributions", experiments)
-    return {name: _read_all(results) for name, results in made.items()}
+    return {name: read_all(results) for name, results in made.items()}
 
 
-def _read_all(made: list[tuple[dict, Artefact]]) -> list[tuple[dict, dict, dict]]:
+def read_all(made: list[tuple[dict, Artefact]]) -> list[tuple[dict, dict, dict]]:
+    """Labels, arrays and numbers of some `distributions` results."""
     return [(labels, *read_distributions(artefact)) for labels, artefact in made]
 
 

@@ -197,13 +197,15 @@ def metric_by_layer(
     title: str,
     subtitle: str | None = None,
     color: str | None = None,
+    relative: bool = False,
     beneath: str = "delta_ce",
 ) -> alt.LayerChart | alt.VConcatChart:
     """Two metrics per layer, one above the other; the reader chooses either.
 
     ``table`` has one row per ``layer`` (and per value of the column named by ``color``, such as
     ``model``) and at least one column named in `METRICS`. The first of these is drawn, and
-    ``beneath`` where it is another.
+    ``beneath`` where it is another. With ``relative`` layers are placed by their fraction of the
+    layers of each ``color``.
     """
     metrics = [name for name in METRICS if name in table]
     if not metrics:
@@ -213,6 +215,13 @@ def metric_by_layer(
         )
     keys = ["layer", color] if color else ["layer"]
     table = _table(table, "metric_by_layer", *keys, *metrics)
+    x = alt.X("layer:O", title="Layer", axis=alt.Axis(labelAngle=0))
+    if relative:
+        count = table.groupby(color).layer.transform("max") + 1
+        table, keys = table.assign(relative_layer=table.layer / count), [*keys, "relative_layer"]
+        axis = alt.Axis(format=".1f", tickCount=5)
+        title_of_x = "Relative layer (layer / number of layers)"
+        x = alt.X("relative_layer:Q", title=title_of_x, axis=axis)
     long = table.melt(id_vars=keys, value_vars=metrics, var_name="metric").dropna(subset="value")
     if color:
         long[color] = long[color].replace(names.NAMES)
@@ -228,15 +237,17 @@ def metric_by_layer(
             .transform_filter(alt.datum.metric == metric)
             .mark_line(point=True)
             .encode(
-                x=alt.X("layer:O", title="Layer", axis=alt.Axis(labelAngle=0)),
+                x=x,
                 y=alt.Y("value:Q", title=None),
                 tooltip=[*keys, alt.Tooltip("value:Q")],
             )
         )
         if color:
-            legend = alt.Legend(title=None, columns=4)
+            legend = alt.Legend(title=None, columns=3 if relative else 4)
+            order = {"sort": list(long[color].unique())} if relative else {}
             shape = alt.Shape(f"{color}:N", legend=None)
-            points = points.encode(color=alt.Color(f"{color}:N", legend=legend), shape=shape)
+            colors = alt.Color(f"{color}:N", legend=legend, **order)
+            points = points.encode(color=colors, shape=shape)
         panels.append(_level_axis_title(points, name, METRICS, metrics, metric))
     if len(panels) == 1:
         return _titled(panels[0], title, subtitle)

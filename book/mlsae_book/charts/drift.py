@@ -14,7 +14,7 @@ SHAPE = alt.Shape("model:N", sort=None, legend=None)
 
 
 def _highlight(table: pd.DataFrame, dashed: str | None) -> tuple[alt.Parameter, dict]:
-    """A dropdown of models, and the encodings that let one stand out; `dashed` is a null model."""
+    """A dropdown of models, and the encodings that let one stand out; `dashed` is not of the suite."""
     models = list(table["model"].unique())
     chosen = alt.selection_point(
         name="chosen_model",
