@@ -132,7 +132,7 @@ drift_charts.matrix(
 #
 # The null model of the last section is in the table below, too: *ends_perpendicular* is the ratio of the first norm to the last. In every
 # model the ends (not centred, *ends_raw*) are *less* alike than that: over the whole way, blocks take away from what the first layer
-# wrote. Llama's are nearest to it. With random weights the two are nearly the same, 0.39 and 0.41: to take away is something that training
+# wrote. Of our own, Llama's are nearest to it. With random weights the two are nearly the same, 0.39 and 0.41: to take away is something that training
 # does.
 #
 # The numbers:
