@@ -23,9 +23,9 @@
 # a sceptic would ask, beside null models that *contain* a residual stream where there are any, and toys in which the answer is known.
 
 # %% tags=["remove-cell", "nbval-ignore-output"]
-from mlsae_book import charts, experiments, stages, toys
+from mlsae_book import charts, experiments, stages, surrogates, toys
 from mlsae_book.charts import carried as draw
-from mlsae_book.tables import carried
+from mlsae_book.tables import carried, margins
 from mlsae_book.tables import together as at_once
 from mlsae_core import pipeline
 from mlsae_core.spec import load_experiment
@@ -40,7 +40,6 @@ layers = experiments.tables(measured, "layers.csv")
 pairs = experiments.tables(measured, "pairs.csv")
 ranks = experiments.tables(measured, "ranks.csv")
 survival = experiments.tables(measured, "survival.csv")
-latents = experiments.tables(measured, "latents.csv")
 ratios = experiments.tables(measured, "ratios.csv")
 
 # %% [markdown]
@@ -89,23 +88,31 @@ pairs[pairs.of.isin(own)].set_index(["case", "of"])[columns].round(3)
 # A latent stops where it is no longer among the $k$ largest. It may be just below. With the dictionary left as it is, the selection can be
 # changed: other $k$; one threshold for all vectors that keeps as many latents in the mean, as BatchTopK does {cite:p}`bussmann2024`; or *hysteresis*, where a
 # latent goes on when it is among the $k$ largest, and stays on over the layers around as long as it is among the $4k$ largest.
+#
+# The same is done to the two streams that are sums.
 
 # %% tags=["hide-input"]
-margins = pairs[~pairs.of.isin(own)].assign(what="dictionary")
+beside_sums = experiments.measure(load_experiment("experiments/margins.yml"), "margins")
+selections = experiments.tables(beside_sums, "selections.csv")
 draw.beside(
-    margins.rename(columns={"single_low": "low", "single_high": "high"}),
-    ("of", "Which latents count as active"),
+    selections.rename(columns={"single_low": "low", "single_high": "high"}),
+    ("selection", "Which latents count as active"),
     ("single", "Share of the pairs active at one layer"),
-    "what",
-    title="The one-layer share hardly depends on k, and falls to a third of it without the margin",
+    "of",
+    title="The margin makes one-layer pairs, in sums of other tokens' updates too",
     subtitle="The dictionary is the same throughout; lines: 95 % intervals over sequences.",
     choices={"case": "Run"},
 )
 
+# %% tags=["hide-input"]
+last = selections[selections.selection.isin(["k", carried.MARGINS[-1]])]
+last.set_index(["case", "selection", "of"])[["single", "single_low", "single_high"]].round(3)
+
 # %% [markdown]
 # **What to see.** With other $k$, or one threshold, about half of the pairs are still of one layer, so the share is no matter of $k$. With
-# hysteresis it is less than a fifth. So most latents that seem to belong to one layer at a token are still among the $4k$ largest next
-# door. What is missing here is a null model: how far hysteresis would take the share in a sum of other tokens' updates was not measured.
+# hysteresis it is 0.19. So most latents that seem to belong to one layer at a token are still among the $4k$ largest next door. But in a
+# stream of other tokens' updates the share falls as far, to 0.20. That a latent lingers just below the margin is, again, what adding does,
+# and says nothing of what these blocks do. Both are so in the second training (*seed 0*) too.
 #
 # Where do the one-layer latents stand, and where next door? The share of the active pairs by their rank, among the largest of a vector, where they are active and at
 # the better of the neighbouring layers:
@@ -117,8 +124,8 @@ carried.rank_classes(ranks[ranks.case == "default"]).round(3)
 # **What to see.** Three quarters of the one-layer pairs stand in the last half of the ranks even where they are active; of the other pairs
 # 0.395 do. Next door 42 % are among the next sixteen, and a third is beyond the 64 largest. Only those can be said to belong to a layer.
 #
-# **What would contradict it.** A share that falls little under hysteresis. The toy whose features are handed over to others (below) keeps
-# nearly half of it; here a third stays.
+# **What would contradict it.** A share that falls less under hysteresis than it does in sums. The toy whose features are handed over to others
+# (below) keeps nearly half of it; here a third stays, as in the null model.
 #
 # ## Do blocks keep what is active, or erase it?
 #
@@ -158,21 +165,32 @@ excess.set_index(["case", "layer"])[columns].round(3)
 # than in the null model: 0.117 against 0.091 (in the chart, *5 block(s)*). The small differences of single blocks do not add up to nothing.
 #
 # A second training (*seed 0*) has the same pattern. That the test can fail is seen with *random weights*. There survival is below the null
-# model after every block, by 0.08 at first. Why was not tested. Perhaps the dictionary of such a model holds tokens at layers, and what a
-# block adds leads from one of them to the next.
+# model after every block, by 0.08 at first. That its layers turn by other angles than the trained model's is not the reason (below). Perhaps
+# the dictionary of such a model holds tokens at layers, and what a block adds leads from one of them to the next.
 #
-# The average hides latents that differ. Of those active at 100 tokens or more, *more* and *less* are the shares that survive the block more
-# or less often than with another token's update, beyond two standard errors. Chance alone would give 0.02 each if tokens were independent;
-# those of one sequence are not, so it may give more:
+# The average hides latents that differ. Of those active at 100 tokens in 16 sequences or more, *more* and *less* are the shares that survive
+# the block more or less often than with another token's update, beyond two standard errors over sequences. What chance alone gives is
+# measured: *another token's updates, twice* holds one draw of the null model against another.
 
 # %% tags=["hide-input"]
-latents = latents[(latents.of == "another token's updates") & (latents.case == "default")]
-latents.set_index("layer")[["latents", "more", "less", "q05", "q50", "q95"]].round(3)
+treated = experiments.tables(beside_sums, "treated.csv")
+treated = treated[treated.of.isin(["another token's updates", margins.CHANCE])]
+treated.set_index(["case", "of", "layer"]).loc["default"].round(3)
 
 # %% [markdown]
-# **What to see.** Single latents are treated: a fifth or more of them survive more often, ten times what independent tokens would give. After
-# the first block a tenth survive less often, after the others about as many as survive more often. Some are kept and some erased, and in the
-# mean the two nearly cancel.
+# **What to see.** Single latents are treated: after every block a quarter or more of them survive more often than with another token's update,
+# ten times what chance gives. Nearly as many survive less often, but for the first block, where fewer do. Some are kept and some erased,
+# and in the mean the two nearly cancel. How many are found depends on how much text is read. How *large* the differences are is better
+# known from their quantiles over latents, of the pass above:
+
+# %% tags=["hide-input"]
+latents = experiments.tables(measured, "latents.csv")
+latents = latents[(latents.of == "another token's updates") & (latents.case == "default")]
+latents.set_index("layer")[["latents", "q05", "q25", "q50", "q75", "q95"]].round(3)
+
+# %% [markdown]
+# Half of the latents survive a block within about 0.1 of what the null model says (*q25* to *q75*), nine in ten within 0.28, and a part of that is
+# the noise of few tokens.
 #
 # **What would contradict it.** An excess of the same sign at every layer, and large: then blocks would treat what is active in a way of their own.
 #
@@ -205,19 +223,19 @@ draw.beside(
 # %% [markdown]
 # **What to see.** After one block both drops are 0.74, and after more blocks not far from that. So where a latent stays active, what is active
 # later is for three quarters the very piece that was there before. Blocks do not restore it: $\rho$ would be near 0. And after one block
-# little is added *because* of it: the interval of $\rho - \delta$ has zero in it (*all* in the table below). After three the two drift
-# apart, to 0.77 and 0.72 (the chart; the interval of that difference is not shown). The last quarter was written in between, or stands in
-# other parts of the vector, whether or not the latent had been active. The null models have at most 0.05. This is the default run alone, and
+# little is added *because* of it: the interval of $\rho - \delta$ has zero in it (*all* in the table below). After three blocks it has not:
+# there blocks have added 0.04 of the activation. The last quarter was written in between, or stands in
+# other parts of the vector, whether or not the latent had been active. The null models have at most 0.05. This
 # says nothing of latents that have stopped.
 #
-# By where the latent is at home:
+# The difference after one, two and three blocks; and after one, by where the latent is at home:
 
 # %% tags=["hide-input"]
 homes = ablated[
     (ablated.taken == "the latent") & (ablated.after == "active there") & (ablated.layer == -1)
 ]
 columns = ["samples", "total", "direct", "blocks", "blocks_low", "blocks_high"]
-homes[homes.gap == 1].set_index(["case", "home"])[columns].round(3)
+homes[(homes.gap == 1) | (homes.home == "all")].set_index(["gap", "home"])[columns].round(3)
 
 # %% [markdown]
 # *home* says whether the latent's mean layer lies before the one at which it was taken out, at it, or after it; *blocks* is $\rho - \delta$.
@@ -270,6 +288,114 @@ draw.beside(
 # The intervals of Eq. 11 do not all contain their own estimate: sequences drawn twice make a small bias. Read them as widths.
 #
 # **What would contradict it.** A measured value far from that of the streams of other tokens' updates, as with random weights.
+#
+# ## Do the second moments suffice?
+#
+# The null models above are fed to a dictionary that was trained on the real activations. A harder question is what a dictionary finds
+# that was *trained* on a null model. Two are drawn from. The first is a **Gaussian** over all layers at once, token by token, with the mean
+# and the covariance of the activations,
+#
+# $$
+# (\tilde{\mathbf{x}}_{t,0}, \dots, \tilde{\mathbf{x}}_{t,n_L-1}) \sim \mathcal{N}(\boldsymbol\mu, \boldsymbol\Sigma), \qquad
+# \boldsymbol\Sigma = \operatorname{Cov}(\mathbf{x}_{t,0}, \dots, \mathbf{x}_{t,n_L-1}) .
+# $$ (eq-gaussian-surrogate)
+#
+# Its layers have the offsets, the norms, the drift and the correlations of the real ones, and its tokens nothing that is sparse. The second
+# is a language model with **random weights**, as it is drawn, and with what each block adds scaled so that adjacent layers are as alike as
+# in the trained model,
+#
+# $$
+# \mathbf{x}_{\ell+1} = \mathbf{x}_\ell + \alpha_\ell \mathbf{u}_\ell, \qquad
+# \mathbb{E}_t \cos(\mathbf{x}_\ell - \boldsymbol\mu_\ell, \mathbf{x}_{\ell+1} - \boldsymbol\mu_{\ell+1})
+# = \text{that of the trained model} .
+# $$ (eq-same-drift)
+#
+# | if what is found of the activations is … | the Gaussian gives | random weights, same drift |
+# | --- | --- | --- |
+# | a matter of second moments alone | the same | something else, unless drift is all that matters |
+# | a matter of drift alone | the same | the same |
+# | a matter of what the model computes | something else | something else |
+
+# %% tags=["remove-cell"]
+trained_on = experiments.surrogates(load_experiment("experiments/surrogates.yml"))
+found = experiments.tables(trained_on, "surrogate.csv")
+found = found.assign(seed=found.seed.map("seed {}".format))
+null_models = [surrogates.REAL, surrogates.GAUSSIAN, surrogates.RANDOM, surrogates.MATCHED]
+moments = found[found.condition.isin(null_models)]
+
+# %% tags=["hide-input"]
+draw.beside(
+    moments,
+    ("condition", "What the dictionary is trained on, and measured on"),
+    ("value", "Value"),
+    "seed",
+    title="Neither second moments nor drift give the real ratios",
+    subtitle="Two trainings each; lines: 95 % intervals over sequences, where there are any.",
+    choices={"measure": "Shown"},
+)
+
+# %% [markdown]
+# Means over two seeds (which are those of random weights as well), and in brackets both. *latents* and *tokens* say which $P(J)$; *single* is the share of
+# pairs at one layer; *survival* is over one block:
+
+# %% tags=["hide-input"]
+carried.over_seeds(moments).T
+
+# %% [markdown]
+# **What to see.** The Gaussian is no copy of the real thing. Its Eq. 11 is *smaller*, 0.41 beside 0.55, and more of its pairs are of one layer: a
+# dictionary makes latents of single layers out of second moments alone, and more so than out of activations. So an Eq. 11 far
+# below 1 is no sign of anything that is sparse, or learnt. That real latents are spread over *more* layers than the Gaussian's is what has
+# to be explained by what the Gaussian lacks. (It is also reconstructed much worse, with an FVU of 0.35, since nothing in it is sparse.)
+#
+# With random weights drift does matter: scaled to the trained model's, Eq. 11 goes from 0.51 to 0.58, past the real one, and the pairs
+# of one layer become fewer. Eq. 12 goes from 0.20 to 0.24. The real one is above all three null models, at 0.28, and both trainings agree.
+# So a part of Eq. 12 is left, a seventh or so, that neither second moments nor drift give. With $P(J)$ by tokens (*tokens*) the
+# order of the conditions in Eq. 11 is the same, but for random weights as drawn, which then lie above the real model and no longer below.
+#
+# Survival stays below its null model with random weights, by 0.05, when their drift is matched: that is not why.
+#
+# **What would contradict it.** A Gaussian whose ratios are those of the activations: then second moments would be all there is to say. Or
+# trainings of one condition as far apart as two conditions. Two seeds give a range, and no interval.
+#
+# ## Offsets and norms
+#
+# A tuned lens moves Eq. 11 ({doc}`tuned_lens`), and it changes three things at once: the layers' means, their lengths, and their
+# directions. Here each of the first two is changed alone. The dictionary sees $\mathbf{x}_\ell$ with
+#
+# $$
+# \mathbf{x}_\ell - \boldsymbol\mu_\ell, \qquad
+# \frac{\mathbf{x}_\ell - m}{\sigma} - \mathbf{b}_\ell, \qquad \text{or} \qquad \mathbf{x}_\ell \text{ as it is}
+# $$ (eq-offsets)
+#
+# in the place of $(\mathbf{x}_\ell - m) / \sigma$, the standardised vector: *each layer's mean taken off* before it is standardised; *a bias for
+# each layer*, $\mathbf{b}_\ell$ being the mean of the standardised vectors (a lens that is nothing but a bias); *not standardised*. If the layers'
+# offsets were what Eq. 11 sees, the first two would move it as the lens does; if their norms were, the third would.
+
+# %% tags=["hide-input"]
+changes = [surrogates.REAL, surrogates.CENTRED, surrogates.BIASES, surrogates.RAW]
+changed = found[found.condition.isin(changes)]
+draw.beside(
+    changed,
+    ("condition", "What the dictionary is trained on, and measured on"),
+    ("value", "Value"),
+    "seed",
+    title="Taking off each layer's mean raises Eq. 11 by more than a tuned lens does",
+    subtitle="Two trainings each; lines: 95 % intervals over sequences, where there are any.",
+    choices={"measure": "Shown"},
+)
+
+# %% tags=["hide-input"]
+carried.over_seeds(changed).T
+
+# %% [markdown]
+# **What to see.** With the layers' means taken off, Eq. 11 rises from 0.55 to 0.73, and with a bias for each layer to 0.71. The aligned lens
+# raises it by 0.13 ({doc}`tuned_lens`, shorter trainings). So a rise of that size needs no lens that brings the layers' directions
+# together: the layers' *offsets* are enough. With them in place a latent can tell the layer from the offset, without them less so.
+# FVU per dimension stays as it was. At a token fewer pairs are of one layer, too, and Eq. 12 falls. Without standardisation Eq. 11 rises by a
+# third of that, so lengths matter less than offsets. (FVU is of the vectors as the condition has them: with *a bias for each layer*, of
+# standardised ones.)
+#
+# **What would contradict it.** An Eq. 11 without offsets as it is with them.
 #
 # ## Several layers at once
 #
@@ -344,20 +470,48 @@ chains.pivot_table(index=["of", "least", "mean"], columns="layers", values="shar
 #
 # **What would contradict it.** Two seeds of a layer that share most latents: then chains would be lifetimes.
 #
+# ## Another training
+#
+# Intervals over sequences know nothing of the training. The default run beside one that differs in its seed alone: the excess of survival
+# over another token's update, for one block and for all five, and what ablations find.
+
+# %% tags=["hide-input"]
+two_seeds = load_experiment("experiments/carried_seeds.yml")
+repeated = experiments.measure(two_seeds, "persistence"), experiments.measure(two_seeds, "effects")
+excess = experiments.tables(repeated[0], "survival.csv")
+excess = excess[(excess.of == "another token's updates") & excess.gap.isin([1, 5])]
+columns = ["excess", "excess_low", "excess_high"]
+excess.pivot_table(index=["gap", "layer"], columns="seed", values=columns).round(3)
+
+# %% tags=["hide-input"]
+drops = experiments.tables(repeated[1], "effects.csv")
+drops = drops[(drops.taken == "the latent") & (drops.after == "active there") & (drops.layer == -1)]
+columns = ["samples", "total", "direct", "blocks", "blocks_low", "blocks_high"]
+drops[drops.home == "all"].set_index(["gap", "seed"])[columns].sort_index().round(3)
+
+# %% [markdown]
+# **What to see.** The excess of a block differs between trainings by 0.007 at most, and has the same sign at every block but the second, where it
+# is near zero. Over all five blocks there is one in both. The drops agree, too: three quarters of an activation are carried in either. Of the small
+# $\rho - \delta$ after one block, zero is in one interval and not in the other; it is 0.015 at most. Two trainings give a range, and no interval.
+#
+# **What would contradict it.** Signs that change from one training to the other.
+#
 # ## Verdicts
 #
 # | what one might think | asked by | what would show it | what is found | verdict |
 # | --- | --- | --- | --- | --- |
-# | At a token, a latent belongs to one layer | selections without a margin | a one-layer share that stays | it falls from 0.57 to 0.19 | mostly the margin of TopK |
-# | Blocks write again what is active, or erase it | survival beside another token's update | an excess, or a lack | both, within 0.03 at one block | in the mean hardly; single latents, yes |
+# | At a token, a latent belongs to one layer | selections without a margin | a one-layer share that stays above that of sums | it falls from 0.57 to 0.19, in sums to 0.20 | the margin of TopK, and what adding does |
+# | Blocks write again what is active, or erase it | survival beside another token's update | an excess, or a lack | both, within 0.03 at one block; of single latents about half differ | in the mean hardly; single latents, yes |
 # | A latent that stays is computed anew | ablation, updates kept or not | a total drop near 0 | 0.74, and as much with updates kept | for three quarters carried |
 # | Eq. 11 below 1 shows features with layers of their own | streams of other tokens' updates | a null model far above | 0.62, where 0.55 is measured | for the most part a property of sums |
 # | Eq. 12 shows features that stay | the same | a null model far below | 0.24, where 0.28 is measured | for the most part a property of sums |
+# | The ratios are those of second moments, or of drift | dictionaries trained on a Gaussian, and on random weights with the same drift | the same ratios | Eq. 11: 0.41 and 0.58 for 0.55; Eq. 12: 0.23 and 0.24 for 0.28 | not quite: no null model gives both |
+# | A tuned lens shows that layers have more in common | each layer's mean taken off, or a bias for each | no such rise of Eq. 11 | from 0.55 to 0.73 and 0.71 | offsets alone do as much |
 # | A dictionary for all layers is only smaller | several layers at once | no larger a saving than without sharing | in the mean as good as a dictionary for each layer at two to four layers; smaller dictionaries save as much | undecided |
 # | Features live as long as the latents of an MLSAE | chains of dictionaries of single layers | chains as long | short ones, but two seeds share as little | undecided |
 #
 # So what do the two ratios measure? Eq. 11: at which layers the rows of a dictionary are used over all the text. It hardly depends on what
-# happens at a token, and it depends on the choice of $P(J)$ ({doc}`variance`). Eq. 12: for how many layers a sum keeps a latent among the $k$
+# happens at a token, and it depends on the choice of $P(J)$ ({doc}`variance`) and on the layers' offsets. Eq. 12: for how many layers a sum keeps a latent among the $k$
 # largest. Neither tells carried from rewritten. In this model what is active at several layers of a token has mostly been *carried* there. In
 # a model with random weights the same ratio stands beside other null models, so it need not have the same cause.
 #
@@ -368,11 +522,15 @@ chains.pivot_table(index=["of", "least", "mean"], columns="layers", values="shar
 #
 # ## How this page was made
 #
-# `experiments/carried.yml`, `ablated.yml` and `equal.yml` declare the runs. Survival, margins and ratios come from one pass, the ablations from a second in which each change has a copy of
+# `experiments/carried.yml`, `margins.yml`, `ablated.yml`, `surrogates.yml` and `equal.yml` declare the runs. Survival and ratios come from one pass, margins beside sums
+# from another, the ablations from a third in which each change has a copy of
 # its sequence to itself. The dictionaries of equal budget are trained on 200,000 tokens each, one seed.
 
 # %% tags=["hide-input"]
-experiments.notes([*measured, *taken_out]).set_index(["case", "stage"])
+experiments.notes([*measured, *beside_sums, *taken_out]).set_index(["case", "stage"])
+
+# %% tags=["hide-input"]
+experiments.notes(trained_on).set_index(["condition", "seed"])
 
 # %% [markdown]
 # ```{bibliography}

@@ -34,6 +34,8 @@
 # $$ (eq-fvu-delta-ce)
 
 # %% tags=["remove-cell"]
+import pandas as pd
+
 from mlsae_book import charts, experiments, stages, widgets
 from mlsae_book.charts import fidelity as fidelity_charts
 from mlsae_book.tables import fidelity, sweeps
@@ -85,6 +87,18 @@ shown = table.assign(offset=1 - table.fvu_global / table.fvu_per_dimension)
 shown[columns].set_index("layer").round(4)
 
 # %% [markdown]
+# How much of it is the sample of text? The same dictionary on the first 131,072 tokens of the test split, with 95 % intervals over its
+# sequences in brackets, since the tokens of one sequence depend on each other:
+
+# %% tags=["hide-input"]
+[(_, again)] = experiments.measure(load_experiment("experiments/intervals.yml"), "evaluate")
+columns = ["fvu_global", "fvu_per_dimension", "delta_ce", "kl"]
+fidelity.with_intervals(pd.read_csv(again.file("evaluation.csv")), columns)
+
+# %% [markdown]
+# **What to see.** No two layers' intervals of either FVU meet. Those of delta CE meet only for layers 3 and 4, the two that change
+# places. An interval over text says nothing of another training; the seeds below do.
+#
 # ## What a layer is worth
 #
 # Delta CE needs a scale. Replacing the residual stream by zero, or by its mean, destroys all that the layer knows of the text; the
@@ -197,6 +211,17 @@ fidelity_charts.last_layer(
 # **What to see.** Two lines that fall together, and few dead latents, one in a hundred at most. So the paper's effect has little
 # cause to appear here, and does not. In relative terms the last layer does fall behind, from 1.5 times the others' FVU to 1.8 times
 # at the largest $R$. But half of that has come about by $R = 8$, where no latent is dead.
+#
+# The third quantity of that figure, the auxiliary loss (before its weight of a 32nd), is a mean over each quarter of the training, and
+# with it the latents that are dead by the *training* window:
+
+# %% tags=["hide-input"]
+course = fidelity.auxiliary(factors.log, "expansion_factor")
+course.pivot_table(index="expansion_factor", columns="part", values=["auxk", "dead"]).round(4)
+
+# %% [markdown]
+# **What to see.** Zero, but at the two largest $R$ late in training. Where latents die the loss is near 1: what dead latents make of the error
+# explains none of it. With hardly any dead this says nothing of a run with many.
 #
 # **What would contradict it.** Lines that go apart where the bars grow.
 #

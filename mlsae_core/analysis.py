@@ -88,7 +88,8 @@ def evaluate(
         ``ce_original``, ``ce_replaced``, ``delta_ce``, ``kl`` (original ‖ replaced); ``logit_mse``.
         With `ablations`: ``ce_zero``, ``ce_mean``, and the fraction of the loss that each costs and
         the reconstruction recovers, ``ce_recovered_zero``, ``ce_recovered_mean``. With `replaced`,
-        of ``delta_ce`` and ``kl``: 95 % bootstrap intervals over sequences, ``_low`` and ``_high``.
+        of both FVU, ``mse``, ``delta_ce`` and ``kl``: 95 % bootstrap intervals over sequences,
+        ``_low`` and ``_high``.
 
     Raises:
         ActivationError: NaN or infinite activations, naming the batch and the layers.
@@ -104,8 +105,9 @@ def evaluate(
     others = torch.zeros(n, 0, source.d_model, device=device)
     if replaces and ablations is not False:
         others = source.ablations(mean_tokens, size)
-    reconstruction = Reconstruction(n, source.d_model, device)
-    downstream = Downstream(n, device, min(replaced or 1, 64))
+    blocks = min(replaced or 1, 64)
+    reconstruction = Reconstruction(n, source.d_model, device, blocks)
+    downstream = Downstream(n, device, blocks)
     ablated = torch.zeros(others.shape[:2], dtype=torch.float64, device=device)  # Σ CE
     active = torch.zeros(n, sae.n_latents + 1, dtype=torch.bool, device=device)
 
@@ -120,12 +122,13 @@ def evaluate(
         passes = ((batch, None) for batch in source.batches(size, None, *own))
     work, costs = Work(), _costs(source, layers) if replaces else None
     passes = one_pass(passes, source, size, "evaluate", progress, done, share, work)
-    for batch, put_back in passes:
+    for number, (batch, put_back) in enumerate(passes, done.first):
         target = None if batch.target is batch.source else batch.target
         output = sae(batch.source) if target is None else sae(batch.source, target)
         values, indices = (part.expand(n, -1, -1) for part in output.topk)
         recon = _unstack(output.recon, n)
-        reconstruction.update(_unstack(batch.target, n), recon, values)
+        sequence = batch.sequence + (number * share.count + share.index) * size
+        reconstruction.update(_unstack(batch.target, n), recon, values, sequence)
         # Pairs below the threshold are counted in a spare column.
         spare = indices.masked_fill(values <= sae.dead_threshold, sae.n_latents)
         active.scatter_(1, spare.flatten(1), True)
@@ -150,7 +153,7 @@ def evaluate(
         columns["predictions"] = effect.tokens
         columns |= {name: value for name, value in effect._asdict().items() if name != "tokens"}
         if (replaced or 0) > 1:
-            columns |= _intervals(downstream)
+            columns |= _intervals(reconstruction, downstream)
         for name, total in zip(("zero", "mean"), ablated.unbind(1), strict=False):
             ce = columns[f"ce_{name}"] = total / effect.tokens
             recovered = ce_recovered(effect.ce_original, effect.ce_replaced, ce)
@@ -166,14 +169,21 @@ def _costs(source, layers: list[int]) -> Tensor:
     return source.n_layers - 1 - torch.tensor(layers) + head
 
 
-def _intervals(downstream: Downstream) -> dict[str, np.ndarray]:
+def _intervals(
+    reconstruction: Reconstruction, downstream: Downstream, replicates: int = 1000
+) -> dict[str, np.ndarray]:
     """95 % bootstrap intervals of every layer, over sequences."""
-    values = downstream.compute()
-    draws = downstream.bootstrap(1000, torch.Generator().manual_seed(0))
+    generators = (torch.Generator().manual_seed(0) for _ in range(2))
+    errors, effects = (
+        found.bootstrap(replicates, generator)
+        for found, generator in zip((reconstruction, downstream), generators, strict=True)
+    )
+    values = reconstruction.compute()._asdict() | downstream.compute()._asdict()
+    draws = errors | {name: getattr(effects, name) for name in ("delta_ce", "kl")}
     found = {}
-    for name in ("delta_ce", "kl"):
-        of_layer = zip(getattr(values, name).tolist(), getattr(draws, name).T, strict=True)
-        ends = [basic_interval(value, replicates) for value, replicates in of_layer]
+    for name, of_layers in draws.items():
+        each = zip(values[name].tolist(), of_layers.T.cpu(), strict=True)
+        ends = [basic_interval(value, of_layer) for value, of_layer in each]
         found |= dict(zip((f"{name}_low", f"{name}_high"), np.array(ends).T, strict=True))
     return found
 

@@ -239,6 +239,7 @@ def test_layers_are_replaced_in_some_sequences_spread_evenly():
 
     whole, zero = evaluate(text, 5), evaluate(text[[2, 4]], 2, ablations=True).ce_zero
     one, other = (evaluate(text[[row]], 1) for row in (2, 4))
+    halves = [evaluate(text[rows], 5) for rows in ([0, 2, 4], [1, 3])]
     for size in (1, 2, 5):
         table = evaluate(text, size, replaced=2, ablations=True)
         for name in ("tokens", "fvu_global", "l1", "dead", "inactive"):
@@ -251,6 +252,11 @@ def test_layers_are_replaced_in_some_sequences_spread_evenly():
             if name in ("delta_ce", "kl"):  # of two draws of one of two, either twice
                 for end, expected in zip(("low", "high"), pair, strict=True):
                     assert table[f"{name}_{end}"].tolist() == pytest.approx(expected, abs=1e-5)
+        for name in ("fvu_global", "fvu_per_dimension", "mse"):  # of every other sequence, twice
+            most, least = np.sort([half[name] for half in halves], 0)[::-1]
+            for end, drawn in (("low", most), ("high", least)):
+                expected = 2 * whole[name] - drawn
+                assert table[f"{name}_{end}"].tolist() == pytest.approx(expected.tolist(), rel=1e-4)
     assert not any(name.endswith("_low") for name in whole)
     with pytest.raises(SpecError, match="replaced: expected a text that ends"):
         analysis.evaluate(reading(lm, BATCHES), sae, replaced=1, progress=False)

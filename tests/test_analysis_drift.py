@@ -174,3 +174,4 @@ def test_the_summary_takes_the_mean_of_neighbours_and_the_two_ends():
     assert row["adjacent"] == pytest.approx((value.centred[0, 1] + value.centred[1, 2]) / 2)
     assert row["adjacent_raw"] == pytest.approx((value.raw[0, 1] + value.raw[1, 2]) / 2)
     assert (row["ends"], row["ends_raw"]) == (value.centred[0, 2], value.raw[0, 2])
+    assert row["ends_perpendicular"] == layers.norm[0] / layers.norm[2]

@@ -71,14 +71,18 @@ def test_every_column_agrees_with_brute_force():
 def test_anisotropic_rows_are_as_alike_as_what_they_are_drawn_from():
     sae = MLSAE(D_MODEL, 64, 2, generator=torch.Generator().manual_seed(0))
     source = reading(tiny_lm(), [tiny_tokens(4, seed=0)])
-    table = anisotropic(source, sae).set_index("rows").mmcs
-    assert table["dictionary"] == pytest.approx(mmcs(sae.decoder).mean)
+    table = anisotropic(source, sae, [8, 64], threshold=0.5).set_index("latents")
     [batch] = source.batches(4)
     x = sae.standardise(batch.source)[0].flatten(0, 1).double()
     noise = torch.randn(4000, len(x), generator=torch.Generator().manual_seed(1)).double()
-    drawn = mmcs((noise @ x)[:64]).mean  # N(0, XᵀX), drawn in another way
-    assert table["as activations"] == pytest.approx(drawn, abs=0.06)
-    assert table["as activations"] > table["independent"] + 0.05
+    drawn = noise @ x  # N(0, XᵀX), drawn in another way
+    assert table.mmcs[64] == pytest.approx(mmcs(drawn[:64]).mean, abs=0.06)
+    isotropic = torch.randn(64, D_MODEL, generator=torch.Generator().manual_seed(2))
+    assert table.mmcs[64] > mmcs(isotropic).mean + 0.05
+    assert table.mmcs[64] > table.mmcs[8]
+    directions = torch.nn.functional.normalize(drawn[:1000])
+    expected = (directions @ directions.T)[tuple(torch.triu_indices(1000, 1000, 1))] > 0.5
+    assert table.above[64] == pytest.approx(expected.double().mean().item(), rel=0.2)
 
 
 def test_duplicates_by_hand():

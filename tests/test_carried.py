@@ -1,5 +1,6 @@
 """Carried, rewritten or shared: toys in which the answer is known and differs, and oracles."""
 
+import pandas as pd
 import pytest
 import torch
 from test_analysis import BATCHES, tiny_sae
@@ -7,7 +8,7 @@ from test_interventions import hooked
 from tiny_lm import CONFIGS, N_LAYERS, reading, tiny_lm
 
 from mlsae_book import toys
-from mlsae_book.tables import carried
+from mlsae_book.tables import carried, margins
 from mlsae_core.metrics import LayerDistribution, Persistence
 from mlsae_core.sae import MLSAE
 from mlsae_core.spec import SiteSpec, SpecError
@@ -72,6 +73,37 @@ def test_one_layer_lives_collapse_without_a_margin_only_where_the_margin_made_th
     assert share["rewritten"][last] > 0.35 * share["rewritten"][carried.MEASURED]
 
 
+@pytest.fixture(scope="module")
+def beside():
+    """Toys again, with their selections beside those of sums and the latents that blocks treat."""
+    return {
+        kind: margins.margins(toy := toys.Toy(kind, 96), toy.dictionary, replicates=2)
+        for kind in ("carried", "amplified", "erased", "rewritten")
+    }
+
+
+def test_without_a_margin_a_stream_that_only_adds_is_as_its_null_model(beside):
+    def share(kind, of):
+        return at(beside[kind]["selections"], of=of, selection=carried.MARGINS[-1]).single.item()
+
+    shuffled = next(iter(carried.UPDATES))
+    assert share("carried", carried.MEASURED) == pytest.approx(share("carried", shuffled), abs=0.02)
+    assert share("rewritten", carried.MEASURED) > 2 * share("rewritten", shuffled)
+
+
+@pytest.mark.parametrize(("kind", "more", "less"), [("amplified", 1, 0), ("erased", 0, 1)])
+def test_latents_that_blocks_treat_are_found_and_others_as_often_as_by_chance(
+    beside, kind, more, less
+):
+    for of in (margins.CHANCE, next(iter(carried.UPDATES))):
+        by_chance = at(beside["carried"]["treated"], of=of)
+        assert by_chance[["more", "less"]].to_numpy().mean() == pytest.approx(0.025, abs=0.02)
+    found = at(beside[kind]["treated"], of=next(iter(carried.UPDATES)))
+    assert (found.latents == toys.FEATURES).all()
+    assert found.more.mean() == pytest.approx(more, abs=0.1)
+    assert found.less.mean() == pytest.approx(less, abs=0.1)
+
+
 def test_tables_for_the_chapter_keep_their_numbers(found):
     tables = found["amplified"]
     classes = carried.rank_classes(tables["ranks"].assign(case="x"))
@@ -84,6 +116,17 @@ def test_tables_for_the_chapter_keep_their_numbers(found):
     taken = at(taken, after="active there").iloc[0]
     row = at(drops, kind="δ: the latent", gap=2).iloc[0]
     assert (row.value, row.low, row.high) == (taken.direct, taken.direct_low, taken.direct_high)
+
+
+def test_conditions_stand_side_by_side_in_their_order_with_the_range_of_their_seeds():
+    rows = [("b", 0, "x", 0.1), ("b", 0, "a", 1.0), ("a", 0, "x", 0.5), ("a", 0, "a", 2.0)]
+    rows += [("b", 1, "x", 0.4), ("b", 1, "a", 1.5), ("a", 1, "x", 0.5), ("a", 1, "a", 1.0)]
+    table = pd.DataFrame(rows, columns=["condition", "seed", "measure", "value"])
+    found = carried.over_seeds(table, 2)
+    assert list(found.index) == ["b", "a"]
+    assert list(found.columns) == ["x", "a"]
+    assert found.x.tolist() == ["0.25 [0.10, 0.40]", "0.50 [0.50, 0.50]"]
+    assert found.a["a"] == "1.50 [1.00, 2.00]"
 
 
 def test_signatures_of_the_toys_differ(monkeypatch, found):

@@ -220,11 +220,26 @@ def test_the_range_over_seeds_is_that_of_the_runs():
     assert (mean.low, mean.high) == (2, 2)
 
 
+def test_intervals_stand_in_brackets_behind_their_value():
+    table = pd.DataFrame({"layer": [2, 5], "mse": [1.0, 2.0], "kl": [0.5, 0.125]})
+    table = table.assign(kl_low=[0.4, 0.1], kl_high=[0.6, 0.15])
+    found = tables.with_intervals(table, ["kl"], 2)
+    assert found.kl.to_dict() == {2: "0.50 [0.40, 0.60]", 5: "0.12 [0.10, 0.15]"}
+
+
 def test_the_last_layer_is_set_beside_the_others():
     table = tables.last_layer(swept(), "expansion_factor").set_index("run")
     assert table["last"][2] == pytest.approx(0.21 / 2)
     assert table.others[2] == pytest.approx((0.155 * 12 - 0.21) / 11 / 2)
     assert table.dead.tolist() == [0.25, 0.125, 0.25 / 64]
+
+
+def test_the_auxiliary_loss_is_a_mean_over_each_part_of_the_training():
+    log = pd.DataFrame({"R": [1] * 4 + [2] * 2, "tokens": [10, 20, 30, 40, 50, 100]})
+    log = log.assign(auxk=[0.0, 1.0, 2.0, 4.0, 5.0, 7.0], dead_fraction=[0.0, 0.2, 0.4, 0.4, 0, 1])
+    found = tables.auxiliary(log, "R", 2).set_index(["R", "part"])
+    assert found.auxk.to_dict() == {(1, 1): 0.5, (1, 2): 3.0, (2, 1): 5.0, (2, 2): 7.0}
+    assert found.dead[1, 2] == pytest.approx(0.4)
 
 
 def test_pairs_are_of_the_same_layers():

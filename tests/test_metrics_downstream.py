@@ -18,8 +18,8 @@ from mlsae_core.metrics import (
     logit_mse,
     uniformity,
 )
-from mlsae_core.metrics.distribution import _resampled
 from mlsae_core.metrics.downstream import _plain_effects
+from mlsae_core.metrics.resampling import _resampled
 
 quick = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_metrics_distribution import LATENTS, LAYERS, K, codes
 
 from mlsae_core.metrics import (
+    Excess,
     Persistence,
     Survival,
     basic_interval,
@@ -238,3 +239,75 @@ def test_nothing_to_count_and_codes_that_do_not_fit_are_refused():
         Survival(LAYERS, LATENTS).update((indices, values), (indices[:, 1:], values[:, 1:]))
     with pytest.raises(ValueError, match="n_blocks"):
         Survival(LAYERS, LATENTS).bootstrap(3)
+
+
+# --- survival beside a null model, latent by latent -----------------------------------------------
+
+
+def excess_by_hand(before, after, null, sequences, latent):
+    """Difference and standard error of one latent over one step, sequence by sequence."""
+    b, d = [], []
+    for sequence in sequences.unique():
+        rows = sequences == sequence
+        there, stays, chance = (
+            ((i[rows] == latent) & (v[rows] > 0)).any(-1) for i, v in (before, after, null)
+        )
+        b.append(int(there.sum()))
+        d.append(int((there & stays).sum()) - int((there & chance).sum()))
+    ratio = sum(d) / sum(b)
+    squares = sum((y - ratio * x) ** 2 for x, y in zip(b, d, strict=True))
+    n = len(b)
+    return ratio, (n / (n - 1) * squares) ** 0.5 / sum(b), sum(b), sum(x > 0 for x in b)
+
+
+@pytest.mark.parametrize("size", [60, 12])
+def test_excess_and_its_error_are_those_of_a_ratio_over_sequences(size):
+    indices, values = codes(0, tokens=60)
+    other, others = codes(1, tokens=60)
+    sequences = torch.arange(60) // 4
+    total = Excess(LAYERS - 1, LATENTS)
+    for rows in torch.arange(60).split(size):
+        part = Excess(LAYERS - 1, LATENTS)
+        before, after = (
+            (indices[s][:, rows], values[s][:, rows]) for s in (slice(-1), slice(1, None))
+        )
+        part.update(before, after, (other[1:][:, rows], others[1:][:, rows]), sequences[rows])
+        total.merge(pickle.loads(pickle.dumps(part)))
+    found = total.compute()
+    for step, latent in itertools.product(range(LAYERS - 1), range(LATENTS)):
+        sides = (indices[step], values[step]), (indices[step + 1], values[step + 1])
+        null = other[step + 1], others[step + 1]
+        if not (found.active[step, latent]):
+            assert found.difference[step, latent].isnan()
+            continue
+        expected = excess_by_hand(*sides, null, sequences, latent)
+        got = [float(part[step, latent]) for part in found]
+        assert got == pytest.approx(expected)
+
+
+def test_errors_over_sequences_hold_where_tokens_depend_on_each_other():
+    """What survives is drawn once for a sequence: errors of independent tokens would promise more
+    than there is."""
+    generator = torch.Generator().manual_seed(0)
+    latents, sequences, length = 200, 100, 10
+    stays = torch.rand(2, sequences, latents, generator=generator) < 0.5
+    stays = stays.repeat_interleave(length, 1).double()
+    indices = torch.arange(latents).expand(1, sequences * length, latents)
+    active = torch.ones(1, sequences * length, latents)
+    found = Excess(1, latents)
+    numbers = torch.arange(sequences).repeat_interleave(length)
+    found.update((indices, active), (indices, stays[:1]), (indices, stays[1:]), numbers)
+    result = found.compute()
+    beyond = (result.difference.abs() > 2 * result.error).double().mean()
+    assert beyond == pytest.approx(0.05, abs=0.04)
+    naive = (0.5 / (sequences * length)) ** 0.5
+    assert (result.difference.abs() > 2 * naive).double().mean() > 0.4
+
+
+def test_excess_of_what_cannot_be_added_is_refused():
+    indices, values = codes(0, tokens=8)
+    sides = ((indices[:-1], values[:-1]), (indices[1:], values[1:]))
+    with pytest.raises(ValueError, match="sequences must be"):
+        Excess(LAYERS - 1, LATENTS).update(*sides, sides[1], torch.zeros(7))
+    with pytest.raises(ValueError, match="only accumulators of one size"):
+        Excess(1, LATENTS).merge(Excess(2, LATENTS))

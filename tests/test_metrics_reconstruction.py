@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlsae_core.metrics import LayerMoments, Reconstruction, fvu
+from mlsae_core.metrics.resampling import _resampled
 
 quick = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -228,3 +229,30 @@ def test_degenerate_layers_and_wrong_shapes_say_so():
             Reconstruction(1, 2).update(constant, constant, wrong)
     with pytest.raises(ValueError, match="one size"):
         Reconstruction(1, 2).merge(Reconstruction(2, 2))
+
+
+def test_resampled_blocks_are_what_measuring_them_again_gives():
+    x, recon = activations(3, tokens=12, offset=100.0)
+    sequences = torch.arange(12) // 4
+    total, halves = (
+        Reconstruction(3, 5, n_blocks=3),
+        [Reconstruction(3, 5, n_blocks=3) for _ in "ab"],
+    )
+    total.update(x, recon, None, sequences)
+    for half, rows in zip(halves, (slice(0, 5), slice(5, 12)), strict=True):
+        half.update(x[:, rows], recon[:, rows], None, sequences[rows])
+    drawn = total.bootstrap(40, torch.Generator().manual_seed(1))
+    assert set(drawn) == {"fvu_global", "fvu_per_dimension", "mse"}
+    weights = _resampled(3, 40, torch.Generator().manual_seed(1)).long()
+    for number, weight in enumerate(weights):
+        rows = torch.arange(12).repeat_interleave(weight.repeat_interleave(4))
+        once = Reconstruction(3, 5)
+        once.update(x[:, rows], recon[:, rows])
+        for name, replicates in drawn.items():
+            torch.testing.assert_close(replicates[number], getattr(once.compute(), name))
+    merged = halves[0].merge(halves[1]).bootstrap(40, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(merged, drawn)
+    with pytest.raises(ValueError, match="needs the sequence ids"):
+        total.update(x, recon)
+    with pytest.raises(ValueError, match="only accumulators of one size"):
+        total.merge(Reconstruction(3, 5))

@@ -12,7 +12,9 @@ from test_charts import assert_drawn, chosen
 from mlsae_book import planted
 from mlsae_book.charts import planted as charts
 from mlsae_book.planted import PlantedSpec, World
+from mlsae_book.tables import handover
 from mlsae_core import metrics, store
+from mlsae_core.sae import MLSAE
 from mlsae_core.spec import SpecError
 
 SMALL = PlantedSpec(
@@ -143,6 +145,26 @@ def test_training_recovers_the_features(learned):
     assert features.recovered.mean() == pytest.approx(table.estimate["recovered"])
 
 
+def test_a_feature_with_a_latent_for_each_layer_is_seen_to_be_handed_on():
+    """Directions at 45° from layer to layer, and the dictionary that has exactly these."""
+    world = World(dataclasses.replace(SMALL, single=0, neighbours=0, drift=45, persistence=1))
+    rows = world.directions.flatten(0, 1)
+    sae = MLSAE(world.d_model, len(rows), SMALL.k)
+    sae.encoder.data, sae.decoder.data = rows, rows
+    table = handover.handover(world, sae).set_index("pair")
+    assert (
+        table.latents["all"] == table.latents["one feature"] + table.latents["not of one feature"]
+    )
+    assert table.latents["one feature"] > 0.5 * table.latents["all"] > 10
+    assert table.neighbouring["one feature"] == 1
+    assert table.next["one feature"] > 2 * table.null_next["one feature"]
+    still = World(dataclasses.replace(SMALL, single=1, neighbours=0))
+    rows = still.directions[0]
+    sae = MLSAE(still.d_model, len(rows), SMALL.k)
+    sae.encoder.data, sae.decoder.data = rows, rows
+    assert handover.handover(still, sae).set_index("pair").latents["one feature"] == 0
+
+
 def test_marks_are_those_of_the_chosen_estimator_with_its_interval():
     series = ["truth", "oracle", "estimate"]
     names = ["mean_entropy", "fvu"]
@@ -210,9 +232,33 @@ def test_results_are_kept_under_the_key_of_their_spec(data, monkeypatch):
         planted.find_or_compute(SMALL, "read-only")
     made = planted.find_or_compute(SMALL)
     assert planted.find_or_compute(SMALL, "read-only").key == made.key
-    tables = planted.sweep(SMALL, [0, 30])
-    assert [list(table.drift) for table in tables] == [[0, 30]] * 3
-    assert tables[2].key[0] == made.key != tables[2].key[1]
+    tables = planted.worlds(SMALL, "drift", [0, 30])
+    assert set(tables) == {"estimators", "features", "provenance"}
+    assert [list(table.drift) for table in tables.values()] == [[0, 30]] * 3
+    keys = tables["provenance"].key
+    assert keys[0] == made.key != keys[1]
+
+
+def test_other_worlds_differ_in_one_field_each(data, monkeypatch):
+    asked = []
+
+    def score(world, sae):
+        asked.append(world.spec)
+        ratio = {"truth": 0.5, "oracle": 0.25, "estimate": 0.125 * world.spec.k}
+        frame = pd.DataFrame({"estimator": ["ratio_latent", "ratio_token", "fvu"], **ratio})
+        return frame, frame
+
+    monkeypatch.setattr(planted, "learn", lambda spec: (World(spec), None))
+    monkeypatch.setattr(planted, "score", score)
+    monkeypatch.setattr(planted, "OTHERS", {"k": (SMALL.k, 3), "tokens": (SMALL.tokens, 2048)})
+    table = planted.others(SMALL).set_index(["field", "value"])
+    assert asked == [
+        SMALL,
+        dataclasses.replace(SMALL, k=3),
+        dataclasses.replace(SMALL, tokens=2048),
+    ]  # that of the default once
+    assert table.loc[("k", 3)].tolist() == [0.5, 0.25, 0.375] * 2 + [0.375]
+    assert len(table) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """The book's stages on a tiny model: what they write, and on what their keys depend."""
 
+import json
+
 import pandas as pd
 import pytest
+from test_lens import random_lens
 from test_pipeline import SETTINGS, run_of
 
 from mlsae_book import experiments, stages, surrogates
+from mlsae_book.tables import carried, margins
 from mlsae_core import pipeline, store
 from mlsae_core.spec import EvaluateSpec, Experiment
 
@@ -20,6 +24,18 @@ def test_survival_and_ablations_are_stages_of_a_run(inputs):
     assert pairs.single["measured"] == pytest.approx(pairs.single["k"])
     table = pd.read_csv(session.make("effects", run, SETTINGS).file("effects.csv"))
     assert set(table.columns) > {"total", "direct", "blocks_low"}
+
+
+def test_margins_are_a_stage_whose_measured_share_is_that_of_persistence(inputs):
+    run, session = run_of(inputs), pipeline.Session()
+    made = session.make("margins", run, SETTINGS)
+    table = pd.read_csv(made.file("selections.csv")).set_index(["of", "selection"])
+    pairs = pd.read_csv(session.make("persistence", run, SETTINGS).file("pairs.csv"))
+    for selection, share in pairs.set_index("of").single.items():
+        if selection in carried.MARGINS:
+            assert table.single["measured", selection] == pytest.approx(share)
+    treated = pd.read_csv(made.file("treated.csv"))
+    assert set(treated.of) == {*carried.UPDATES, margins.CHANCE}
 
 
 def test_several_dictionaries_are_measured_together(inputs):
@@ -57,6 +73,21 @@ def test_every_surrogate_is_trained_measured_and_shipped(inputs):
         assert 0 < table["live"] <= 1
         assert (store.SHIPPED / "surrogate" / artefact.key / "surrogate.csv").is_file()
     assert experiments.surrogates(experiment, "read-only")[0][1].path.is_relative_to(store.SHIPPED)
+
+
+def test_a_dictionary_is_read_in_a_basis_that_it_has_not_seen(inputs, data):
+    random_lens().write(data / "lens")
+    runs = {"identity": run_of(inputs), "lens": run_of(inputs, basis=str(data / "lens"))}
+    experiment = Experiment("x", tuple(({"case": c}, run) for c, run in runs.items()), SETTINGS)
+    bases = {"identity": ["identity", str(data / "lens")], "lens": ["identity", str(data / "lens")]}
+    table = experiments.crossed(experiment, bases, ship=True)
+    found = table[table.ratio == "Eq. 11"].set_index(["case", "basis"]).value
+    session = pipeline.Session()
+    for case, run in runs.items():  # in its own basis, what is measured of it anyway
+        numbers = session.distributions(run, SETTINGS).file("variances.json").read_text()
+        assert found[case, run.site.basis] == json.loads(numbers)["ratio_latent"]["value"]
+    assert len(set(found)) == 4
+    assert len(list((store.SHIPPED / "crossed").iterdir())) == 4
 
 
 def test_overlap_is_measured_of_the_runs_own_text(inputs):

@@ -6,6 +6,7 @@ Also the facts that chapters quote about their inputs.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
@@ -194,6 +195,34 @@ def surrogates(
             if ship and pipeline.is_main_process():
                 store.ship(artefact)
     return made
+
+
+def crossed(
+    experiment: Experiment,
+    bases: dict[str, Sequence[str]],
+    mode: Mode = "cached",
+    ship: bool = False,
+) -> pd.DataFrame:
+    """`stages.crossed` of the runs of an experiment that declares cases.
+
+    Args:
+        bases: case → the bases in which its dictionary is read.
+
+    Returns:
+        One row per ``case``, ``basis`` (that is read) and ``ratio`` (Eq. 11, Eq. 12): ``value``,
+        ``low``, ``high``, and of layers ``permuted``.
+    """
+    session, rows = pipeline.Session(mode), []
+    for case, run in by_case(experiment).items():
+        for basis in bases.get(case, ()):
+            artefact = stages.crossed(session, run, experiment.evaluate, basis)
+            if ship and pipeline.is_main_process():
+                store.ship(artefact)
+            numbers = json.loads(artefact.file("variances.json").read_text())
+            for name, ratio in (("ratio_latent", "Eq. 11"), ("ratio_token", "Eq. 12")):
+                found = {key: numbers[name][key] for key in ("value", "low", "high", "permuted")}
+                rows.append({"case": case, "basis": basis, "ratio": ratio, **found})
+    return pd.DataFrame(rows)
 
 
 def stages_of(experiment: Experiment, run: SubjectSpec) -> list[str]:

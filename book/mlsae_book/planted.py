@@ -424,54 +424,94 @@ def learn(spec: PlantedSpec) -> tuple[World, MLSAE]:
     return world, train.train(spec.run, world, description="planted").sae.eval()
 
 
-store.STAGES["planted"] = 1
+def _scored(spec: PlantedSpec) -> dict[str, pd.DataFrame]:
+    return dict(zip(("estimators", "features"), score(*learn(spec)), strict=True))
+
+
+#: What is measured of a world and the dictionary that is trained on it: stage → its tables.
+MEASURED = {"planted": _scored}
+store.STAGES |= dict.fromkeys(MEASURED, 1)
 
 
 def find_or_compute(
-    spec: PlantedSpec, mode: Literal["cached", "read-only"] = "cached"
+    spec: PlantedSpec,
+    mode: Literal["cached", "read-only"] = "cached",
+    stage: str = "planted",
 ) -> store.Artefact:
-    """The result of a world: `estimators.csv` and `features.csv`, see `score`.
+    """The result of a world: `estimators.csv` and `features.csv`, see `score`, or what another
+    stage of `MEASURED` gives.
 
     Raises:
         StoreError: with ``read-only``, where it does not exist.
     """
     content = to_dict(spec)
-    identity = store.key("planted", keyed(spec), {})
-    if found := store.find("planted", identity):
+    identity = store.key(stage, keyed(spec), {})
+    if found := store.find(stage, identity):
         return found
     if mode == "read-only":
         raise store.StoreError(
-            f"planted {identity} does not exist: expected the result of {content}; "
-            "`planted.find_or_compute(spec)` computes it in about a minute"
+            f"{stage} {identity} does not exist: expected the result of {content}; "
+            f'`planted.find_or_compute(spec, stage="{stage}")` computes it in about a minute'
         )
 
     def fill(folder: Path) -> dict:
-        tables = dict(zip(("estimators", "features"), score(*learn(spec)), strict=True))
-        for name, table in tables.items():
+        for name, table in MEASURED[stage](spec).items():
             table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
         return {"tokens": spec.training_tokens}
 
-    return store.write("planted", identity, content, {}, fill)
+    return store.write(stage, identity, content, {}, fill)
 
 
-def sweep(
-    spec: PlantedSpec, angles: Sequence[float], mode: Literal["cached", "read-only"] = "cached"
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """The worlds of several angles of drift as tables: estimators, features, provenance.
+def worlds(
+    spec: PlantedSpec,
+    field: str,
+    values: Sequence[float],
+    mode: Literal["cached", "read-only"] = "cached",
+    stage: str = "planted",
+) -> dict[str, pd.DataFrame]:
+    """The tables of worlds that differ in one field, which is their first column, by name.
 
-    The first two have the angle in degrees as their first column, ``drift``.
+    Also ``provenance``: how each was made.
     """
-    parts: tuple[list, list, list] = ([], [], [])
-    for angle in angles:
-        artefact = find_or_compute(dataclasses.replace(spec, drift=angle), mode)
-        for part, name in zip(parts, ("estimators", "features"), strict=False):
-            table = pd.read_csv(artefact.file(f"{name}.csv"))
-            table.insert(0, "drift", angle)
-            part.append(table)
-        fields = {n: artefact.meta.get(n) for n in ("tokens", "seconds", "commit", "written")}
-        parts[2].append(pd.DataFrame([{"drift": angle, "key": artefact.key, **fields}]))
-    estimators, features, provenance = (pd.concat(p, ignore_index=True) for p in parts)
-    return estimators, features, provenance
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for value in values:
+        artefact = find_or_compute(dataclasses.replace(spec, **{field: value}), mode, stage)
+        names = ("tokens", "seconds", "commit", "written")
+        made = {"key": artefact.key} | {name: artefact.meta.get(name) for name in names}
+        tables = {file: pd.read_csv(artefact.file(file)) for file in artefact.meta["files"]}
+        for file, table in (tables | {"provenance": pd.DataFrame([made])}).items():
+            table.insert(0, field, value)
+            parts.setdefault(Path(file).stem, []).append(table)
+    return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
+
+
+#: Other worlds and dictionaries, one field at a time; that of the default is among them.
+OTHERS = {
+    "seed": (0, 1, 2, 3, 4),
+    "k": (3, 6, 12),
+    "expansion_factor": (4, 8, 16),
+    "training_tokens": (400_000, 1_600_000),
+    "tokens": (8_192, 32_768, 131_072),
+}
+
+
+def others(spec: PlantedSpec, mode: Literal["cached", "read-only"] = "cached") -> pd.DataFrame:
+    """Truth, oracle and estimate of Eq. 11 and 12 over the values of `OTHERS`.
+
+    Returns:
+        One row per ``field`` and ``value``: the three of each ratio, and the estimated ``fvu``.
+    """
+    rows = []
+    for field, values in OTHERS.items():
+        for value in values:
+            artefact = find_or_compute(dataclasses.replace(spec, **{field: value}), mode)
+            found = pd.read_csv(artefact.file("estimators.csv")).set_index("estimator")
+            row = {"field": field, "value": value}
+            for name, ratio in (("Eq. 11", "ratio_latent"), ("Eq. 12", "ratio_token")):
+                of = ("truth", "oracle", "estimate")
+                row |= {f"{name}, {column}": found.loc[ratio, column] for column in of}
+            rows.append(row | {"fvu": found.estimate["fvu"]})
+    return pd.DataFrame(rows)
 
 
 def series(estimators: pd.DataFrame, keys: Sequence[str] = ("drift",)) -> pd.DataFrame:

@@ -257,6 +257,16 @@ def _persistence(folder: Path, subject: Subject) -> dict:
     return {"tokens": subject.source.n_sequences * subject.run.data.context_length}
 
 
+def _margins(folder: Path, subject: Subject) -> dict:
+    """Selections beside sums, and latents that blocks treat: a table each."""
+    from mlsae_book.tables import margins
+
+    tables = margins.margins(subject.source, subject.sae, subject.size)
+    for name, table in tables.items():
+        table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+    return {"tokens": subject.source.n_sequences * subject.run.data.context_length}
+
+
 def _effects(folder: Path, subject: Subject) -> dict:
     """What becomes of a latent that is taken out: `effects.csv`."""
     from mlsae_book.tables import carried
@@ -388,6 +398,34 @@ def _surrogate(folder: Path, subject: Subject, session: Session, condition: str)
     return {"tokens": run.train.tokens}
 
 
+def crossed(session: Session, run: SubjectSpec, settings: EvaluateSpec, basis: str) -> Artefact:
+    """Variances of a dictionary on vectors in a basis that it was not trained in, such as without
+    the lens, as the code released with the MLSAE paper measures them: `variances.json`.
+
+    basis: as of a site; a lens is aligned.
+    """
+    other = replace(run, site=replace(run.site, basis=basis, alignment="aligned"))
+
+    def key(run: SubjectSpec, settings: EvaluateSpec) -> Keyed:
+        own, parents = pipeline.measured(run)
+        parents |= {"lens": pipeline.input_parents(other)["lens"]}
+        spec = {"run": flat(run), "basis": basis, "crossed": to_dict(settings)}
+        return store.key("crossed", own | keyed(settings), parents), spec, parents
+
+    return session.make("crossed", run, settings, measure=partial(_crossed, other=other), key=key)
+
+
+def _crossed(folder: Path, subject: Subject, other: SubjectSpec) -> dict:
+    from mlsae_core.fits import load_lens
+
+    source = subject.source
+    source = replace(source, site=other.site, lens=load_lens(other, source.lm))
+    measure = pipeline.STAGES["distributions"].measure
+    found = measure(folder, replace(subject, source=source))
+    (folder / "distributions.safetensors").unlink()  # the variances are all that is asked for
+    return found
+
+
 def _massive(folder: Path, subject: Subject) -> dict:
     """What massive activations do to the metrics, with and without them: `evaluation.csv`, measured
     at all tokens whatever the site excludes, `positions.csv` and `massive.csv`."""
@@ -414,7 +452,7 @@ def _chosen(folder: Path, subject: Subject) -> dict:
 
 
 #: Stages that take more than one run and its settings: functions of this module, no `analyses`.
-CALLED = ("together", "lifetimes", "surrogate", "overlap")
+CALLED = ("together", "lifetimes", "surrogate", "overlap", "crossed")
 
 
 def _called(stage: str) -> Callable[[Path, Subject], dict]:
@@ -439,11 +477,13 @@ pipeline.register(
     Stage("examples", 1, _examples, **_BY_LAYER),
     Stage("cards", 1, _cards, by_layer=True),
     Stage("persistence", 1, _persistence, by_layer=True),
+    Stage("margins", 1, _margins, by_layer=True),
     Stage("effects", 1, _effects, by_layer=True),
     Stage("together", 1, _called("together")),
     Stage("lifetimes", 1, _called("lifetimes")),
     Stage("surrogate", 1, _called("surrogate"), ("text",)),
     Stage("overlap", 1, _called("overlap"), by_layer=True),
+    Stage("crossed", 1, _called("crossed"), by_layer=True),
     Stage("importance", 1, _importance),
     Stage("duplicates", 1, _duplicates, **_BY_LAYER),
     Stage("massive", 1, _massive, **_BY_LAYER),

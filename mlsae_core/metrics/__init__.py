@@ -10,7 +10,6 @@ from mlsae_core.metrics.distribution import (
     LayerDistribution,
     Variances,
     Weighting,
-    basic_interval,
     gaussian_like,
     layer_moments,
     permute_layers,
@@ -46,6 +45,8 @@ from mlsae_core.metrics.geometry import (
 from mlsae_core.metrics.groups import Groups, GroupsResult
 from mlsae_core.metrics.lifetimes import Correlation, Matches, best_matches, chain_lengths
 from mlsae_core.metrics.persistence import (
+    Excess,
+    ExcessResult,
     Persistence,
     PersistenceResult,
     Survival,
@@ -63,3 +64,4 @@ from mlsae_core.metrics.reconstruction import (
     ReconstructionResult,
     fvu,
 )
+from mlsae_core.metrics.resampling import basic_interval

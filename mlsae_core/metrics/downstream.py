@@ -13,8 +13,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from mlsae_core.metrics.distribution import _blocks, _resampled
 from mlsae_core.metrics.reconstruction import _at_least_float32, _check_same
+from mlsae_core.metrics.resampling import _blocks, _resampled
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

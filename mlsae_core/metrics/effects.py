@@ -14,8 +14,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from mlsae_core.metrics.distribution import _blocks, _resampled
 from mlsae_core.metrics.reconstruction import _check_same
+from mlsae_core.metrics.resampling import _blocks, _resampled
 
 
 class EffectsResult(NamedTuple):

@@ -15,13 +15,9 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from mlsae_core.metrics.distribution import (
-    _blocks,
-    _check_codes,
-    _drawn_on,
-    _resampled,
-)
+from mlsae_core.metrics.distribution import _check_codes
 from mlsae_core.metrics.reconstruction import _check_same
+from mlsae_core.metrics.resampling import _blocks, _drawn_on, _resampled
 
 
 class PersistenceResult(NamedTuple):
@@ -156,20 +152,9 @@ class Survival:
             sequences: as in `LayerDistribution.update`.
         """
         n_steps, n_latents, n_blocks = self.shape
-        for indices, values in (before, after):
-            _check_codes(indices, values, n_steps, n_latents)
-        (indices, values), (later, later_values) = before, after
-        if later.shape[1] != (tokens := indices.shape[1]):
-            raise ValueError(f"after must have the {tokens} tokens of before, got {later.shape[1]}")
         device = self.before.device
-        blocks = _blocks(sequences, tokens, n_blocks).to(device)
-        # What is not active is a latent that does not exist, and another one on each side.
-        left = indices.masked_fill(values <= 0, -1).to(device)
-        right = later.masked_fill(later_values <= 0, -2).to(device)
-        stays = torch.cat([
-            (a[..., None] == b[..., None, :]).any(-1)
-            for a, b in zip(left.split(256, 1), right.split(256, 1), strict=True)
-        ], 1)  # fmt: skip
+        left, stays = _kept(before, after, n_steps, n_latents, device)
+        blocks = _blocks(sequences, left.shape[1], n_blocks).to(device)
         step = torch.arange(n_steps, device=device)[:, None, None].expand_as(left)
         cells = (step * n_latents + left.clamp(min=0)).flatten()
         for row, found in enumerate((left >= 0, stays)):
@@ -195,6 +180,105 @@ class Survival:
         weights = _resampled(self.shape[2], n_replicates, generator).to(self.sums.device)
         before, kept = torch.einsum("rb,bis->irs", weights, self.sums)
         return kept / before
+
+
+class ExcessResult(NamedTuple):
+    """How much more often than in a null model each latent survives a step. float64."""
+
+    difference: Tensor
+    """Of both shares that survive, (step, n_latents); nan for a latent never active before."""
+    error: Tensor
+    """Its standard error over sequences, (step, n_latents)."""
+    active: Tensor
+    """Tokens at which the latent is active before the step, (step, n_latents) int64."""
+    sequences: Tensor
+    """Sequences in which it is, (step, n_latents) int64: with few the error says little."""
+
+
+class Excess:
+    """Survival beside that of a null model of the same step, latent by latent.
+
+    Tokens of one sequence depend on each other, so the error is that of a ratio of sums over
+    sequences (Cochran 1977, Section 6.3), with d = stays − stays in the null model and b = active
+    before, of each sequence: se² = n / (n − 1) · Σ (d − D b)² / (Σ b)², D = Σ d / Σ b.
+
+    Args:
+        n_steps, n_latents, device: as in `Survival`.
+    """
+
+    def __init__(self, n_steps: int, n_latents: int, device: torch.device | str = "cpu") -> None:
+        self.shape, self.seen = (n_steps, n_latents), 0
+        # rows: Σ b, Σ d, Σ b², Σ b d, Σ d², Σ [b > 0]
+        self.sums = torch.zeros(6, n_steps, n_latents, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(
+        self,
+        before: tuple[Tensor, Tensor],
+        after: tuple[Tensor, Tensor],
+        null: tuple[Tensor, Tensor],
+        sequences: Tensor,
+    ) -> None:
+        """Add a batch of whole sequences.
+
+        Args:
+            before, after: as in `Survival.update`. null: as after, of the null model.
+            sequences: of each token, (token,); no batch may have one that another had.
+        """
+        n_steps, n_latents = self.shape
+        device = self.sums.device
+        left, stays = _kept(before, after, n_steps, n_latents, device)
+        _, by_chance = _kept(before, null, n_steps, n_latents, device)
+        if sequences.shape != (tokens := left.shape[1],):
+            raise ValueError(f"sequences must be ({tokens},), got {tuple(sequences.shape)}")
+        numbers, sequence = sequences.to(device).unique(return_inverse=True)
+        step = torch.arange(n_steps, device=device)[:, None, None]
+        cells = (step * n_latents + left.clamp(min=0)) * len(numbers) + sequence[:, None]
+        b, d = self.sums.new_zeros(2, n_steps * n_latents * len(numbers))
+        for total, found in ((b, left >= 0), (d, stays.double() - by_chance.double())):
+            total.index_add_(0, cells.flatten(), found.double().flatten())
+        b, d = (total.view(n_steps, n_latents, -1) for total in (b, d))
+        self.sums += torch.stack([b, d, b * b, b * d, d * d, (b > 0).double()]).sum(-1)
+        self.seen += len(numbers)
+
+    def merge(self, other: Excess) -> Self:
+        """Add what another accumulator has seen (disjoint sequences); returns self."""
+        _check_same(self.shape, other.shape)
+        self.sums += other.sums.to(self.sums.device)
+        self.seen += other.seen
+        return self
+
+    def compute(self) -> ExcessResult:
+        """The differences of everything seen so far, and their errors."""
+        before, more, square, product, difference, sequences = self.sums
+        ratio = more / before
+        squares = (difference - 2 * ratio * product + ratio**2 * square).clamp(min=0)
+        error = (self.seen / (self.seen - 1) * squares).sqrt() / before
+        return ExcessResult(ratio, error, before.long(), sequences.long())
+
+
+def _kept(
+    before: tuple[Tensor, Tensor],
+    after: tuple[Tensor, Tensor],
+    n_steps: int,
+    n_latents: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """What is active before each step, (step, token, k), −1 where a latent is not; and whether it
+    is still active after it."""
+    for indices, values in (before, after):
+        _check_codes(indices, values, n_steps, n_latents)
+    (indices, values), (later, later_values) = before, after
+    if later.shape[1] != (tokens := indices.shape[1]):
+        raise ValueError(f"after must have the {tokens} tokens of before, got {later.shape[1]}")
+    # What is not active is a latent that does not exist, and another one on each side.
+    left = indices.masked_fill(values <= 0, -1).to(device)
+    right = later.masked_fill(later_values <= 0, -2).to(device)
+    stays = torch.cat([
+        (a[..., None] == b[..., None, :]).any(-1)
+        for a, b in zip(left.split(256, 1), right.split(256, 1), strict=True)
+    ], 1)  # fmt: skip
+    return left, stays
 
 
 # --- null models of a block, and activity without sharp edges -----------------------------------

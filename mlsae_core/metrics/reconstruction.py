@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from mlsae_core.metrics.resampling import _blocks, _resampled
+
 Variant = Literal["global", "per_dimension"]
 
 
@@ -111,33 +113,56 @@ class Reconstruction:
 
     Exact: numerators and the baseline's moments are summed and divided at the end, so the result
     does not depend on how the tokens were cut into batches. (The code released with the paper
-    averages the ratios of batches.) Memory is O(n_layers · d_model).
+    averages the ratios of batches.) Memory is O(n_blocks · n_layers · d_model).
 
     Args:
         n_layers: layers per batch, the first axis of what `update` takes.
         d_model: length of an activation vector.
         device: where the sums are kept; it must know float64.
+        n_blocks: blocks of sequences to resample, for `bootstrap`; 1 if no interval is wanted.
     """
 
-    def __init__(self, n_layers: int, d_model: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        n_layers: int,
+        d_model: int,
+        device: torch.device | str = "cpu",
+        n_blocks: int = 1,
+    ) -> None:
         self.moments = LayerMoments(n_layers, d_model, device)
         # rows: Σ‖x − x̂‖², Σ|h|, Σ[h ≠ 0]
         self.sums = torch.zeros(3, n_layers, dtype=torch.float64, device=device)
         self.coded = 0
+        blocks = n_blocks if n_blocks > 1 else 0
+        self.blocks = {n: LayerMoments(n_layers, d_model, device) for n in range(blocks)}
+        self.errors = self.sums.new_zeros(blocks, n_layers)  # Σ‖x − x̂‖² of each block
 
     @torch.no_grad()
-    def update(self, x: Tensor, recon: Tensor, values: Tensor | None = None) -> None:
+    def update(
+        self,
+        x: Tensor,
+        recon: Tensor,
+        values: Tensor | None = None,
+        sequences: Tensor | None = None,
+    ) -> None:
         """Add a batch.
 
         Args:
             x: what was to be reconstructed, (layer, token, d_model).
             recon: the reconstruction, the same shape.
             values: activations of the k largest latents, (layer, token, k), for L1 and L0.
+            sequences: the sequence of each token, (token,); needed if n_blocks > 1.
         """
         _check_pair(x, recon)
         self.moments.update(x)
         device = self.sums.device
-        self.sums[0] += _sum_squares(_at_least_float32(x) - _at_least_float32(recon)).to(device)
+        error = _at_least_float32(x) - _at_least_float32(recon)
+        self.sums[0] += _sum_squares(error).to(device)
+        if self.blocks:
+            dealt = _blocks(sequences, x.shape[1], len(self.blocks)).to(x.device)
+            for block in dealt.unique().tolist():
+                self.blocks[block].update(x[:, dealt == block])
+                self.errors[block] += _sum_squares(error[:, dealt == block]).to(device)
         if values is not None:
             if values.ndim != 3 or values.shape[:2] != x.shape[:2]:
                 raise ValueError(
@@ -150,9 +175,13 @@ class Reconstruction:
 
     def merge(self, other: Reconstruction) -> Self:
         """Add what another accumulator has seen (a disjoint set of tokens); returns self."""
+        _check_same(self.errors.shape, other.errors.shape)
         self.moments.merge(other.moments)
         self.sums += other.sums.to(self.sums.device)
         self.coded += other.coded
+        for block, moments in self.blocks.items():
+            moments.merge(other.blocks[block])
+        self.errors += other.errors.to(self.errors.device)
         return self
 
     def compute(self) -> ReconstructionResult:
@@ -173,6 +202,33 @@ class Reconstruction:
             l1=l1 / coded,
             l0=l0 / coded,
         )
+
+    def bootstrap(
+        self, n_replicates: int, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """`fvu_global`, `fvu_per_dimension` and `mse` of resampled data, each
+        (n_replicates, layer), for `basic_interval`.
+
+        Each replicate draws n_blocks blocks of sequences with replacement (Efron 1979), and its
+        baselines are the means of what it drew.
+        """
+        parts, device = self.blocks.values(), self.errors.device
+        weights = _resampled(len(parts), n_replicates, generator).to(device)
+        tokens = torch.tensor([part.tokens for part in parts], device=device).double()
+        # about the mean of everything seen, so that squares of offsets cost no digits
+        means = torch.stack([part.mean for part in parts]) - self.moments.mean
+        squares = torch.stack([part.scatter for part in parts]) + tokens[:, None, None] * means**2
+        count = (weights @ tokens)[:, None]
+        error = weights @ self.errors
+        mean = torch.einsum("rb,b,bld->rld", weights, tokens, means) / count[..., None]
+        scatter = torch.einsum("rb,bld->rl", weights, squares) - count * mean.square().sum(-1)
+        centre = mean + self.moments.mean
+        spread = (centre - centre.mean(-1, keepdim=True)).square().sum(-1)
+        return {
+            "fvu_global": error / (scatter + count * spread),
+            "fvu_per_dimension": error / scatter,
+            "mse": error / (count * mean.shape[-1]),
+        }
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -7,6 +7,13 @@ import pandas as pd
 
 from mlsae_book.charts import _select, _table, _titled
 
+#: Labels too long for their place: two words a line.
+WORDS = (
+    "length(datum.label) > 12"
+    r" ? split(replace(datum.label, regexp('(\\S+ \\S+) ', 'g'), '$1|'), '|')"
+    " : datum.label"
+)
+
 
 def beside(
     table: pd.DataFrame,
@@ -35,7 +42,12 @@ def beside(
         base = base.transform_filter(alt.datum[column] == params[-1])
     names = list(table[series].unique())
     base = base.encode(
-        x=alt.X(f"{x[0]}:O", title=x[1], sort=None, axis=alt.Axis(labelAngle=0, labelLimit=90)),
+        x=alt.X(
+            f"{x[0]}:O",
+            title=x[1],
+            sort=None,
+            axis=alt.Axis(labelAngle=0, labelLimit=90, labelExpr=WORDS),
+        ),
         xOffset=alt.XOffset(f"{series}:N", sort=names),
         color=alt.Color(f"{series}:N", title=None, sort=names, legend=alt.Legend(columns=2)),
     )

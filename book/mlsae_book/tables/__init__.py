@@ -13,6 +13,11 @@ from mlsae_core.lm import LanguageModel
 from mlsae_core.spec import SpecError
 
 
+def between(value: float, low: float, high: float, digits: int = 3) -> str:
+    """A number with the ends of what it may be, as tables show it: 0.500 [0.400, 0.600]."""
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
 def prompt_ids(lm: LanguageModel, prompt: str) -> list[int]:
     """The tokens of a prompt; one that is empty or longer than the model's context is refused."""
     ids = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]

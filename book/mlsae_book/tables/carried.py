@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mlsae_book.tables import interventions
+from mlsae_book.tables import between, interventions
 from mlsae_core.activations import ActivationSource, TextSource, one_pass
 from mlsae_core.metrics import (
     Effects,
@@ -88,12 +88,7 @@ def persistence(
     Raises:
         SpecError: a stacked site, or an activation other than TopK, which has no k to change.
     """
-    source.site.refuse_stacked("distributions over layers")
-    if sae.activation.name != "topk" or WIDE * sae.k > sae.n_latents:
-        raise SpecError(
-            f"sae.activation: expected topk with at least {WIDE} · k latents, got "
-            f"{sae.activation.name} with k = {sae.k} of {sae.n_latents} latents"
-        )
+    check(source, sae)
     n, k, device = len(source.site.indices(source.n_layers)), sae.k, source.device
     shape = n, sae.n_latents, BLOCKS, device
     nulls = (*APART, *UPDATES)
@@ -111,23 +106,23 @@ def persistence(
     for batch in one_pass(source.batches(size), source, size, "persistence", progress):
         x, sequence = batch.source, batch.sequence + first
         tokens, first = tokens + x.shape[1], first + len(batch.text)
-        wide = _largest(sae, x, WIDE * k)
+        wide = largest(sae, x, WIDE * k)
         own = tuple(part[..., :k] for part in wide)
         codes = {MEASURED: own, APART[0]: permute_tokens(*own, generator)}
-        codes[APART[1]] = _codes(sae, gaussian_like(x, generator))
+        codes[APART[1]] = coded(sae, gaussian_like(x, generator))
         for of, update in UPDATES.items():
             null = drifted(x, partial(update, generator=generator))
-            codes[of] = _codes(sae, null)
+            codes[of] = coded(sae, null)
         for of, found in codes.items():
             spread[of].update(*found, sequence)
-        codes |= _margins(*wide, k)
+        codes |= selected(*wide, k)
         for of, (indices, values) in codes.items():
             pairs[of].update(indices, values, sequence)
             active[of] += int((values > 0).sum())
         for (gap, of), total in survival.items():
             before, after = (tuple(part[rows] for part in own) for rows in _rows(gap))
             if of != MEASURED:
-                after = _codes(sae, UPDATES[of](x, generator, gap))
+                after = coded(sae, UPDATES[of](x, generator, gap))
             total.update(before, after, sequence)
         ranks += _ranks(*wide, k)
     return {
@@ -140,16 +135,31 @@ def persistence(
     }
 
 
+def check(source: ActivationSource, sae: MLSAE):
+    """Refuse what has no layers or no k to change.
+
+    Raises:
+        SpecError: a stacked site, or an activation other than TopK.
+    """
+    source.site.refuse_stacked("distributions over layers")
+    if sae.activation.name != "topk" or WIDE * sae.k > sae.n_latents:
+        raise SpecError(
+            f"sae.activation: expected topk with at least {WIDE} · k latents, got "
+            f"{sae.activation.name} with k = {sae.k} of {sae.n_latents} latents"
+        )
+
+
 def _rows(gap: int) -> tuple[slice, slice]:
     return slice(None, -gap), slice(gap, None)
 
 
-def _codes(sae: MLSAE, x: Tensor) -> tuple[Tensor, Tensor]:
+def coded(sae: MLSAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and values of the active latents, each (…, k)."""
     values, indices = sae.encode(x)
     return indices, values
 
 
-def _largest(sae: MLSAE, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def largest(sae: MLSAE, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Indices and values of the k largest latents, the largest first."""
     wide = copy.copy(sae)  # of the same parameters
     wide.k = k
@@ -158,7 +168,7 @@ def _largest(sae: MLSAE, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return indices.gather(-1, order), values
 
 
-def _margins(indices: Tensor, values: Tensor, k: int) -> dict[str, tuple[Tensor, Tensor]]:
+def selected(indices: Tensor, values: Tensor, k: int) -> dict[str, tuple[Tensor, Tensor]]:
     """The codes that each of `MARGINS` makes of the 4 k largest latents."""
     sizes = max(k // 4, 1), max(k // 2, 1), k, 2 * k, 4 * k
     found = {
@@ -469,7 +479,7 @@ def mean_layers(
     """E[L | j] of each latent, (latent,); nan for one that is never active."""
     found = LayerDistribution(source.n_layers, sae.n_latents, device=source.device)
     for batch in one_pass(source.batches(size), source, size, "mean layers", progress):
-        found.update(*_codes(sae, batch.source))
+        found.update(*coded(sae, batch.source))
     return found.compute().mean_layer
 
 
@@ -498,3 +508,20 @@ def drops(table: pd.DataFrame) -> pd.DataFrame:
         ends = {"value": kept[name], "low": kept[f"{name}_low"], "high": kept[f"{name}_high"]}
         parts.append(kept[["case", "gap"]].assign(kind=f"{label}: " + kept.taken, **ends))
     return pd.concat(parts, ignore_index=True)
+
+
+def over_seeds(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
+    """What `surrogates.measured` gives of several conditions and seeds, to be read side by side.
+
+    Args:
+        table: its rows, with the columns ``condition`` and ``seed``.
+
+    Returns:
+        Text: one row per condition and one column per measure, each in the order of the table: the
+        mean over seeds, and in brackets the smallest and the largest.
+    """
+    keys = ["condition", "measure"]
+    found = table.groupby(keys, sort=False).value.agg(["mean", "min", "max"])
+    shown = [between(*row, digits) for row in found.itertuples(index=False)]
+    wide = found.assign(text=shown).pivot_table("text", *keys, aggfunc="first", sort=False)
+    return wide.rename_axis(columns=None)

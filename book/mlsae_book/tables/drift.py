@@ -120,7 +120,8 @@ def summary(layers: pd.DataFrame, pairs: pd.DataFrame, by: str = "model") -> pd.
     Returns:
         `by`, ``norm_first``, ``norm_last`` (activation units), ``adjacent`` (mean centred cosine
         similarity of adjacent layers), ``adjacent_raw`` (not centred), ``ends`` (centred, of the
-        first and last layer), ``ends_raw``.
+        first and last layer), ``ends_raw``, and ``ends_perpendicular``, what the latter would be if
+        all updates were perpendicular to the first layer's vector (see `beside_sums`).
     """
     groups = layers.groupby(by, sort=False).norm
     near = adjacent(pairs, by).pivot_table(index=by, columns="measure", values="value")
@@ -133,5 +134,6 @@ def summary(layers: pd.DataFrame, pairs: pd.DataFrame, by: str = "model") -> pd.
         "adjacent_raw": near.raw,
         "ends": far.centred,
         "ends_raw": far.raw,
+        "ends_perpendicular": groups.first() / groups.last(),
     }
     return pd.DataFrame(columns).reindex(layers[by].unique()).rename_axis(by).reset_index()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pandas as pd
+
+from mlsae_book.tables import between
 
 METRICS = ("fvu_global", "fvu_per_dimension", "mse", "l1", "delta_ce", "kl")
 MEAN = "mean"
@@ -46,6 +49,20 @@ def repeated(table: pd.DataFrame, label: str, metrics: Sequence[str] = METRICS) 
     return groups.agg(**names).reset_index()
 
 
+def with_intervals(table: pd.DataFrame, metrics: Sequence[str], digits: int = 4) -> pd.DataFrame:
+    """Metrics of one run with their 95 % intervals, as text: one row per layer, the index.
+
+    Args:
+        table: of `analysis.evaluate` with `replaced`.
+    """
+    by_layer = table.set_index("layer")
+    shown = {}
+    for name in metrics:
+        ends = by_layer[[name, f"{name}_low", f"{name}_high"]].itertuples(index=False)
+        shown[name] = [between(*row, digits) for row in ends]
+    return pd.DataFrame(shown, by_layer.index)
+
+
 def means(table: pd.DataFrame, by: str, metrics: Sequence[str]) -> pd.DataFrame:
     """Mean over layers of each run, as Table 1 of the MLSAE paper has it; indexed by `by`."""
     return table.groupby(by, sort=False)[list(metrics)].mean()
@@ -68,6 +85,23 @@ def last_layer(table: pd.DataFrame, label: str) -> pd.DataFrame:
         row = {"last": fvu[last].item(), "others": fvu[~last].mean(), "dead": found.dead.iloc[0]}
         rows.append({"run": run, **row})
     return pd.DataFrame(rows)
+
+
+def auxiliary(log: pd.DataFrame, label: str, parts: int = 4) -> pd.DataFrame:
+    """The auxiliary loss in the course of training (MLSAE paper, Figure 11).
+
+    Args:
+        log: rows of `train.train`'s log of several runs, the run named by the column `label`.
+        parts: of equal length, into which each training is cut.
+
+    Returns:
+        One row per run and part: `label`, ``part`` (from 1), and means over it of ``auxk`` (before
+        it is weighted) and ``dead`` (fraction of latents without an activation in the window).
+    """
+    share = log.tokens / log.groupby(label).tokens.transform("max")
+    part = (share * parts).apply(math.ceil).clip(1, parts)
+    groups = log.assign(part=part).groupby([label, "part"], sort=False)
+    return groups[["auxk", "dead_fraction"]].mean().set_axis(["auxk", "dead"], axis=1).reset_index()
 
 
 def paired(table: pd.DataFrame, label: str, a: str, b: str, metric: str) -> pd.DataFrame:

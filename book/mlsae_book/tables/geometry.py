@@ -7,6 +7,7 @@ what vectors without structure, and vectors that repeat, would show.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -44,24 +45,39 @@ def dictionaries(decoder: Tensor, n_layers: int, seed: int = 0) -> dict[str, Ten
 
 
 @torch.no_grad()
-def anisotropic(source: ActivationSource, sae: MLSAE, size: int = 8, seed: int = 0) -> pd.DataFrame:
-    """MMCS of a dictionary beside rows that point where the activations do, and know no more.
+def anisotropic(
+    source: ActivationSource,
+    sae: MLSAE,
+    latents: Sequence[int],
+    size: int = 8,
+    seed: int = 0,
+    threshold: float = 0.4,
+) -> pd.DataFrame:
+    """Rows that point where the activations do, and know no more: N(0, Σ), Σ the second moments of
+    the standardised activations of all layers.
+
+    Args:
+        sae: standardises the activations; its rows do not matter. latents: numbers of rows.
 
     Returns:
-        One row per ``rows``: ``dictionary``, ``independent`` (N(0, I)), and ``as activations``
-        (N(0, Σ), Σ the second moments of the standardised activations of all layers): ``mmcs``.
+        One row per number: ``latents``, ``mmcs``, and ``above``, the share of pairs whose cosine
+        similarity is in the bins from `threshold` up, as `above` has it.
     """
     total, count = 0.0, 0
     for batch in one_pass(source.batches(size), source, size, "moments", progress=False):
         x = sae.standardise(batch.source)[0].flatten(0, 1).double()
         total, count = total + x.T @ x, count + len(x)
     values, vectors = torch.linalg.eigh(total / count)
-    generator = torch.Generator().manual_seed(seed)
-    noise = gaussian_rows(*sae.decoder.shape, generator)
-    root = (values.clamp(min=0).sqrt() * vectors).T.float()
-    found = {"dictionary": sae.decoder, "independent": noise, "as activations": noise @ root}
-    rows = [{"rows": name, "mmcs": mmcs(rows).mean} for name, rows in found.items()]
-    return pd.DataFrame(rows)
+    # symmetric, so that it does not depend on the signs of the eigenvectors
+    root = (values.clamp(min=0).sqrt() * vectors @ vectors.T).float()
+    found = []
+    for n in latents:
+        noise = gaussian_rows(n, len(root), torch.Generator().manual_seed(seed))
+        rows = noise.to(root) @ root
+        pairs = cosine_histogram(rows, N_BINS)
+        similar = pairs.counts[pairs.edges[:-1] > threshold - 1e-9].sum() / pairs.counts.sum()
+        found.append({"latents": n, "mmcs": mmcs(rows).mean, "above": float(similar)})
+    return pd.DataFrame(found)
 
 
 def geometry(
