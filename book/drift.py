@@ -130,8 +130,8 @@ drift_charts.matrix(
 # the least alike and Llama's the most. In all models centring *raises* the similarity of the two ends, by 0.13 at most: their offsets
 # differ more than their tokens do. A dictionary for all layers has to serve two ends whose similarity is below one half, or next to none.
 #
-# The null model of the last section is in the table below, too: *ends_perpendicular* is the ratio of the first norm to the last. In every
-# model the ends (not centred, *ends_raw*) are *less* alike than that: over the whole way, blocks take away from what the first layer
+# The null model of the last section is in the table below, too: *first and last layer, if updates were perpendicular* is the ratio of the first norm to the last. In every
+# model the ends (*first and last layer, not centred*) are *less* alike than that: over the whole way, blocks take away from what the first layer
 # wrote. Of our own, Llama's are nearest to it. With random weights the two are nearly the same, 0.39 and 0.41: to take away is something that training
 # does.
 #

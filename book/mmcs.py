@@ -93,7 +93,7 @@ control = geometry.anisotropic(source, sae, of_size.index).set_index("latents")
 of_size.rename(columns={"run": "R"}).assign(as_activations=control.mmcs).round(3)
 
 # %% [markdown]
-# **What to see.** Rows that merely point where the activations point have 0.50 at $R = 16$ (*as_activations*), the dictionary 0.35. At every $R$
+# **What to see.** Rows that merely point where the activations point have 0.50 at $R = 16$ (*rows as activations*), the dictionary 0.35. At every $R$
 # they are nearer to one another than its rows are, and at the smallest $k$ its 0.49 (in the table below) comes near them and is not above.
 # So beside *this* control the rows of all these dictionaries keep apart. Being above the isotropic one is then by itself no sign of features that
 # were learnt more than once, and that the MMCS leaves it at small $k$ is none of splitting. (For the other models and through a lens the

@@ -80,7 +80,7 @@ share.assign(as_activations=control[16]).mul(1e4).round(2)
 # layers: this histogram knows nothing of layers. At the two largest $k$ there is a tail on the left too, towards opposite rows.
 #
 # But neither of the two controls knows where activations point. Of rows that do, and know nothing else, six times as many pairs lie above
-# 0.4 as at $k = 4$ (*as_activations*). So even there the dictionary's similar rows are fewer than its inputs alone would give, and no sign
+# 0.4 as at $k = 4$ (*rows as activations*). So even there the dictionary's similar rows are fewer than its inputs alone would give, and no sign
 # of a feature that is held more than once. Nor would their absence at larger $k$ show that none is.
 #
 # **What would contradict it.** A dictionary whose tail does not depend on $k$, or a hump at one half.
