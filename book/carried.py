@@ -425,7 +425,7 @@ together.pivot_table(
 ).round(3)
 
 # %% [markdown]
-# *delta_ce* and *excess*, the difference to the sum of each alone, in the mean over all runs of so many adjacent layers; *mean*: the layers' means stand in.
+# *delta CE* and *excess*, the difference to the sum of each alone, in the mean over all runs of so many adjacent layers; *mean*: the layers' means stand in.
 #
 # **What to see.** Errors do not add up: every set costs less than its layers one by one, perhaps since what one reconstruction has lost the
 # next cannot lose again. At one layer the dictionary for all layers is worse than the layer's own (0.535 against 0.472 nats). At two, three

@@ -64,7 +64,7 @@ charts.with_cards(aggregate)
 layers.spread_table(arrays).set_index("of").round(3)
 
 # %% [markdown]
-# *latents* and *dead* are numbers of latents; *one_layer* is the fraction of latents with more than 99 % of their probability at one
+# *latents* and *dead* are numbers of latents; *at one layer* is the fraction of latents with more than 99 % of their probability at one
 # layer, *largest* the mean over latents of the largest probability, *entropy* that of the entropy over its maximum, $\ln n_L$.
 #
 # **What to see.** Each choice has an order of its own. The picture is a broad diagonal: latents prefer layers, and the preference changes

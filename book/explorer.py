@@ -260,7 +260,7 @@ latent_charts.handover(
 # latents would not be similar; only the text that they share could show it.
 #
 # The pairs with the highest similarity, all latents. One of them does look like a feature that changes its number:
-# 1154, at the first layers, and 31, at the later ones, active at the same tokens; *self_next* says how often a latent is active
+# 1154, at the first layers, and 31, at the later ones, active at the same tokens; *itself next* says how often a latent is active
 # at the next layer itself.
 
 # %% tags=["hide-input"]

@@ -165,7 +165,7 @@ layer_charts.aggregate(
 lenses.spread(read).set_index("case").round(3)
 
 # %% [markdown]
-# *one_layer* is the fraction of latents with more than 99 % of their probability at one layer, *largest* the mean of the
+# *at one layer* is the fraction of latents with more than 99 % of their probability at one layer, *largest* the mean of the
 # largest probability, *entropy* the mean entropy over its maximum.
 #
 # **What to see.** With the aligned lens the diagonal is paler and broader: the favourite layer has less of the probability, and the
