@@ -73,11 +73,10 @@ drift_charts.cosines(
 )
 
 # %% [markdown]
-# **What to see.** The larger a GPT-NeoX, in layers and width, the more alike are its neighbours, perhaps since a block has less to
-# do: the mean over pairs rises from 0.79 to 0.92 (in the table at the end). They are most alike at or just after the middle. In
-# GPT-2, Llama and Gemma 2 the first layer and the second are the least alike. In SmolLM2 it is the last two: nowhere else does one block
-# do as much. Centring moves every pair by less than a tenth: an
-# offset that all tokens share is not what makes neighbours alike.
+# **What to see.** The larger a GPT-NeoX, in layers and width, the more alike are its neighbours, perhaps since a block has less to do:
+# the mean over pairs rises from 0.79 to 0.92 (in the table at the end). They are most alike at or just after the middle. In GPT-2, Llama
+# and Gemma 2 the first layer and the second are the least alike. In SmolLM2 it is the last two: nowhere else does one block turn the
+# stream as far. Centring moves every pair by less than a tenth: an offset that all tokens share is not what makes neighbours alike.
 #
 # **What would contradict it.** Similarities near zero after centring: then nothing but a common offset
 # would be shared, and a dictionary for all layers would be as many dictionaries as there are layers.
@@ -108,7 +107,7 @@ drift.beside_sums(*of_all).set_index(["model", "layer", "other"]).round(3)
 # four pairs of `neox-6l-128d` are *less* alike than perpendicular updates would leave them: their blocks take away as well as add. In
 # Llama, but for one pair, in most of SmolLM2 and in the later layers of `neox-8l-192d` it is the other way. With random weights the two
 # differ by less than 0.02. (A ratio above 1, as in GPT-2, belongs to vectors that shrink, which no perpendicular update makes them do.)
-# So that neighbours are alike is what a sum is, and no fact about what a model has learnt.
+# So that neighbours are alike is for the most part what a sum is: in a model that has learnt nothing they are nearly as much so.
 #
 # **What would contradict it.** Cosines far above the ratio at every pair: then blocks would mostly lengthen what is there.
 #
@@ -126,14 +125,14 @@ drift_charts.matrix(
 # %% [markdown]
 # **What to see.** The first and the last layer of `neox-6l-128d` have 0.44, and the ends of the other two GPT-NeoX nearly the same. So
 # with more layers the steps are smaller, the whole way is not. Of SmolLM2's 30 layers the two ends are no longer alike: what the first
-# layer wrote is nearly gone at the last, though every step but one keeps nearly all of it. Among our other architectures GPT-2's ends are
-# the least alike and Llama's the most. In all models centring *raises* the similarity of the two ends, by 0.13 at most: their offsets
+# layer wrote is nearly gone at the last, though at every step but one neighbours are alike. Among our other architectures GPT-2's ends
+# are the least alike and Llama's the most. In all models centring *raises* the similarity of the two ends, by 0.13 at most: their offsets
 # differ more than their tokens do. A dictionary for all layers has to serve two ends whose similarity is below one half, or next to none.
 #
-# The null model of the last section is in the table below, too: *first and last layer, if updates were perpendicular* is the ratio of the first norm to the last. In every
-# model the ends (*first and last layer, not centred*) are *less* alike than that: over the whole way, blocks take away from what the first layer
-# wrote. Of our own, Llama's are nearest to it. With random weights the two are nearly the same, 0.39 and 0.41: to take away is something that training
-# does.
+# The null model of the last section is in the table below, too: *first and last layer, if updates were perpendicular* is the ratio of the
+# first norm to the last. In every model the ends (*first and last layer, not centred*) are *less* alike than that: over the whole way,
+# blocks take away from what the first layer wrote. Of our own, Llama's are nearest to it. With random weights the two are nearly the
+# same, 0.394 and 0.405: to take away more than that is something that training does, if hardly in Llama.
 #
 # The numbers:
 

@@ -46,7 +46,7 @@ mmcs = sweeps.across(experiments.tables, made, "mmcs.csv")
 #
 # Choose what varies: $k$ (also through the tuned lens), $R$, the model, the basis that the dictionary was trained in
 # ({doc}`tuned_lens`), or whether the language model was trained at all.
-# $R = 16$ and $k = 16$ where they do not vary; of SmolLM2-135M ({doc}`smollm2`) $R = 8$ and $k = 32$.
+# $R = 16$ and $k = 16$ where they do not vary.
 
 # %% tags=["hide-input"]
 sweep_charts.points(
@@ -60,18 +60,17 @@ sweep_charts.points(
 )
 
 # %% [markdown]
-# **What to see.** The MMCS falls as $k$ rises, as in the paper's Figure 23, from 0.49 at the smallest $k$ to 0.29. The
-# independent control has 0.30. So most of each number says nothing about the dictionary but its shape, and from $k = 32$ on rows are
-# no nearer to one another than random directions are. The paper has no such baseline beside its numbers; part of their fall with the
-# size of the model must be that random directions in more dimensions are further apart. A lens hardly matters at $k = 16$ and 64, though the basis is
+# **What to see.** The MMCS falls as $k$ rises, as in the paper's Figure 23, from 0.49 at the smallest $k$ to 0.29. The independent
+# control has 0.30. So most of each number says nothing about the dictionary but its shape, and from $k = 32$ on rows are no nearer to one
+# another than random directions are. The paper has no such baseline beside its numbers; part of their fall with the size of the model
+# must be that random directions in more dimensions are further apart. A lens hardly matters at $k = 16$ and 64, though the basis is
 # another; at $k = 4$ the MMCS is 0.02 smaller through it.
 #
 # With $R$ the MMCS rises, as in the paper, but so does the control's. In the smallest dictionaries rows keep further apart than chance
-# would place them, and from $R = 8$ on they are nearer. With the size of GPT-NeoX the MMCS falls, as in Table 2, but its controls fall
-# faster: beside chance, the rows of a larger model are nearer to one another. Models of equal width share their control. Among them GPT-2
-# has the largest MMCS and Gemma 2 the smallest, but they are near to one another, with one run each. With random weights it is 0.35, as
-# with trained ones. In SmolLM2-135M, which is three times as wide as the widest of ours, the MMCS is the smallest of all, and beside
-# its control it is the largest: directions there have more room than they use.
+# would place them, and from $R = 8$ on they are nearer. With the size of GPT-NeoX the MMCS falls from the smallest to the next and then
+# stays, where in Table 2 it falls throughout with that of Pythia. The controls fall all the way: beside chance, the rows of a larger
+# model are nearer to one another. Models of equal width share their control. Among them GPT-2 has the largest MMCS and Gemma 2 the
+# smallest, but they are near to one another, with one run each. With random weights it is 0.35, as with trained ones.
 #
 # **What would contradict it.** An MMCS that rises with $k$, or does not leave the control at any $k$.
 #
@@ -93,11 +92,11 @@ control = geometry.anisotropic(source, sae, of_size.index).set_index("latents")
 of_size.rename(columns={"run": "R"}).assign(as_activations=control.mmcs).round(3)
 
 # %% [markdown]
-# **What to see.** Rows that merely point where the activations point have 0.50 at $R = 16$ (*rows as activations*), the dictionary 0.35. At every $R$
-# they are nearer to one another than its rows are, and at the smallest $k$ its 0.49 (in the table below) comes near them and is not above.
-# So beside *this* control the rows of all these dictionaries keep apart. Being above the isotropic one is then by itself no sign of features that
-# were learnt more than once, and that the MMCS leaves it at small $k$ is none of splitting. (For the other models and through a lens the
-# control was not drawn.)
+# **What to see.** Rows that merely point where the activations point have 0.50 at $R = 16$ (*rows as activations*), the dictionary 0.35.
+# At every $R$ they are nearer to one another than its rows are, and at the smallest $k$ its 0.49 (in the table below) comes near them and
+# is not above. So beside *this* control the rows of all these dictionaries keep apart. Being above the isotropic one is then by itself no
+# sign of features that were learnt more than once, and that the MMCS leaves it at small $k$ is none of splitting. (For the other models
+# and through a lens the control was not drawn.)
 #
 # **What would contradict it.** A dictionary whose rows are nearer to one another than these.
 #

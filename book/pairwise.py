@@ -73,15 +73,15 @@ share = share.unstack("rows").reindex(by_sparsity["run"].unique())
 share.assign(as_activations=control[16]).mul(1e4).round(2)
 
 # %% [markdown]
-# **What to see.** On the logarithmic axis the copies have a second hump around one half; no dictionary has one,
-# its tail falls all the way. But at $k = 4$ more pairs lie above 0.4 than in the control of copies, 41
-# against 22. With larger $k$ their number falls to hardly any. So the paper's finding, that there are few similar pairs beside the
-# positive control, holds for our larger $k$ and fails for the smallest. Similar rows need not be the same feature at two
-# layers: this histogram knows nothing of layers. At the two largest $k$ there is a tail on the left too, towards opposite rows.
+# **What to see.** On the logarithmic axis the copies have a second hump around one half; no dictionary has one, its tail falls all the
+# way. But at $k = 4$ more pairs lie above 0.4 than in the control of copies, 41 against 22. At $k = 8$ there are less than half as many
+# as in that control, and with larger $k$ hardly any. So the paper's finding, that there are few similar pairs beside the positive
+# control, holds for our larger $k$ and fails for the smallest. Similar rows need not be the same feature at two layers: this histogram
+# knows nothing of layers. At the two largest $k$ there is a tail on the left too, towards opposite rows.
 #
 # But neither of the two controls knows where activations point. Of rows that do, and know nothing else, six times as many pairs lie above
-# 0.4 as at $k = 4$ (*rows as activations*). So even there the dictionary's similar rows are fewer than its inputs alone would give, and no sign
-# of a feature that is held more than once. Nor would their absence at larger $k$ show that none is.
+# 0.4 as at $k = 4$ (*rows as activations*). So even there the dictionary's similar rows are fewer than its inputs alone would give, and
+# no sign of a feature that is held more than once. Nor would their absence at larger $k$ show that none is.
 #
 # **What would contradict it.** A dictionary whose tail does not depend on $k$, or a hump at one half.
 #
@@ -104,12 +104,12 @@ share = share.unstack("rows").reindex(by_size["run"].unique())
 share.assign(as_activations=control.to_numpy()).mul(1e4).round(2)
 
 # %% [markdown]
-# **What to see.** Hardly any pairs lie above the limit in small dictionaries, and about one in 10,000 from $R = 16$ on. Each
-# row of the control of copies has five others like it, whatever the size, so that their share falls as the dictionary grows. As a
-# fraction of that the dictionary's share grows all the way, from nothing to a seventh. A little below the limit (0.2 to 0.4, in the
-# chart) the smallest dictionaries have fewer pairs than copies, and those from $R = 8$ on at least twice as many: similar rows there are,
-# but no humps of twins. The third control has more such pairs at every size, by a factor of two hundred
-# or more (in the table).
+# **What to see.** Hardly any pairs lie above the limit in small dictionaries, and about one in 10,000 from $R = 16$ on. Each row of the
+# control of copies has five others like it, whatever the size, so that their share falls as the dictionary grows. As a fraction of that
+# the dictionary's share grows all the way, from nothing to a seventh. A little below the limit (0.2 to 0.4, in the chart) the smallest
+# dictionaries have fewer pairs than copies, and those from $R = 8$ on at least twice as many: similar rows there are, but no humps of
+# twins. The third control has more pairs above the limit than the dictionary at every size, by a factor of two hundred or more (in the
+# table).
 #
 # ## By model
 #
@@ -131,9 +131,9 @@ share = geometry.above(by_model, 0.4).set_index(["run", "rows"])["share"]
 share.unstack("rows").reindex(by_model["run"].unique()).mul(1e4).round(2)
 
 # %% [markdown]
-# **What to see.** In each model similar pairs are few beside copies, by a factor of ten or more. In
-# neox-4l-64d, whose rows have half the dimensions, even independent rows have twice as many as the dictionary. In SmolLM2-135M
-# ({doc}`smollm2`) they are rarest beside copies.
+# **What to see.** In each model similar pairs are few beside copies, by a factor of ten or more. In neox-4l-64d, whose rows have half the
+# dimensions, even independent rows have twice as many as the dictionary. In SmolLM2-135M ({doc}`smollm2`), with another $R$ and $k$, they
+# are rarest beside copies. (The third control was not drawn for other models.)
 #
 # **What would contradict it.** A model whose share comes near that of its copies.
 #
@@ -158,7 +158,10 @@ share = geometry.above(by_lens, 0.4).set_index(["run", "rows"])["share"]
 share.unstack("rows").reindex(by_lens["run"].unique()).mul(1e4).round(2)
 
 # %% [markdown]
-# **What to see.** With the lens there are as many pairs as without, about one in 10,000: no difference to speak of.
+# **What to see.** With the lens there are as many pairs above the limit as without, about one in 10,000: no difference to speak of. On
+# the left, towards opposite rows, there are somewhat more (in the chart).
+#
+# **What would contradict it.** Far fewer similar pairs through a lens than without.
 
 # %% [markdown]
 # ## How this page was made

@@ -71,26 +71,27 @@ planted.mechanism(planted.World(world)).set_index("codes").round(3)
 # from token to token: this dictionary reports it of features half of whose variance is within tokens.
 # ({doc}`definitions` has a second reason, the averaging of the released code.)
 #
-# The intervals say how much the tokens matter, given the dictionary. They contain neither the truth nor the estimate itself, in either ratio:
-# rare latents' variances come out too small when resampled, and the interval takes that bias off.
+# The intervals say how much the tokens matter, given the dictionary. They contain neither the truth nor the estimate itself, in either
+# ratio: rare latents' variances come out too small when resampled, and the interval takes that bias off.
 #
 # **What would contradict it.** An oracle column that is off (then an estimator would be wrong), an
 # estimate of Eq. 12 near 0.5, or true directions that give the true ratios.
 #
 # ## Other worlds
 #
-# One world with one seed is little. Each of these differs from it in one thing: the seed of the world and of the training; $k$; $R$ (the
-# *expansion_factor*); how long the dictionary is trained; on how many tokens both are compared. *Truth* is that of the world, the oracle
-# its true codes:
+# One world with one seed is little. Each of these differs from it in one thing: the seed of the world and of the training; $k$; $R$; how
+# long the dictionary is trained (*training tokens*); on how many tokens both are compared (*tokens*). *Truth* is that of the world, the
+# oracle its true codes:
 
 # %% tags=["hide-input"]
 planted.others(world, mode="read-only").set_index(["field", "value"]).round(3)
 
 # %% [markdown]
-# **What to see.** No seed, $k$, $R$ or length of training brings either ratio near the truth: of Eq. 11 the estimates are all too large, of Eq. 12
-# at most a third of the truth. The oracle never errs. Eq. 12 falls as $R$ grows, and is nearer the truth where $k$ is small or $R$ is. How many
-# tokens are read matters as much: with more of them Eq. 11 rises and Eq. 12 falls, since a latent's false firings at other layers take
-# long to show. So neither estimate has converged at the size of this page, and both move *away* from the truth.
+# **What to see.** None of these brings either ratio near the truth: of Eq. 11 the estimates are all too large, of Eq. 12 at most a third
+# of the truth. The oracle is right throughout. Longer training moves both a little towards the truth. Eq. 12 falls as $R$ grows, and is
+# nearer the truth where $k$ is small or $R$ is. How many tokens are read matters as much: with more of them Eq. 11 rises and Eq. 12
+# falls, perhaps since a latent's false firings at other layers take long to show. So neither estimate has converged at the size of this
+# page, and with more text both move *away* from the truth.
 #
 # **What would contradict it.** A setting in which the estimate meets the truth.
 #
@@ -126,12 +127,12 @@ draw.splits(
 )
 
 # %% [markdown]
-# **What to see.** Without drift one latent serves all layers. At 60° a feature that lives everywhere has
-# 4.3 different latents over its five layers, and each of them lives at fewer layers than the feature: its variance is smaller (the table
-# below). Such latents are no duplicates of one another: the directions they stand for are as far apart or further, so MMCS does not show them.
-# Features that live at one layer are not split. Of those with neighbours only about half of the directions are recovered at the two
-# larger angles: perhaps half of an activation is too little to earn a latent of its own. At 15° one or two latents between the directions
-# serve most of the five layers.
+# **What to see.** Without drift one latent serves all layers. At 60° a feature that lives everywhere has 4.3 different latents over its
+# five layers, and each of them lives at fewer layers than the feature: its variance is smaller (the table below). Such latents are no
+# duplicates of one another: the directions they stand for are as far apart or further, so MMCS does not show them. Features that live at
+# one layer are not split. Of those with neighbours only about half of the directions are recovered at the two larger angles: perhaps half
+# of an activation is too little to earn a latent of its own. At 15° one or two latents between the directions serve most of the five
+# layers.
 #
 # **What would contradict it.** More than one latent for features of a single layer, or one latent for
 # features that turn by 60°.
@@ -149,8 +150,8 @@ planted.by_kind(features).set_index(["drift", "kind"]).round(3)
 #
 # In a language model we look for features that turn, and change their latent on the way, by the most similar other latent of each
 # ({doc}`explorer`): it should live at a neighbouring layer, and be active at the next layer where the one is active at this. Here we know
-# which pairs are of one feature: those in which both latents are near to its directions. Of latents with half of their probability at one
-# layer or more:
+# which pairs are of one feature: those in which both latents are near to its directions. Of latents that have at least half of their
+# probability at one layer:
 
 # %% tags=["hide-input"]
 columns = ["latents", "neighbouring", "null_neighbouring", "next", "null_next", "same", "null_same"]
@@ -159,14 +160,15 @@ handed.set_index(["drift", "pair"])[columns].round(3)
 
 # %% [markdown]
 # *neighbouring*: the share whose most similar latent peaks one layer before or after. *next* and *same*: how often the other is active at
-# the next layer, or at the same, where the one is active. *null*: dealt anew.
+# the next layer, or at the same, where the one is active. *null model*: the same with partners dealt anew.
 #
-# **What to see.** At 60°, where features have a latent for each layer, they are found: 73 pairs are of one feature, all of them at neighbouring
-# layers, and there the other is active at the next layer twice as often as at the same. Of the remaining pairs that is the other way
-# round. But without the truth only the row *all* is at hand. In it there is a trace, more neighbours than by chance (0.44, where dealing
-# gives 0.32), and hand-overs are still fewer than meetings at the same layer. At 30° and less there is hardly a pair of one feature to be found,
-# since a latent serves several layers, and hardly a surplus of neighbours. So a surplus of neighbours shows features that turn fast, and
-# its absence does not show that none turn. That latents meet at the *same* layer more often than they hand over shows nothing: they do so with drift and without.
+# **What to see.** At 60°, where features have a latent for each layer, they are found: 73 pairs are of one feature, all of them at
+# neighbouring layers, and there the other is active at the next layer twice as often as at the same. Of the remaining pairs that is the
+# other way round. But without the truth only the row *all* is at hand. In it there is a trace, more neighbours than by chance (0.44,
+# where dealing gives 0.32), and hand-overs are still fewer than meetings at the same layer. At 30° and less there is hardly a pair of one
+# feature to be found, since a latent serves several layers, and hardly a surplus of neighbours. So in this world a surplus of neighbours
+# is there only where features turn fast, and its absence does not show that none turn. That latents meet at the *same* layer more often
+# than they hand over shows nothing: they do so with drift and without.
 #
 # **What would contradict it.** Pairs of one feature that the diagnostic does not tell from others.
 #
