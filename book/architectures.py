@@ -23,7 +23,8 @@
 #   and embeddings multiplied by $\sqrt{d}$.
 #
 # The charts show SmolLM2-135M as well, a Llama that people use ({doc}`smollm2`). It differs from these in everything at once, as the
-# paper's models do, and so does its dictionary ($R = 8$, $k = 32$). It says what a difference that is *not* of the architecture looks like.
+# paper's models do, and so does its dictionary ($R = 8$, $k = 32$). It says what a difference that is *not* of the architecture alone looks
+# like.
 
 # %% tags=["remove-cell"]
 from mlsae_book import charts, experiments, stages, widgets
@@ -66,10 +67,10 @@ sweep_charts.gallery(
 spread.at_the_ends(read).set_index("model").round(3)
 
 # %% [markdown]
-# **What to see.** A broad diagonal in each of the four: as the paper says of its models, the pictures are alike. (So is that of
-# random weights in the {doc}`gallery`, so this is no sign that they learn the same.) By the mean entropy ({doc}`entropy`) the latents
-# of `gpt2-6l-128d` are the most concentrated, and those of `llama-6l-128d` the least. Latents of the first layer alone are rare in
-# all of them, 1.9 % at most, and of the last rarer still. The paper's note on Llama is not found here: ours has the *fewest* latents
+# **What to see.** A broad diagonal in each of the four: as the paper says of its models, the pictures are alike. (So is that of random
+# weights in the {doc}`gallery`, so this is no sign that they learn the same.) By the mean entropy ({doc}`entropy`) the latents of
+# `gpt2-6l-128d` are the most concentrated, and those of `llama-6l-128d` the least. Latents of the first layer alone are rare in all of
+# them, 1.9 % at most, and in the four of the last rarer still. The paper's note on Llama is not found here: ours has the *fewest* latents
 # at its first layer. So what they saw in their Llama need not be a matter of the architecture.
 #
 # **What would contradict it.** A model whose columns are all strong in one cell, or whose share at the first layer is
@@ -132,7 +133,7 @@ ratios.pivot(index="run", columns="ratio", values=["low", "value", "high"]).roun
 # stand apart in the first ratio, `gpt2-6l-128d` alone under the other choice of $P(J)$ as well. Gemma and GPT-NeoX, one run each,
 # hardly do. Over $k$ and over $R$ the ratio goes further than here, up to 0.80.
 #
-# **What would contradict it.** A ratio outside of what $k$ does to that of GPT-NeoX, or one at its null models.
+# **What would contradict it.** A ratio of the four outside of what $k$ does to that of GPT-NeoX, or one at its null models.
 #
 # ## Reconstruction and loss
 #

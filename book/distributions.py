@@ -70,7 +70,7 @@ layers.spread_table(arrays).set_index("of").round(3)
 # **What to see.** Each choice has an order of its own. The picture is a broad diagonal: latents prefer layers, and the preference changes
 # gradually from the first to the last. Hardly any belongs to one layer (three of 2048); on average the favourite layer has 0.46 of the
 # probability, where no preference would be 0.17, and the entropy is three quarters of its maximum. Under both null models nothing is left
-# of it. By activation totals latents look more spread still (0.37; entropy 0.81), for a reason that lies in the weighting: a token at
+# of it. By activation totals latents look more spread still (0.37; entropy 0.81), for which the weighting gives a reason: a token at
 # which the latent is active at several layers adds more to the totals than one at which it is active at one.
 #
 # **What would contradict it.** A picture that looks like the null model's: with layers permuted, every latent
@@ -96,7 +96,8 @@ layers.spread_table(both[-1][1]).set_index("of").round(3)
 # %% [markdown]
 # **What to see.** Latents of SmolLM2 prefer layers as those of our model do. The favourite layer has a quarter of the probability, where
 # no preference would be a thirtieth, and the entropy is about as far below its maximum as in our
-# model. So a latent there serves more layers, and about the same part of them.
+# model. So a latent there serves more layers. But it serves a smaller part of them: the same fraction of the logarithm of more layers is
+# a smaller fraction of the layers.
 #
 # **What would contradict it.** An entropy at that of its null models.
 #

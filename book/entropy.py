@@ -46,8 +46,8 @@ sweep_charts.points(
 # hardly used ({doc}`active_layers`). A lens at its own layers raises it from 0.77 to 0.87; aligned as in the released code it lowers it.
 # With $R$ it falls, and with the size of GPT-NeoX it rises a little, both as in the paper. Part of the fall with $R$ is that latents are
 # active at fewer tokens (*often* in the table). Of the architectures GPT-2 has the least and Llama the most. SmolLM2-135M, a model that
-# people use (of 30 layers; $R = 8$, $k = 32$), lies among ours: divided by its maximum, the entropy hardly knows how many layers
-# there are.
+# people use (of 30 layers; $R = 8$, $k = 32$), lies among ours. That does not say that its latents serve as large a part of the layers:
+# the maximum is a logarithm ({doc}`distributions`).
 #
 # With layers permuted within each token entropy is near 1, and it must be: a latent has no layer of its own there, by construction. So to
 # lie below that null model says only that layers are not interchangeable. It says nothing of what the model has learnt: with random

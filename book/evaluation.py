@@ -192,7 +192,7 @@ fidelity.means(sparsity.evaluation, "k", columns).round(4)
 
 # %% [markdown]
 # At $R = 16$ and $k = 16$ this is the recipe of the first chart with a quarter of its training text. Four times the text lowered the
-# mean FVU to 0.127, and delta CE by about as large a fraction (measured on more test text). A doubling of $k$ does more.
+# mean FVU to 0.127, and delta CE by a somewhat larger fraction (measured on more test text). A doubling of $k$ does more.
 #
 # ## The last layer and dead latents
 #
@@ -212,16 +212,16 @@ fidelity_charts.last_layer(
 # cause to appear here, and does not. In relative terms the last layer does fall behind, from 1.5 times the others' FVU to 1.8 times
 # at the largest $R$. But half of that has come about by $R = 8$, where no latent is dead.
 #
-# The third quantity of that figure, the auxiliary loss (before its weight of a 32nd), is a mean over each quarter of the training, and
-# with it the latents that are dead by the *training* window:
+# The third quantity of that figure, the auxiliary loss (*auxk*, before its weight of a 32nd), is a mean over each quarter of the training,
+# and with it the latents that are dead by the *training* window:
 
 # %% tags=["hide-input"]
 course = fidelity.auxiliary(factors.log, "expansion_factor")
 course.pivot_table(index="expansion_factor", columns="part", values=["auxk", "dead"]).round(4)
 
 # %% [markdown]
-# **What to see.** Zero, but at the two largest $R$ late in training. Where latents die the loss is near 1: what dead latents make of the error
-# explains none of it. With hardly any dead this says nothing of a run with many.
+# **What to see.** Zero, but at the two largest $R$ late in training. At the largest it ends near 1: what dead latents make of the error
+# explains none of it there. With hardly any dead this says nothing of a run with many.
 #
 # **What would contradict it.** Lines that go apart where the bars grow.
 #
@@ -250,13 +250,13 @@ by_model.groupby("model", sort=False)[["fvu_global", "fvu_per_dimension", "delta
 # architectures do to it is the subject of {doc}`architectures`. Of the three GPT-NeoX, the larger one has at every common layer the
 # smaller global FVU, by more than seeds move it. Yet its *mean* is the larger, from 0.130 in the smallest to 0.161 in the largest,
 # since it has more layers and the last ones are the hardest. Per dimension there is no such order: at the first three layers the
-# smallest model has the smallest FVU (at the first by less than seeds move it), further on the largest model may have. Delta CE falls
+# smallest model has the smallest FVU (at the first two by less than seeds move it), further on the largest model may have. Delta CE falls
 # with the size at every common layer but one, the last of the smallest model. In the paper FVU and delta CE remain consistent over
 # the sizes of Pythia. MSE depends on the scale of a model's activations, L1 on its width.
 #
 # SmolLM2's line is of another shape. Its global FVU is as high at the first layer as in the middle and lowest at the third; its delta CE
-# is flat over the first half and grows from there, most at the last layer. So that FVU ranks the layers as the loss does belongs to our
-# models, with their six layers, more than to dictionaries.
+# is flat over the first half and grows from there, most at the last layer. FVU ranks its layers much as the loss does ({doc}`smollm2`), but
+# less closely than in our models, which have fewer.
 #
 # **What would contradict it.** A size that is below the others at all layers in both kinds of FVU, as GPT-2 is below the
 # GPT-NeoX of its size.

@@ -51,7 +51,7 @@ passage = layer_charts.passage(
 charts.with_cards(passage)
 
 # %% [markdown]
-# Some latents stay active from the first block to the last, most come and go. Is that a fact about what the model has learnt?
+# Two latents stay active from the first block to the last, most come and go. Is that a fact about what the model has learnt?
 #
 # ## Which of these is the trained model?
 #
@@ -80,10 +80,10 @@ layer_charts.guess(
 # - More than half of the spread over layers lies **within** single latents: 56 % here, 62 % after a shorter training.
 # - A language model with **random weights**, which has learnt nothing, gives **nearly the same picture**: 55 %
 #   in place of the 62 % ({doc}`variance`).
-# - So the picture alone is no evidence for features that live across layers; other tests are
-#   ({doc}`planted`, {doc}`tuned_lens`, {doc}`drift`).
-# - The ratios printed in the paper are of another estimator, which alone can explain where ours differ
-#   ({doc}`definitions`).
+# - So the picture alone is no evidence for features that live across layers. What else might explain it is asked in {doc}`carried`,
+#   and of features that are known in {doc}`planted`.
+# - The ratios printed in the paper are of another estimator, which alone takes our second ratio into their range, and our first out
+#   of it ({doc}`variance`, {doc}`definitions`).
 #
 # ## The picture to keep in mind
 #
@@ -133,7 +133,8 @@ tables.variance_table(numbers).set_index("quantity")
 # lies at the lower end of the paper's range. The 1 of both null models says nothing against it or for it:
 # where layers are permuted, or the input is noise, no latent prefers a layer, so all of the spread lies
 # within latents by construction. The null models that count have a residual stream: a language model with random weights, and streams to
-# which each block adds what it computed for *another* token. Both come near the measured number ({doc}`carried`).
+# which each block adds what it computed for *another* token. One is a little below the measured number, the other somewhat above
+# ({doc}`carried`).
 #
 # The second does not agree with the paper: more than a quarter of a latent's spread is left at a single
 # token, where the paper reports at most a tenth. The model, $R$, $k$ and the length of training all differ
@@ -143,8 +144,9 @@ tables.variance_table(numbers).set_index("quantity")
 #
 # ## What this book is
 #
-# Every page is a notebook that ran. All but one use language models that this project trained itself, so that
-# everything about them is known: their text, their tokenizer, their seed, their loss.
+# Every page is a notebook that ran. Nearly all is about language models that this project trained itself, so that
+# everything about them is known: their text, their tokenizer, their seed, their loss. One that people use has a chapter of its own
+# and stands beside them in some charts.
 #
 # | chapter | question |
 # | --- | --- |

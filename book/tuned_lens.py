@@ -186,7 +186,8 @@ layer_charts.prompts(
 # %% [markdown]
 # **What to see.** In both prompts the aligned lens leaves the fewest latents that are active at one layer only, and the lens as
 # released the most. In the first they are 37 % and 55 %. The order is that of the heatmaps. But with layers permuted at each token
-# the first prompt shows it, too, and most of its size ({doc}`gallery`).
+# the first prompt shows it, too ({doc}`gallery`): that is nearly all of what the aligned lens does, and little of what the lens as released
+# does.
 
 # %% [markdown]
 # ## Variance ratios

@@ -142,7 +142,7 @@ of_seeds.sort_index().round(4)
 # is wide. Three seeds are few to judge by, so we read nothing into a difference of less than about 0.01 between two single runs,
 # however narrow their intervals.
 #
-# **What would contradict it.** Seeds that differ by less than the intervals are wide.
+# **What would contradict it.** Seeds whose intervals all overlap.
 #
 # ## The three parts
 #
@@ -179,9 +179,9 @@ published.set_index(["source", "ratio"])
 ratios.groupby(["sweep", "ratio"], sort=False).value.agg(["min", "max"]).round(3)
 
 # %% [markdown]
-# The first ratio lies in the paper's range but for the smallest $k$. The second lies above the paper's range and comes down to its
-# upper end only at the largest $k$. Language model, $R$, $k$ and text differ, and so does the estimator (next), which alone is enough
-# for that. It is worth knowing what a low second ratio would mean: with Gaussian input, where activity at several layers is chance,
+# The first ratio lies in the paper's range but for the smallest $k$ and for SmolLM2. The second lies above the paper's range and comes down
+# to its upper end only at the largest $k$. Language model, $R$, $k$ and text differ, and so does the estimator (next), which alone is
+# enough for that. It is worth knowing what a low second ratio would mean: with Gaussian input, where activity at several layers is chance,
 # it is 0.012 at $k = 16$, within the paper's range.
 #
 # ## How much the definition matters
