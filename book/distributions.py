@@ -157,7 +157,7 @@ experiments.tables(single, "spread.csv").set_index(["prompt", "of"]).round(3)
 #
 # What neither picture shows is a latent at *one token*: at how many layers is it active there? More than half of the pairs of a
 # token and a latent are active at one layer; but most of these latents are not gone at the next layer, they fall out of the
-# $k$ largest. {doc}`carried` counts both.
+# $k$ largest. {doc}`carried` counts both, and finds them much the same in a stream that adds other tokens' updates.
 #
 # **What would contradict it.** Prompts whose latents are no more concentrated than in the aggregate: then
 # being spread over layers would be a property of the latent, not of the mixture of tokens.
