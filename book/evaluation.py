@@ -212,7 +212,7 @@ fidelity_charts.last_layer(
 # cause to appear here, and does not. In relative terms the last layer does fall behind, from 1.5 times the others' FVU to 1.8 times
 # at the largest $R$. But half of that has come about by $R = 8$, where no latent is dead.
 #
-# The third quantity of that figure, the auxiliary loss (*auxk*, before its weight of a 32nd), is a mean over each quarter of the training,
+# The third quantity of that figure, the auxiliary loss (*AuxK*, before its weight of a 32nd), is a mean over each quarter of the training,
 # and with it the latents that are dead by the *training* window:
 
 # %% tags=["hide-input"]

@@ -227,7 +227,7 @@ of_prose = pd.read_csv(there.file("evaluation.csv"))
 texts = pd.concat({"docstrings": results.evaluation, "Wikipedia": of_prose}, names=["text"])
 charts.metric_by_layer(
     texts.reset_index("text"),
-    title="On prose the FVU is twice as high, at every layer, and the loss several times",
+    title="On prose the FVU is about twice as high, and the loss several times",
     subtitle="One dictionary, trained on docstrings. Choose the metric.",
     color="text",
 )

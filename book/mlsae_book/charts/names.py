@@ -17,6 +17,8 @@ NAMES = {
     "fvu_per_dimension": "FVU per dimension",
     "mse": "MSE",
     "l0": "L0",
+    "auxk": "AuxK",
+    "nowhere": "at no layer",
     "l1": "L1",
     "kl": "KL",
     "delta_ce": "delta CE",
