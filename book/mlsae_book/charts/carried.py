@@ -57,9 +57,17 @@ def beside(
         .encode(y=value, tooltip=[f"{series}:N", f"{x[0]}:O", f"{y[0]}:Q", "low:Q", "high:Q"])
         .properties(name="points")
     )
+    # Without an interval the line is as long as its point, so that Vega finds where the axis ends.
+    ends = {
+        f"drawn_{end}": alt.expr.if_(
+            alt.expr.isValid(alt.datum[end]), alt.datum[end], alt.datum[y[0]]
+        )
+        for end in ("low", "high")
+    }
     spans = (
-        base.mark_rule(strokeDash=[], strokeWidth=2, opacity=0.6)
-        .encode(y=alt.Y("low:Q", title=y[1]), y2="high:Q")
+        base.transform_calculate(**ends)
+        .mark_rule(strokeDash=[], strokeWidth=2, opacity=0.6)
+        .encode(y=alt.Y("drawn_low:Q", title=y[1]), y2="drawn_high:Q")
         .properties(name="intervals")
     )
     chart = alt.layer(spans, points)
