@@ -23,6 +23,8 @@
 # a sceptic would ask, beside null models that *contain* a residual stream where there are any, and toys in which the answer is known.
 
 # %% tags=["remove-cell", "nbval-ignore-output"]
+from functools import partial
+
 from mlsae_book import charts, experiments, stages, surrogates, toys
 from mlsae_book.charts import carried as draw
 from mlsae_book.tables import carried, margins
@@ -332,19 +334,19 @@ draw.beside(
 trained_on = experiments.surrogates(load_experiment("experiments/surrogates.yml"))
 found = experiments.tables(trained_on, "surrogate.csv")
 found = found.assign(seed=found.seed.map("seed {}".format))
+trained = partial(
+    draw.beside,
+    x=("condition", "What the dictionary is trained on, and measured on"),
+    y=("value", "Value"),
+    series="seed",
+    subtitle="Two trainings each; lines: 95 % intervals over sequences, where there are any.",
+    choices={"measure": "Shown"},
+)
 null_models = [surrogates.REAL, surrogates.GAUSSIAN, surrogates.RANDOM, surrogates.MATCHED]
 moments = found[found.condition.isin(null_models)]
 
 # %% tags=["hide-input"]
-draw.beside(
-    moments,
-    ("condition", "What the dictionary is trained on, and measured on"),
-    ("value", "Value"),
-    "seed",
-    title="Neither second moments nor drift give the real ratios",
-    subtitle="Two trainings each; lines: 95 % intervals over sequences, where there are any.",
-    choices={"measure": "Shown"},
-)
+trained(moments, title="Neither second moments nor drift give the real ratios")
 
 # %% [markdown]
 # Means over two seeds (which are those of random weights as well), and in brackets both. *latents* and *tokens* say which $P(J)$;
@@ -389,15 +391,7 @@ carried.over_seeds(moments).T
 # %% tags=["hide-input"]
 changes = [surrogates.REAL, surrogates.CENTRED, surrogates.BIASES, surrogates.RAW]
 changed = found[found.condition.isin(changes)]
-draw.beside(
-    changed,
-    ("condition", "What the dictionary is trained on, and measured on"),
-    ("value", "Value"),
-    "seed",
-    title="Taking off each layer's mean raises Eq. 11 by more than a tuned lens does",
-    subtitle="Two trainings each; lines: 95 % intervals over sequences, where there are any.",
-    choices={"measure": "Shown"},
-)
+trained(changed, title="Taking off each layer's mean raises Eq. 11 by more than a tuned lens does")
 
 # %% tags=["hide-input"]
 carried.over_seeds(changed).T
