@@ -7,10 +7,11 @@ import pandas as pd
 
 from mlsae_book.charts import _select, _table, _titled
 
-#: Labels too long for their place: two words a line.
+#: Labels too long for their place: a word a line, or two short ones.
 WORDS = (
     "length(datum.label) > 12"
-    r" ? split(replace(datum.label, regexp('(\\S+ \\S+) ', 'g'), '$1|'), '|')"
+    r" ? split(replace(replace(datum.label, regexp(' ', 'g'), '|'),"
+    r" regexp('(^|[|])([^|]{1,5})[|]([^|]{1,4})(?=[|]|$)', 'g'), '$1$2 $3'), '|')"
     " : datum.label"
 )
 
