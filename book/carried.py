@@ -334,6 +334,10 @@ draw.beside(
 trained_on = experiments.surrogates(load_experiment("experiments/surrogates.yml"))
 found = experiments.tables(trained_on, "surrogate.csv")
 found = found.assign(seed=found.seed.map("seed {}".format))
+null_models = [surrogates.REAL, surrogates.GAUSSIAN, surrogates.RANDOM, surrogates.MATCHED]
+moments = found[found.condition.isin(null_models)]
+
+# %% tags=["hide-input"]
 trained = partial(
     draw.beside,
     x=("condition", "What the dictionary is trained on, and measured on"),
@@ -342,10 +346,6 @@ trained = partial(
     subtitle="Two trainings each; lines: 95 % intervals over sequences, where there are any.",
     choices={"measure": "Shown"},
 )
-null_models = [surrogates.REAL, surrogates.GAUSSIAN, surrogates.RANDOM, surrogates.MATCHED]
-moments = found[found.condition.isin(null_models)]
-
-# %% tags=["hide-input"]
 trained(moments, title="Neither second moments nor drift give the real ratios")
 
 # %% [markdown]
