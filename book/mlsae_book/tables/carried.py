@@ -443,7 +443,7 @@ def _effects_table(found: Effects, n: int, replicates: int, least: int = 100) ->
 
 
 def text_samples(
-    source: TextSource, size: int = 8, each: int = 4, seed: int = 0, progress: bool = True
+    source: TextSource, size: int = 8, each: int | None = None, seed: int = 0, progress: bool = True
 ) -> Iterator[Sample]:
     """Tokens of a language model's text, drawn at random from those of each sequence.
 
@@ -451,11 +451,13 @@ def text_samples(
     model's own basis.
 
     Args:
-        size: sequences that are read at a time. each: tokens of a sequence.
+        size: sequences that are read at a time. each: tokens of a sequence, four of a model of six
+            layers and fewer of a deeper one, since each costs a pass for every layer.
     """
     interventions.check(source.site)
     if not source.lens.is_identity:
         raise SpecError(f"basis: expected the identity, got {source.site.basis}")
+    each = each or max(1, 24 // source.n_layers)
     lm, generator, first = source.lm, torch.Generator().manual_seed(seed), 0
     own = one_pass(source.blocks.batches(size), source, size, "effects", progress)
     for tokens in own:
