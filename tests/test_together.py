@@ -176,6 +176,16 @@ def test_changed_batches_are_a_function_of_seed_and_number():
     assert torch.equal(next(noisy.batches(8, seed=5, start=2)).source, third)
     assert not torch.equal(next(noisy.batches(8, seed=6, start=2)).source, third)
     assert noisy.site is source.site
+    passes = [{}, {"seed": 0}, {"seed": 1}, {"seed": 2**32}]
+    alone = surrogates.Changed(source, lambda x, g: torch.rand(3, generator=g).to(x), "drawn")
+    again = replace(alone, draw=1)
+    drawn = [
+        tuple(batch.source.tolist())
+        for one in (alone, again)
+        for options in passes
+        for _, batch in zip(range(3), one.batches(8, **options), strict=False)
+    ]
+    assert len(set(drawn)) == len(drawn) == 24
     with pytest.raises(AttributeError):
         noisy.passes  # noqa: B018 (what is changed cannot be put back)
 

@@ -1,0 +1,94 @@
+"""Whether surrogates tell worlds apart in which it is known what a dictionary's ratios are due to.
+
+`surrogates` trains dictionaries on a Gaussian with the moments of the activations, and on these
+without the layers' means, and concludes from what Eq. 11 and 12 become. Here the activations are
+made: with second moments that suffice, that do not, and in between; and with offsets and without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import pandas as pd
+import torch
+
+from mlsae_book import planted, surrogates
+from mlsae_book.surrogates import Changed
+from mlsae_core import store, train
+from mlsae_core.activations import ActivationSource
+
+#: Worlds of one mean and covariance over all layers: name → the share of it that is Gaussian.
+WORLDS = {"features": 0.0, "features and a Gaussian": 0.5, "a Gaussian": 1.0}
+#: Worlds whose layers have one mean, and one of their own each.
+APART = {"no offsets": 0.0, "offsets": 0.5}
+#: What a dictionary is trained on, and measured on.
+OWN, SURROGATE, CENTRED = "the world", "its Gaussian", surrogates.CENTRED
+
+
+def blend(world: planted.World, share: float) -> Changed:
+    """A world a share of whose covariance comes from a Gaussian, its joint moments as they were.
+
+    share: 0 leaves the world as it is; at 1 nothing of its features is left.
+    """
+    mean, covariance = surrogates.joint_moments(world)
+    noise = surrogates.gaussian(torch.zeros_like(mean), covariance, world.n_layers)
+    centre = mean.float().view(world.n_layers, 1, -1)
+
+    def change(x, generator):
+        return centre + (1 - share) ** 0.5 * (x - centre) + share**0.5 * noise(x, generator)
+
+    return Changed(world, change, f"{share} Gaussian")
+
+
+def displaced(world: planted.World, length: float) -> Changed:
+    """A world whose layers have no mean but a random one of this length, where 1 is that of the
+    layer's typical vector."""
+    generator = torch.Generator().manual_seed(world.spec.seed)
+    own = torch.randn(world.n_layers, world.d_model, generator=generator)
+    own = torch.nn.functional.normalize(own - own.mean(1, keepdim=True), dim=1)
+    lengths = surrogates.joint_moments(world)[1].diagonal().view(world.n_layers, -1).sum(1).sqrt()
+    by = length * lengths.float()[:, None] * own - world.scale[:, None] * world.offset.float()
+    return Changed(world, lambda x, _: x + by[:, None], f"offsets of {length}")
+
+
+def answered(spec: planted.PlantedSpec, source: ActivationSource) -> pd.DataFrame:
+    """`surrogates.measured` of the dictionary that is trained on a source."""
+    trained = train.train(spec.run, source, description=source.name)
+    return surrogates.measured(source, trained.sae.eval(), progress=False)
+
+
+def controls(spec: planted.PlantedSpec) -> dict[str, pd.DataFrame]:
+    """What the surrogates say of worlds that are made of a planted one.
+
+    Returns:
+        ``moments``: one row per ``world`` (`WORLDS`), ``vectors`` (`OWN`, or `SURROGATE`: of the
+        moments of that world's vectors, drawn anew) and ``measure`` with its ``value``.
+        ``offsets``: the same of `APART`, each with and without its layers' means.
+    """
+    world = planted.World(spec)
+    moments, offsets = [], []
+    for name, share in WORLDS.items():
+        own = blend(world, share)
+        for vectors, source in ((OWN, own), (SURROGATE, surrogates.sampled(own, own, draw=1))):
+            moments.append(answered(spec, source).assign(world=name, vectors=vectors))
+    for name, length in APART.items():
+        own = displaced(world, length)
+        for vectors, source in ((OWN, own), (CENTRED, surrogates.centred(own, own))):
+            offsets.append(answered(spec, source).assign(world=name, vectors=vectors))
+    columns = ["world", "vectors", "measure", "value"]
+    tables = {"moments": moments, "offsets": offsets}
+    return {name: pd.concat(parts)[columns] for name, parts in tables.items()}
+
+
+planted.MEASURED["controls"] = controls
+store.STAGES["controls"] = 1
+
+
+def seeds(
+    spec: planted.PlantedSpec,
+    values: Sequence[int],
+    mode: Literal["cached", "read-only"] = "cached",
+) -> dict[str, pd.DataFrame]:
+    """`controls` of worlds that differ in their seed, the first column; and ``provenance``."""
+    return planted.worlds(spec, "seed", values, mode, "controls")
