@@ -375,12 +375,9 @@ def surrogate(session: Session, run: RunSpec, settings: EvaluateSpec, condition:
     condition: one of `surrogates.CONDITIONS`.
     """
 
-    from mlsae_book.surrogates import REVISED
-
     def key(run: RunSpec, settings: EvaluateSpec) -> Keyed:
         parents = pipeline.input_parents(run)
         own = run_settings(run) | {"condition": condition} | keyed(settings)
-        own |= REVISED.get(condition, {})
         spec = {"run": flat(run), "condition": condition, "surrogate": to_dict(settings)}
         return store.key("surrogate", own, parents), spec, parents
 

@@ -44,9 +44,6 @@ BIASES = "a bias for each layer"
 RAW = "not standardised"
 CONDITIONS = (REAL, GAUSSIAN, RANDOM, MATCHED, CENTRED, BIASES, RAW)
 
-#: What the key of a condition has besides, since its draws are others than they once were.
-REVISED = {GAUSSIAN: {"draws": 2}}
-
 Change = Callable[[Tensor, torch.Generator], Tensor]
 
 

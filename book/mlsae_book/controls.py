@@ -15,6 +15,7 @@ import torch
 
 from mlsae_book import planted, surrogates
 from mlsae_book.surrogates import Changed
+from mlsae_book.tables import between, carried
 from mlsae_core import store, train
 from mlsae_core.activations import ActivationSource
 
@@ -92,3 +93,40 @@ def seeds(
 ) -> dict[str, pd.DataFrame]:
     """`controls` of worlds that differ in their seed, the first column; and ``provenance``."""
     return planted.worlds(spec, "seed", values, mode, "controls")
+
+
+# --- finished tables for the chapter --------------------------------------------------------------
+
+DIFFERENCE = "difference"
+
+
+def compared(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of `seeds` over its seeds: means, with 95 % intervals of trainings (Student's t).
+
+    Returns:
+        One row per ``world``, ``measure`` and ``vectors``, with ``value``, ``low`` and ``high``;
+        last the `DIFFERENCE` that the other vectors make, taken seed by seed.
+    """
+    rows = []
+    for (world, measure), part in table.groupby(["world", "measure"], sort=False):
+        wide = part.pivot_table("value", "seed", "vectors", sort=False)
+        wide[DIFFERENCE] = wide.iloc[:, 1] - wide.iloc[:, 0]
+        for vectors in wide:
+            row = {"world": world, "measure": measure, "vectors": vectors}
+            rows.append(row | carried.over_trainings(wide[vectors].tolist()))
+    return pd.DataFrame(rows)
+
+
+def in_numbers(table: pd.DataFrame, measures: Sequence[str], digits: int = 3) -> pd.DataFrame:
+    """`compared` as text: one row per ``world`` and ``vectors``, one column per measure: the mean,
+    and of the difference the ends of its interval."""
+    shown = [
+        between(row.value, row.low, row.high, digits)
+        if row.vectors == DIFFERENCE
+        else f"{row.value:.{digits}f}"
+        for row in table.itertuples()
+    ]
+    wide = table.assign(text=shown).pivot_table(
+        "text", ["world", "vectors"], "measure", aggfunc="first", sort=False
+    )
+    return wide[list(measures)].rename_axis(columns=None)
