@@ -11,7 +11,7 @@ from mlsae_book import controls, planted, surrogates
 from mlsae_book.tables import carried
 from mlsae_core.spec import SpecError
 
-SHORT = dataclasses.replace(SMALL, training_tokens=65_536)
+SHORT = dataclasses.replace(SMALL, training_tokens=49_152)
 
 
 def vectors(source, seed=0):
@@ -33,7 +33,7 @@ def test_worlds_have_the_moments_of_the_planted_one_whatever_is_gaussian(share):
     assert left.item() == pytest.approx((1 - share) ** 0.5, abs=0.02)
     kurtosis = ((x - x.mean(0)) / x.std(0)).pow(4).mean()
     expected = ((own - own.mean(0)) / own.std(0)).pow(4).mean() - 3
-    assert kurtosis - 3 == pytest.approx((1 - share) ** 2 * expected, abs=0.05)
+    assert kurtosis.item() - 3 == pytest.approx((1 - share) ** 2 * expected.item(), abs=0.05)
     assert expected > 0.3
 
 
@@ -80,7 +80,8 @@ def test_a_gaussian_is_told_from_features_and_not_from_a_gaussian(found):
         assert features > 0.02, measure
         assert gaussian < 0.25 * features, measure
         assert between < features, measure
-    assert change["adjacent cosine"].abs().max() < 0.02  # a matter of second moments
+    # a matter of second moments, but for a mean of ratios being no ratio of means
+    assert change["adjacent cosine"].abs().max() < 0.05
 
 
 def test_taking_the_means_off_changes_what_offsets_change_and_nothing_else(found):
