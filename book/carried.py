@@ -25,7 +25,7 @@
 # %% tags=["remove-cell", "nbval-ignore-output"]
 from functools import partial
 
-from mlsae_book import charts, experiments, stages, surrogates, toys
+from mlsae_book import charts, controls, experiments, planted, stages, surrogates, toys
 from mlsae_book.charts import carried as draw
 from mlsae_book.tables import carried, margins
 from mlsae_book.tables import together as at_once
@@ -373,6 +373,35 @@ carried.over_seeds(moments).T
 # **What would contradict it.** A Gaussian whose ratios are those of the activations: then second moments would be all there is to say. Or
 # trainings of one condition as far apart as two conditions. Two seeds give a range, and no interval.
 #
+# ### Would we have seen it?
+#
+# Three worlds in which the answer is known, all with the mean and the covariance over layers of a planted one ({doc}`planted`). In the
+# first the vectors are made of *features*, so second moments are not all there is. The last *is* a Gaussian: there they suffice by
+# construction. In the middle one half of the covariance comes from features and half from a Gaussian. Each world is put through what the
+# activations went through: a dictionary is trained on it, and another on a Gaussian with the moments of its vectors, drawn anew. Everything
+# is done five times, with another world and another training.
+
+# %% tags=["hide-input"]
+tried = controls.seeds(planted.PlantedSpec(), range(5), mode="read-only")
+made = controls.compared(tried["moments"])
+over_worlds = partial(
+    draw.beside,
+    x=("world", "What the vectors are made of"),
+    y=("value", "Value"),
+    series="vectors",
+    subtitle="Means of five worlds, each with its training; lines: 95 % intervals over them.",
+    choices={"measure": "Shown"},
+)
+over_worlds(made[made.vectors != controls.DIFFERENCE], title="MOMENTS TITLE")
+
+# %% tags=["hide-input"]
+controls.in_numbers(made, controls.RATIOS)
+
+# %% [markdown]
+# **What to see.** MOMENTS
+#
+# **What would contradict it.** A difference between the Gaussian world and its Gaussian, or none between features and theirs.
+#
 # ## Offsets and norms
 #
 # A tuned lens moves Eq. 11 ({doc}`tuned_lens`), and it changes three things at once: the layers' means, their lengths, and their
@@ -405,6 +434,23 @@ carried.over_seeds(changed).T
 # layer*, of standardised ones.)
 #
 # **What would contradict it.** An Eq. 11 without offsets as it is with them.
+#
+# ### Would we have seen it?
+#
+# Planted features again, in two worlds that differ in nothing but the mean of each layer: it is zero, or a random vector half as long as
+# the layer's typical one.
+
+# %% tags=["hide-input"]
+moved = controls.compared(tried["offsets"])
+over_worlds(moved[moved.vectors != controls.DIFFERENCE], title="OFFSETS TITLE")
+
+# %% tags=["hide-input"]
+controls.in_numbers(moved, controls.RATIOS)
+
+# %% [markdown]
+# **What to see.** OFFSETS
+#
+# **What would contradict it.** Ratios that move where there are no offsets, or do not move where there are.
 #
 # ## Several layers at once
 #
@@ -484,22 +530,22 @@ chains.pivot_table(index=["of", "least", "mean"], columns="layers", values="shar
 #
 # ## Another training
 #
-# Intervals over sequences know nothing of the training. The default run beside one that differs in its seed alone: the excess of survival
-# over another token's update, for one block and for all five, and what ablations find.
+# Intervals over sequences know nothing of the training. The default run beside two that differ in their seed alone: the excess of survival
+# over another token's update, for one block and for all five, and what ablations find. *mean* is that of the three, with a 95 % interval
+# over trainings (Student's $t$, which for three is wide).
 
 # %% tags=["hide-input"]
-two_seeds = load_experiment("experiments/carried_seeds.yml")
-repeated = experiments.measure(two_seeds, "persistence"), experiments.measure(two_seeds, "effects")
+three = load_experiment("experiments/carried_seeds.yml")
+repeated = experiments.measure(three, "persistence"), experiments.measure(three, "effects")
 excess = experiments.tables(repeated[0], "survival.csv")
 excess = excess[(excess.of == "another token's updates") & excess.gap.isin([1, 5])]
-columns = ["excess", "excess_low", "excess_high"]
-excess.pivot_table(index=["gap", "layer"], columns="seed", values=columns).round(3)
+carried.trainings(excess, "excess", ["gap", "layer"])
 
 # %% tags=["hide-input"]
 drops = experiments.tables(repeated[1], "effects.csv")
 drops = drops[(drops.taken == "the latent") & (drops.after == "active there") & (drops.layer == -1)]
-columns = ["samples", "total", "direct", "blocks", "blocks_low", "blocks_high"]
-drops[drops.home == "all"].set_index(["gap", "seed"])[columns].sort_index().round(3)
+drops = drops[drops.home == "all"].melt(["gap", "seed"], ["total", "direct", "blocks"], "drop")
+carried.trainings(drops, "value", ["drop", "gap"])
 
 # %% [markdown]
 # **What to see.** The excess of a block differs between trainings by 0.007 at most, and has the same sign at every block but the second,

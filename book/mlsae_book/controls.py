@@ -98,6 +98,11 @@ def seeds(
 # --- finished tables for the chapter --------------------------------------------------------------
 
 DIFFERENCE = "difference"
+#: The measures that tables show.
+RATIOS = (
+    "Eq. 11, latents", "Eq. 12, latents", "Eq. 11, tokens", "Eq. 12, tokens",
+    "single", "survival", "survival, shuffled", "fvu",
+)  # fmt: skip
 
 
 def compared(table: pd.DataFrame) -> pd.DataFrame:
