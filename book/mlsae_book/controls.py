@@ -19,6 +19,10 @@ from mlsae_book.tables import between, carried
 from mlsae_core import store, train
 from mlsae_core.activations import ActivationSource
 
+#: Of what the worlds are made: small, so that their ten dictionaries take half a minute of a core.
+WORLD = planted.PlantedSpec(
+    n_features=64, d_model=24, n_layers=4, active=8.0, k=4, training_tokens=100_000, tokens=16_384
+)
 #: Worlds of one mean and covariance over all layers: name → the share of it that is Gaussian.
 WORLDS = {"features": 0.0, "features and a Gaussian": 0.5, "a Gaussian": 1.0}
 #: Worlds whose layers have one mean, and one of their own each.
