@@ -352,3 +352,10 @@ def test_what_has_no_k_to_change_is_refused():
     stacked = reading(tiny_lm(), BATCHES, SiteSpec(stacked=True))
     with pytest.raises(SpecError, match="stacked"):
         carried.persistence(stacked, wide_sae(), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"), [(2, [1]), (6, [1, 2, 3, 4, 5]), (30, [1, 2, 3, 4, 5, 10, 20])]
+)
+def test_survival_is_followed_over_every_gap_of_a_small_model(n, expected):
+    assert carried.gaps(n) == expected

@@ -78,8 +78,8 @@ def persistence(
         active at exactly so many layers, ``low``, ``high``; of the measured codes, null models and
         `MARGINS`. ``pairs``: one row per ``of``: ``l0``, ``single`` (share at one layer), ``mean``
         (layers), each with ends of its interval, and ``contiguous``. ``survival``: one row per
-        (``gap``, ``layer``, ``of``): ``rate`` P(active at layer + gap | active at layer), ``excess``
-        (what the measured one is above it), with ends. ``latents``: of each block, the share of
+        (``gap`` of `gaps`, ``layer``, ``of``): ``rate`` P(active at layer + gap | active at
+        layer), ``excess`` (what the measured one is above it), with ends. ``latents``: of each block, the share of
         latents (active at 100 tokens or more) that survive more and less often than with another
         token's updates, beyond two standard errors, and quantiles of the difference. ``ranks``: of
         pairs active at one layer and of the others, the share by rank there, and by best rank at a
@@ -96,9 +96,7 @@ def persistence(
     pairs = {of: Persistence(*shape) for of in (MEASURED, *nulls, *MARGINS)}
     spread = {of: LayerDistribution(*shape) for of in (MEASURED, *nulls)}
     survival = {
-        (gap, of): Survival(n - gap, *shape[1:])
-        for gap in range(1, n)
-        for of in (MEASURED, *UPDATES)
+        (gap, of): Survival(n - gap, *shape[1:]) for gap in gaps(n) for of in (MEASURED, *UPDATES)
     }
     active = dict.fromkeys(pairs, 0)
     ranks = torch.zeros(2, 2, WIDE * k + 1, dtype=torch.float64)
@@ -148,6 +146,11 @@ def check(source: ActivationSource, sae: MLSAE):
             f"sae.activation: expected topk with at least {WIDE} · k latents, got "
             f"{sae.activation.name} with k = {sae.k} of {sae.n_latents} latents"
         )
+
+
+def gaps(n_layers: int) -> list[int]:
+    """Over how many blocks survival is followed: up to 5, and from there on twice as many each."""
+    return [gap for gap in (1, 2, 3, 4, 5, 10, 20, 40, 80) if gap < n_layers]
 
 
 def _rows(gap: int) -> tuple[slice, slice]:
@@ -459,7 +462,7 @@ def _effects_table(found: Effects, n: int, replicates: int, least: int = 100) ->
 
 
 def text_samples(
-    source: TextSource, size: int = 8, each: int = 4, seed: int = 0, progress: bool = True
+    source: TextSource, size: int = 8, each: int | None = None, seed: int = 0, progress: bool = True
 ) -> Iterator[Sample]:
     """Tokens of a language model's text, drawn at random from those of each sequence.
 
@@ -467,11 +470,13 @@ def text_samples(
     model's own basis.
 
     Args:
-        size: sequences that are read at a time. each: tokens of a sequence.
+        size: sequences that are read at a time. each: tokens of a sequence, four of a model of six
+            layers and fewer of a deeper one, since each costs a pass for every layer.
     """
     interventions.check(source.site)
     if not source.lens.is_identity:
         raise SpecError(f"basis: expected the identity, got {source.site.basis}")
+    each = each or max(1, 24 // source.n_layers)
     lm, generator, first = source.lm, torch.Generator().manual_seed(seed), 0
     own = one_pass(source.blocks.batches(size), source, size, "effects", progress)
     for tokens in own:
