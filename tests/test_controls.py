@@ -94,7 +94,7 @@ def test_taking_the_means_off_changes_what_offsets_change_and_nothing_else(found
     assert after["offsets"] == pytest.approx(after["no offsets"], abs=0.02)
 
 
-def test_what_vectors_make_of_a_world_is_taken_seed_by_seed():
+def test_what_vectors_make_of_a_world_is_taken_seed_by_seed(monkeypatch):
     values = {0: (1.0, 2.0), 1: (3.0, 3.5), 2: (2.0, 3.5)}
     rows = [
         {"seed": seed, "world": "w", "vectors": name, "measure": "m", "value": value}
@@ -106,8 +106,12 @@ def test_what_vectors_make_of_a_world_is_taken_seed_by_seed():
     assert table.value.tolist() == pytest.approx([2.0, 3.0, 1.0])
     last = table.iloc[-1]  # 1, 0.5 and 1.5: standard deviation 0.5
     assert last.high - last.value == pytest.approx(4.303 * 0.5 / 3**0.5)
-    text = controls.in_numbers(table, ["m"], 2)
+    monkeypatch.setattr(controls, "SHOWN", ("m",))
+    assert controls.differences(table).value.tolist() == pytest.approx([1.0])
+    text = controls.in_numbers(table, 2)
     assert text.m.tolist() == ["2.00", "3.00", "1.00 [-0.24, 2.24]"]
+    monkeypatch.setattr(controls, "SHOWN", ())
+    assert controls.differences(table).empty
 
 
 def test_trainings_stand_side_by_side_with_the_interval_of_their_mean():

@@ -102,8 +102,8 @@ def seeds(
 # --- finished tables for the chapter --------------------------------------------------------------
 
 DIFFERENCE = "difference"
-#: The measures that tables show.
-RATIOS = (
+#: The measures that are shown.
+SHOWN = (
     "Eq. 11, latents", "Eq. 12, latents", "Eq. 11, tokens", "Eq. 12, tokens",
     "single", "survival", "survival, shuffled", "fvu",
 )  # fmt: skip
@@ -126,9 +126,14 @@ def compared(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def in_numbers(table: pd.DataFrame, measures: Sequence[str], digits: int = 3) -> pd.DataFrame:
-    """`compared` as text: one row per ``world`` and ``vectors``, one column per measure: the mean,
-    and of the difference the ends of its interval."""
+def differences(table: pd.DataFrame) -> pd.DataFrame:
+    """Of `compared`, the rows of `DIFFERENCE` and of `SHOWN`."""
+    return table[(table.vectors == DIFFERENCE) & table.measure.isin(SHOWN)]
+
+
+def in_numbers(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
+    """`compared` as text: one row per ``world`` and ``vectors``, one column for each of `SHOWN`: the
+    mean, and of the difference the ends of its interval."""
     shown = [
         between(row.value, row.low, row.high, digits)
         if row.vectors == DIFFERENCE
@@ -138,4 +143,4 @@ def in_numbers(table: pd.DataFrame, measures: Sequence[str], digits: int = 3) ->
     wide = table.assign(text=shown).pivot_table(
         "text", ["world", "vectors"], "measure", aggfunc="first", sort=False
     )
-    return wide[list(measures)].rename_axis(columns=None)
+    return wide[list(SHOWN)].rename_axis(columns=None)
