@@ -46,6 +46,11 @@ def blend(world: planted.World, share: float) -> Changed:
     return Changed(world, change, f"{share} Gaussian")
 
 
+def redrawn(own: Changed) -> Changed:
+    """A Gaussian with the moments of a world's vectors, whose own draws it does not share."""
+    return surrogates.sampled(own, own, draw=own.draw + 1)
+
+
 def displaced(world: planted.World, length: float) -> Changed:
     """A world whose layers have no mean but a random one of this length, where 1 is that of the
     layer's typical vector."""
@@ -75,7 +80,7 @@ def controls(spec: planted.PlantedSpec) -> dict[str, pd.DataFrame]:
     moments, offsets = [], []
     for name, share in WORLDS.items():
         own = blend(world, share)
-        for vectors, source in ((OWN, own), (SURROGATE, surrogates.sampled(own, own, draw=1))):
+        for vectors, source in ((OWN, own), (SURROGATE, redrawn(own))):
             moments.append(answered(spec, source).assign(world=name, vectors=vectors))
     for name, length in APART.items():
         own = displaced(world, length)
