@@ -411,7 +411,7 @@ controls.in_numbers(made)
 # Three limits. Eq. 12 with $P(J)$ uniform over latents is the one measure that hardly knows features from their Gaussian; with $P(J)$ by
 # tokens it does. The sign says nothing in general: the Gaussian's Eq. 11 is larger than that of these features, and smaller than that of
 # the activations. And features that are diluted are nearly lost: with half of the covariance, Eq. 11 cannot be told from the Gaussian's,
-# and what can (survival, FVU, the share at one layer, Eq. 12 by tokens) differs by a sixth as much or less. So equal ratios would not have
+# and what can (survival, FVU, the share at one layer, Eq. 12 by tokens) differs by less than a fifth as much. So equal ratios would not have
 # shown that there are no features.
 #
 # **What would contradict it.** A difference between the Gaussian world and its Gaussian, or none between features and theirs.
