@@ -95,6 +95,9 @@ planted.others(world, mode="read-only").set_index(["field", "value"]).round(3)
 #
 # **What would contradict it.** A setting in which the estimate meets the truth.
 #
+# What a dictionary finds of a Gaussian with the moments of such features, and whether it would be told from them, is asked in
+# {doc}`carried`.
+#
 # ## Drift
 #
 # Choose an estimator.

@@ -9,15 +9,21 @@ from tiny_lm import CONFIGS, N_LAYERS, reading, tiny_lm
 
 from mlsae_book import toys
 from mlsae_book.tables import carried, margins
-from mlsae_core.metrics import LayerDistribution, Persistence
+from mlsae_core.metrics import LayerDistribution, Persistence, Survival, shuffled_updates
 from mlsae_core.sae import MLSAE
 from mlsae_core.spec import SiteSpec, SpecError
 
 
+class Found(dict):
+    """Both measurements of a toy, when it is asked for: kind → survival, effects and others."""
+
+    def __missing__(self, kind):
+        return self.setdefault(kind, toys.measured(kind, 48))
+
+
 @pytest.fixture(scope="module")
 def found():
-    """Both measurements of every toy: kind → survival and effects pooled over layers."""
-    return {kind: toys.measured(kind, 48) for kind in toys.KINDS}
+    return Found()
 
 
 def at(table, **where):
@@ -37,6 +43,112 @@ def test_survival_tells_blocks_that_keep_from_those_that_do_not(found, kind, sig
         else:
             assert abs(row.excess) < 0.02
             assert row.excess_low - 0.01 < 0 < row.excess_high + 0.01
+
+
+def test_where_nothing_connects_layers_pairs_are_as_by_chance(found):
+    """Features are alike, so each of 8 in 64 is active at a layer whatever it is at others."""
+    p, n = toys.ACTIVE / toys.FEATURES, toys.LAYERS
+    single = n * p * (1 - p) ** (n - 1) / (1 - (1 - p) ** n)
+    table = found["amplified"]["pairs"].set_index("of").single
+    for null in carried.APART:
+        assert table[null] == pytest.approx(single, abs=0.02)
+    assert table[carried.MEASURED] < single - 0.2
+
+
+def test_a_stream_of_other_tokens_updates_is_the_toy_that_only_adds(found):
+    """What `carried` adds asks for no token, so its sums are itself; updates of one step alone, no
+    sum, would give 0.03 more."""
+    pairs = found["carried"]["pairs"].set_index("of").single
+    shuffled = next(iter(carried.UPDATES))
+    assert pairs[shuffled] == pytest.approx(pairs[carried.MEASURED], abs=0.01)
+
+
+def test_over_several_blocks_the_null_model_takes_all_of_their_updates(found):
+    toy, generator = toys.Toy("erased", 48), torch.Generator().manual_seed(5)
+    for gap in (1, 3):
+        expected = Survival(toys.LAYERS - gap, toys.FEATURES)
+        for batch in toy.batches(16):
+            before = carried.coded(toy.dictionary, batch.source[:-gap])
+            null = shuffled_updates(batch.source, generator, gap)
+            expected.update(before, carried.coded(toy.dictionary, null))
+        table = at(found["erased"]["survival"], of="another token's updates", gap=gap)
+        assert table.rate.tolist() == pytest.approx(expected.compute().rate.tolist(), abs=0.02)
+
+
+def test_intervals_are_around_their_numbers_and_of_the_same_draws(found):
+    for kind in ("amplified", "erased"):
+        tables = found[kind]
+        table = at(tables["survival"], of="another token's updates")
+        width = table.excess_high - table.excess_low
+        middle = (table.excess_high + table.excess_low) / 2
+        assert ((middle - table.excess).abs() < 0.5 * width).all()
+        own = at(tables["survival"], of=carried.MEASURED)
+        assert (own[["excess_low", "excess_high"]] == 0).all(axis=None)
+
+
+def recorded(toy, seen):
+    """The samples of a toy, whose changes are kept: layer, how far, and in which choice."""
+    for sample in toy.samples(16):
+
+        def after(layer, rows, sample=sample):
+            seen.append((sample.x[layer] - rows).norm(dim=-1))
+            return sample.after(layer, rows)
+
+        yield carried.Sample(sample.x, sample.sequence, after)
+
+
+def test_null_models_take_out_as_much_and_homes_lie_before_or_after():
+    toy, seen = toys.Toy("amplified", 16), []
+    zeros = torch.zeros(toys.FEATURES)
+    table = carried.effects(recorded(toy, seen), toy.dictionary, zeros, replicates=2)
+    for lengths in seen:
+        torch.testing.assert_close(lengths[1:], lengths[:1].expand_as(lengths[1:]))
+    homes = {layer: set(at(table, layer=layer).home) - {"all"} for layer in (0, 1, 2)}
+    assert homes == {0: {"here"}, 1: {"earlier"}, 2: {"earlier"}}
+
+
+@torch.no_grad()
+def test_a_standardised_vector_loses_the_piece_in_its_own_length():
+    toy = toys.Toy("carried", 48)
+    plain = toy.dictionary
+    sae = MLSAE(2 * toys.FEATURES, toys.FEATURES, toys.ACTIVE)
+    for mine, rows in ((sae.encoder, plain.encoder), (sae.decoder, plain.decoder)):
+        mine.data = rows.data
+    zeros = torch.zeros(toys.FEATURES)
+    table = carried.effects(toy.samples(16), sae, zeros, replicates=2)
+    row = at(table, taken="the latent", after="active there", home="all", layer=0, gap=1).iloc[0]
+
+    def scaled(x):
+        return (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
+
+    # every active latent of every token, not a drawn one
+    x, later = torch.cat([batch.source for batch in toy.batches(16)], 1)[:2]
+    height, active = scaled(x)[:, : toys.FEATURES].topk(toys.ACTIVE)
+    piece = (height * x.std(-1, keepdim=True))[..., None] * torch.eye(x.shape[1])[active]
+    less = scaled(later[:, None] - piece).gather(-1, active[..., None])[..., 0]
+    a = scaled(later).gather(-1, active)
+    stays = a >= scaled(later)[:, : toys.FEATURES].topk(toys.ACTIVE)[0][:, -1:]
+    expected = ((a - less) * stays).sum() / (a * stays).sum()
+    assert row.direct == pytest.approx(expected.item(), abs=0.02)
+    assert row.total == pytest.approx(row.direct, abs=1e-4)
+
+
+def test_what_is_active_later_is_told_by_the_later_layer(found):
+    table = at(found["amplified"]["effects"], taken="the latent", layer=0, home="all", gap=1)
+    samples = table.set_index("after").samples
+    rate = at(found["amplified"]["survival"], of=carried.MEASURED, gap=1, layer=0).rate.item()
+    assert samples["active there"] / samples.sum() == pytest.approx(rate, abs=0.04)
+
+
+def test_how_sequences_are_batched_does_not_change_intervals():
+    toy = toys.Toy("erased", 48)
+    one, other = (
+        margins.margins(toy, toy.dictionary, size, replicates=20, progress=False)["selections"]
+        for size in (8, 48)
+    )
+    columns = ["single", "single_low", "single_high"]
+    one, other = (at(t, of=carried.MEASURED, selection="k")[columns] for t in (one, other))
+    assert one.to_numpy() == pytest.approx(other.to_numpy())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Several layers at once, chains of single layers, surrogates: dense versions and planted cases."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from test_analysis import tiny_sae
 from tiny_lm import D_MODEL, N_LAYERS, VOCAB, reading, tiny_lm, tiny_tokens
 
 from mlsae_book import surrogates, toys
-from mlsae_book.tables import interventions, lifetimes, together
+from mlsae_book.tables import carried, interventions, lifetimes, together
 from mlsae_core import analysis
 from mlsae_core.activations import TextSource
 from mlsae_core.lm import LanguageModel
@@ -91,6 +92,16 @@ def test_one_layer_at_a_time_is_the_evaluation():
     expected = analysis.evaluate(source, sae, progress=False)
     assert alone.delta_ce.tolist() == pytest.approx(expected.delta_ce.tolist(), abs=1e-5)
     assert alone.kl.tolist() == pytest.approx(expected.kl.tolist(), abs=1e-5)
+    again = together.together(
+        reading(lm, [torch.cat(BATCHES)], SiteSpec()),
+        [sae] * N_LAYERS,
+        replicates=20,
+        progress=False,
+    )
+    again = again[again.of == "reconstruction"]
+    by_batch = table[table.of == "reconstruction"]
+    for column in ("delta_ce", "delta_ce_low", "delta_ce_high", "excess_low", "excess_high"):
+        assert again[column].tolist() == pytest.approx(by_batch[column].tolist(), abs=1e-5)
     means = table[(table.layers == 1) & (table.of == "mean")].delta_ce
     mean = (expected.ce_mean - expected.ce_original).tolist()
     assert means.tolist() == pytest.approx(mean, abs=1e-4)
@@ -176,6 +187,16 @@ def test_changed_batches_are_a_function_of_seed_and_number():
     assert torch.equal(next(noisy.batches(8, seed=5, start=2)).source, third)
     assert not torch.equal(next(noisy.batches(8, seed=6, start=2)).source, third)
     assert noisy.site is source.site
+    passes = [{}, {"seed": 0}, {"seed": 1}, {"seed": 2**32}]
+    alone = surrogates.Changed(source, lambda x, g: torch.rand(3, generator=g).to(x), "drawn")
+    again = replace(alone, draw=1)
+    drawn = [
+        tuple(batch.source.tolist())
+        for one in (alone, again)
+        for options in passes
+        for _, batch in zip(range(3), one.batches(8, **options), strict=False)
+    ]
+    assert len(set(drawn)) == len(drawn) == 24
     with pytest.raises(AttributeError):
         noisy.passes  # noqa: B018 (what is changed cannot be put back)
 
@@ -218,6 +239,40 @@ def test_conditions_are_what_they_say():
         surrogates.prepared("none", run, source, opening)
 
 
+@torch.no_grad()
+def test_random_weights_are_those_of_the_seed_and_turn_as_the_trained_ones_where_asked(monkeypatch):
+    drawn = []
+
+    def load(spec, device):
+        drawn.append(spec.random_weights)
+        return tiny_lm("gpt_neox", seed=spec.random_weights)
+
+    monkeypatch.setattr(surrogates.LanguageModel, "load", load)
+    source = text_source()
+    opening = next(iter(source.blocks.batches(16)))
+    run = {"model": "m", "data": "d", "expansion_factor": 2, "k": 4, "tokens": 4096, "seed": 7}
+    run = run_from_dict(run)
+    plain, matched = (
+        surrogates.prepared(condition, run, source, opening)[1]
+        for condition in (surrogates.RANDOM, surrogates.MATCHED)
+    )
+    assert drawn == [7, 7]
+    expected = replace(source, lm=tiny_lm("gpt_neox", seed=7))
+    torch.testing.assert_close(joined(plain), joined(expected))
+    cosines = {}
+    for name, of in (("trained", source), ("random", plain), ("matched", matched)):
+        x = of.lm.capture(opening, range(N_LAYERS))["residual"][:, of.lm.keep_mask(opening)]
+        cosines[name] = surrogates.adjacent_cosines(x)
+        centred = x - x.mean(1, keepdim=True)
+        by_hand = [
+            (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+            for a, b in itertools.pairwise(centred)
+        ]
+        torch.testing.assert_close(cosines[name], torch.stack(by_hand).mean(1))
+    torch.testing.assert_close(cosines["matched"], cosines["trained"], atol=1e-3, rtol=0)
+    assert (cosines["random"] - cosines["trained"]).abs().max() > 0.02
+
+
 def test_what_is_measured_of_a_toy_is_what_it_is():
     toy = toys.Toy("carried", 48)
     table = surrogates.measured(toy, toy.dictionary, replicates=20, progress=False)
@@ -231,3 +286,21 @@ def test_what_is_measured_of_a_toy_is_what_it_is():
     assert found["Eq. 11, tokens"] == pytest.approx(ratios.value.iloc[0])
     assert abs(found["survival"] - found["survival, shuffled"]) < 0.02
     assert found["mmcs"] == 0
+
+
+@pytest.mark.parametrize("kind", ["amplified", "erased"])
+def test_what_is_measured_of_blocks_that_treat_features_is_what_survival_is(kind):
+    toy = toys.Toy(kind, 48)
+    found = surrogates.measured(toy, toy.dictionary, replicates=2, progress=False)
+    found = found.set_index("measure").value
+    survived = toys.measured(kind, 48, 2)["survival"]
+    survived = survived[(survived.gap == 1)].groupby("of").rate.mean()
+    assert found["survival"] == pytest.approx(survived[carried.MEASURED])
+    shuffled = survived[next(iter(carried.UPDATES))]
+    assert found["survival, shuffled"] == pytest.approx(shuffled, abs=0.01)
+    assert abs(found["survival"] - shuffled) > 0.05
+    stream = torch.cat([batch.source for batch in toy.batches(8)], 1).double()
+    rest = (stream - toy.dictionary(stream.float()).recon).square().sum((1, 2))
+    variance = (stream - stream.mean(1, keepdim=True)).square().sum((1, 2))
+    expected = (rest / variance).mean()
+    assert found["fvu"] == pytest.approx(expected.item(), rel=1e-4)

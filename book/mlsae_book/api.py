@@ -66,6 +66,7 @@ PACKAGES = {
             "tables",
             "toys",
             "surrogates",
+            "controls",
             "stages",
             "offline",
             "experiments",

@@ -208,6 +208,18 @@ class World:
         noise = torch.randn(self.n_layers, n, self.d_model, generator=generator)
         return codes, noise * (spec.noise / math.sqrt(self.d_model))
 
+    @property
+    def activation(self) -> Tensor:
+        """Mean activation of each feature at each layer, (feature, layer)."""
+        w, q = self.weights, self.spec.persistence
+        p = self.spec.active / self.spec.n_features
+        return p * (q * w / w.amax(1, keepdim=True) + (1 - q) * w)
+
+    @property
+    def offset(self) -> Tensor:
+        """Mean of the stream at each layer, (layer, d_model), before layers grow."""
+        return torch.einsum("fl,lfd->ld", self.activation, self.directions.double())
+
     def truth(self) -> dict[str, float]:
         """The quantities of `score`, from the specification alone, no token being drawn.
 
@@ -220,13 +232,12 @@ class World:
         within, between = variance.mean(), mean.var(correction=0)
         p, q = spec.active / spec.n_features, spec.persistence
         together = w / w.amax(1, keepdim=True)
-        first = p * (q * together + (1 - q) * w)
+        first = self.activation
         second = p * AMPLITUDE_SQUARE * (q * together**2 + (1 - q) * w)
         product = p * AMPLITUDE_SQUARE * q * together[:, :-1] * together[:, 1:]
         energy = (second - first**2).sum(0) + spec.noise**2
         common = (product - first[:, :-1] * first[:, 1:]).sum(0)
         cosine = math.cos(math.radians(spec.drift)) * common / (energy[:-1] * energy[1:]).sqrt()
-        offset = torch.einsum("fl,lfd->ld", first, self.directions.double())
         active = p * (q * (w > 0) + (1 - q) * w)
         return {
             "mmcs_precision": 1.0,
@@ -239,7 +250,7 @@ class World:
             "mean_entropy": float(torch.special.entr(w).sum(1).mean() / math.log(self.n_layers)),
             "active_layers": float((active > 1e-3).double().mean()),
             "adjacent_cosine": float(cosine.mean()),
-            "fvu": float((spec.noise**2 / (energy + offset.square().sum(1))).mean()),
+            "fvu": float((spec.noise**2 / (energy + self.offset.square().sum(1))).mean()),
             "l0": float(active.sum(0).mean()),
         }
 

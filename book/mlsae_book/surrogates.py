@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -51,13 +52,16 @@ class Changed:
     """A source whose vectors are changed: an `activations.ActivationSource`.
 
     Args:
-        change: of (layer, token, d_model) vectors and a generator, whose seed is the batch's.
+        change: of (layer, token, d_model) vectors and a generator, whose seed is the batch's: no
+            other batch has it, nor that batch in a pass with another seed or without one.
         name: of the change, for the key.
+        draw: another number gives other generators.
     """
 
-    source: TextSource
+    source: ActivationSource
     change: Change
     name: str
+    draw: int = 0
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("site", "n_layers", "d_model", "device", "n_sequences"):
@@ -67,7 +71,7 @@ class Changed:
     @property
     def key(self) -> str:
         """See `ActivationSource`."""
-        return f"{self.source.key}: {self.name}"
+        return f"{self.source.key}: {self.name}, {self.draw}"
 
     def batches(
         self, size: int, seed: int | None = None, start: int = 0, every: int = 1
@@ -75,9 +79,10 @@ class Changed:
         """See `ActivationSource.batches`."""
         own = self.source.batches(size, seed, start, every)
         for number, batch in zip(itertools.count(start, every), own, strict=False):
-            first = 0 if seed is None else 1 + seed
-            generator = torch.Generator().manual_seed(first * 2**32 + number)
-            x = self.change(batch.source, generator)
+            of_pass = 0 if seed is None else 1 + seed
+            one = np.random.SeedSequence(of_pass, spawn_key=(self.draw, number))
+            state = int(one.generate_state(1)[0])  # a generator reads 32 bits, and no more
+            x = self.change(batch.source, torch.Generator().manual_seed(state))
             yield replace(batch, source=x, target=x)
 
 
@@ -104,6 +109,18 @@ def gaussian(mean: Tensor, covariance: Tensor, n_layers: int) -> Change:
         return drawn.transpose(0, 1).contiguous().to(x)
 
     return change
+
+
+def sampled(source: ActivationSource, first: ActivationSource, draw: int = 0) -> Changed:
+    """A Gaussian in the place of a source, with the joint moments of `first`."""
+    change = gaussian(*joint_moments(first), source.n_layers)
+    return Changed(source, change, GAUSSIAN, draw)
+
+
+def centred(source: ActivationSource, first: ActivationSource) -> Changed:
+    """A source from each of whose layers the mean that it has in `first` is taken off."""
+    mean = joint_moments(first)[0].float().view(source.n_layers, 1, -1)
+    return Changed(source, lambda x, _: x - mean, CENTRED)
 
 
 @torch.no_grad()
@@ -170,12 +187,11 @@ def prepared(condition: str, run: RunSpec, source: TextSource, opening: Tensor) 
             match_drift(lm, opening, adjacent_cosines(trained))
         return run, replace(source, lm=lm)
     if condition == GAUSSIAN:
-        return run, Changed(source, gaussian(*joint_moments(first), source.n_layers), condition)
+        return run, sampled(source, first)
     if condition == RAW:
         return replace(run, sae=replace(run.sae, standardize=False)), source
     if condition == CENTRED:
-        mean = joint_moments(first)[0].float().view(source.n_layers, 1, -1)
-        return run, Changed(source, lambda x, _: x - mean, condition)
+        return run, centred(source, first)
     if condition == BIASES:
         scaled = Changed(first, lambda x, _: standardised(x), "standardised")
         mean = joint_moments(scaled)[0].float().view(source.n_layers, 1, -1)

@@ -8,8 +8,9 @@ TopK's margin is taken away. `effects` takes a latent out and asks what becomes 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import pandas as pd
@@ -215,6 +216,24 @@ def interval(value: Tensor | float, replicates: Tensor, name: str = "") -> dict:
 
 def ends_of(name: str) -> tuple[str, str]:
     return (f"{name}_low", f"{name}_high") if name else ("low", "high")
+
+
+#: 97.5 % quantiles of Student's t by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
+def over_trainings(values: Sequence[float], name: str = "") -> dict:
+    """The mean of trainings that differ in their seed, and the ends of its 95 % interval (Student's
+    t), as columns as of `interval`.
+
+    Raises:
+        SpecError: other than 2 to 5 trainings.
+    """
+    n = len(values)
+    if n - 1 not in STUDENT:
+        raise SpecError(f"seed: expected 2 to {len(STUDENT) + 1} trainings, got {n}")
+    mean, by = fmean(values), STUDENT[n - 1] * stdev(values) / n**0.5
+    return {name or "value": mean} | dict(zip(ends_of(name), (mean - by, mean + by), strict=True))
 
 
 def same_draws() -> torch.Generator:
@@ -513,6 +532,21 @@ def drops(table: pd.DataFrame) -> pd.DataFrame:
         ends = {"value": kept[name], "low": kept[f"{name}_low"], "high": kept[f"{name}_high"]}
         parts.append(kept[["case", "gap"]].assign(kind=f"{label}: " + kept.taken, **ends))
     return pd.concat(parts, ignore_index=True)
+
+
+def trainings(table: pd.DataFrame, value: str, keys: Sequence[str], digits: int = 3):
+    """One number of several trainings side by side, and what they say together.
+
+    Args:
+        table: rows with the columns ``keys``, ``seed`` and ``value``.
+
+    Returns:
+        One row per ``keys``, in their order: a column per seed, and ``mean``, text: with the ends
+        of its interval over trainings.
+    """
+    wide = table.pivot_table(value, list(keys), "seed")
+    means = [between(*over_trainings(row).values(), digits) for row in wide.to_numpy().tolist()]
+    return wide.round(digits).add_prefix("seed ").assign(mean=means).rename_axis(columns=None)
 
 
 def over_seeds(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
