@@ -48,7 +48,7 @@ GOLDEN = {
     "drift": (1, {"norm_0": 0.082531003, "norm_2": 0.084199149}),
     "geometry": (1, {"mmcs": 0.58503925, "independent": 0.60539093}),
     "transfer": (1, {"fvu_1": 0.15794815}),
-    "importance": (2, {"r_l0": 0.85502371, "r_activation": 0.98860792, "another": 0.5}),
+    "importance": (2, {"r_l0": 0.85502371, "r_activation": 0.98860792, "another": 0.86276768}),
     "duplicates": (1, {"cosine": 0.58815440, "self_next": 0.76672649}),
     "planted": (
         1,
