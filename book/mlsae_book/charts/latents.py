@@ -174,16 +174,18 @@ def uniformity_over_sparsity(
     layers = [int(layer) for layer in sorted(table["layer"].unique())]
     layer = _select("layer_shown", layers, "Layer", value=layers[len(layers) // 2])
     logarithmic = {"type": "log", "base": 2, "nice": False}
-    l0 = alt.X("l0:Q", axis=alt.Axis(format="~g")).scale(**logarithmic)
+    powers = alt.Axis(format="~g", values=[2**i for i in range(16)])
+    l0 = alt.X("l0:Q", axis=powers).scale(**logarithmic)
     panels = []
-    for (value, low, high), axis, scale, x in (
-        (shares, "Uniformity over the active latents (fraction)", {"domain": [0, 1]}, None),
-        (numbers, "That many latents (log scale)", logarithmic, "L0 (active latents, log scale)"),
+    share, number = "Uniformity over the active latents (fraction)", "That many latents (log scale)"
+    for (value, low, high), axis, scale, ticks, x in (
+        (shares, share, {"domain": [0, 1]}, alt.Axis(), None),
+        (numbers, number, logarithmic, powers, "L0 (active latents, log scale)"),
     ):
         base = alt.Chart(table).transform_filter(alt.datum.layer == layer)
         base = base.encode(x=l0.title(x), color=_of())
         lines = base.mark_line(point=True).encode(
-            y=alt.Y(f"{value}:Q", title=axis).scale(**scale),
+            y=alt.Y(f"{value}:Q", title=axis, axis=ticks).scale(**scale),
             strokeDash=alt.StrokeDash("of:N", sort=list(OF.values()), legend=None),
             tooltip=["layer:O", "of:N", "l0:Q", f"{value}:Q", f"{low}:Q", f"{high}:Q"],
         )
