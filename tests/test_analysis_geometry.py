@@ -11,7 +11,6 @@ from tiny_lm import D_MODEL, reading, tiny_lm, tiny_tokens
 from mlsae_book.tables.geometry import (
     QUANTILES,
     above,
-    above_beside,
     anisotropic,
     densities,
     dictionaries,
@@ -125,14 +124,6 @@ def test_the_share_above_a_threshold_begins_with_the_bin_whose_lower_edge_it_is(
             ["b", "dictionary"],
         ]
         assert table.share.tolist() == pytest.approx(shares)
-
-
-def test_dictionaries_of_the_same_runs_stand_beside_each_other():
-    table = by_hand().assign(sweep="k")[["sweep", *by_hand()]]
-    only_one = table[table.run == "b"].assign(pairs=1)
-    found = above_beside({"without": table, "lens": only_one}, 0.5)
-    assert found.index.tolist() == [("k", "b")]
-    assert found.loc[("k", "b")].to_dict() == {"without": 0.5, "lens": 2 / 8}
 
 
 def test_bins_are_merged_and_one_empty_one_is_left_at_each_end():

@@ -180,20 +180,3 @@ def above(cosines: pd.DataFrame, threshold: float) -> pd.DataFrame:
     table = cosines[labels].assign(pairs=cosines["pairs"], share=kept)
     sums = table.groupby(labels, sort=False)[["pairs", "share"]].sum()
     return (sums["share"] / sums["pairs"]).rename("share").reset_index()
-
-
-def above_beside(cosines: dict[str, pd.DataFrame], threshold: float) -> pd.DataFrame:
-    """`above` of the same runs' dictionaries in several conditions, a column each.
-
-    Args:
-        cosines: condition → its table, with ``sweep`` and ``run`` (`sweeps.stack`). threshold: an
-            edge of a bin.
-
-    Returns:
-        Indexed by ``sweep`` and ``run``, of those that all conditions have.
-    """
-    shares = {}
-    for name, table in cosines.items():
-        share = above(table[table["rows"] == "dictionary"], threshold)
-        shares[name] = share.set_index(["sweep", "run"])["share"]
-    return pd.DataFrame(shares).dropna()
