@@ -220,19 +220,17 @@ in_tuned = {name: target for name, target in targets.items() if name.startswith(
 settings = EvaluateSpec(tokens=32_768, ablations=False)
 moved_or_own = []
 for labels, run in own.runs:
-    trained_in = "tuned model" if labels["model"].endswith("qa") else "base model"
+    dictionary = "own" if labels["model"].endswith("qa") else "base"
     for target, artefact in experiments.transfers(run, settings, in_tuned):
-        moved_or_own.append((target | {"trained in": trained_in}, artefact))
+        moved_or_own.append((target | {"dictionary": dictionary}, artefact))
 on_rollouts = experiments.tables(moved_or_own, "transfer.csv")
-on_rollouts["case"] = (
-    on_rollouts.target.str.removeprefix("tuned, ") + ", of the " + on_rollouts["trained in"]
-)
+on_rollouts["case"] = on_rollouts.target.str.removeprefix("tuned, ") + ", " + on_rollouts.dictionary
 
 # %% tags=["hide-input"]
 charts.metric_by_layer(
     on_rollouts,
     title="In the tuned model its own dictionary loses less, on questions as on rollouts",
-    subtitle="One point per layer, in the tuned model. R = 16, k = 16, 1 M training tokens of docstrings each.",
+    subtitle="In the tuned model, with its own dictionary and the base model's, each of 1 M training tokens of docstrings.",
     color="case",
 )
 
@@ -469,7 +467,7 @@ experiments.notes(measured).set_index("target")
 own.provenance.set_index(["model", "stage"])
 
 # %% tags=["hide-input"]
-experiments.notes(moved_or_own).set_index(["target", "trained in"])
+experiments.notes(moved_or_own).set_index(["target", "dictionary"])
 
 # %% tags=["hide-input"]
 pd.concat([together.provenance, one.provenance]).set_index("stage")
