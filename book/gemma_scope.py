@@ -216,15 +216,12 @@ fidelity.means(own.evaluation, "model", columns).round(4)
 # Figure 21), over 32,768 tokens:
 
 # %% tags=["remove-cell"]
-in_tuned = {name: target for name, target in targets.items() if name.startswith("tuned")}
+in_tuned = {"given text": targets["tuned, given text"], "rollouts": targets["tuned, rollouts"]}
 settings = EvaluateSpec(tokens=32_768, ablations=False)
-moved_or_own = []
-for labels, run in own.runs:
-    dictionary = "own" if labels["model"].endswith("qa") else "base"
-    for target, artefact in experiments.transfers(run, settings, in_tuned):
-        moved_or_own.append((target | {"dictionary": dictionary}, artefact))
-on_rollouts = experiments.tables(moved_or_own, "transfer.csv")
-on_rollouts["case"] = on_rollouts.target.str.removeprefix("tuned, ") + ", " + on_rollouts.dictionary
+base_or_own = experiments.transfers_of(own.runs, settings, in_tuned)
+on_rollouts = experiments.tables(base_or_own, "transfer.csv")
+dictionary = on_rollouts.model.map({"neox-6l-128d": "base", "neox-6l-128d-qa": "own"})
+on_rollouts["case"] = on_rollouts.target + ", " + dictionary
 
 # %% tags=["hide-input"]
 charts.metric_by_layer(
@@ -467,7 +464,7 @@ experiments.notes(measured).set_index("target")
 own.provenance.set_index(["model", "stage"])
 
 # %% tags=["hide-input"]
-experiments.notes(moved_or_own).set_index(["target", "dictionary"])
+experiments.notes(base_or_own).set_index(["model", "target"])
 
 # %% tags=["hide-input"]
 pd.concat([together.provenance, one.provenance]).set_index("stage")
