@@ -32,7 +32,7 @@ from mlsae_book.charts import latents as latent_charts
 from mlsae_book.tables import cards, examples, importance, interventions, latents
 from mlsae_core import pipeline
 from mlsae_core.lens import Lens
-from mlsae_core.spec import EvaluateSpec, load_experiment
+from mlsae_core.spec import load_experiment
 
 charts.use_book_theme()
 default = experiments.materialise(load_experiment("experiments/default.yml"))
@@ -284,32 +284,34 @@ latents.most_alike(pairs).set_index("latent")[columns[1:]]
 # has all of it.
 
 # %% tags=["hide-input"]
+uniform = experiments.tables(results.artefacts["importance"], "importance.csv")
 latent_charts.uniformity(
-    experiments.tables(results.artefacts["importance"], "importance.csv"),
-    title="Effects on the next token are less even than activations",
-    subtitle="Means and 95 % intervals over sequences, four random positions in each.",
+    importance.beside_activations(uniform),
+    title="Effects on the next token are hardly less even than effects on nothing",
+    subtitle="Means and 95 % intervals over 512 sequences, four random positions in each.",
 )
 
 # %% [markdown]
-# **What to see.** $r_{L0}$ is between 0.54 and 0.69: of the active latents, so many would have to share the
-# effect equally. At every layer that is less even than the activations are. What does that owe to the prediction? The same on
-# a sixteenth of the sequences, with the gradient of another token in the place of the vector's own, and with a random direction:
+# **What to see.** $r_{L0}$ with the gradient of the vector's own next token is between 0.54 and 0.69: of the active latents, so many
+# would have to share the effect equally. At every layer that is less even than the activations are. What does that owe to the
+# prediction? Two null models multiply the same activations with the gradient of another token, and with a random direction. In the table
+# their difference to the vector's own, with 95 % intervals over sequences:
 
-# %% tags=["hide-input", "nbval-ignore-output"]
-source = session.source(run, EvaluateSpec(tokens=8192))
-importance.beside_null_models(source, sae).round(2)
+# %% tags=["hide-input"]
+means = importance.by_gradient(uniform).round(3)
+means.join(importance.beside_null_models(uniform, ["layer"]), suffixes=("", ", difference"))
 
 # %% [markdown]
-# **What to see.** The null models rise with the layer in the same way. With the vector's own gradient effects are a little less even at
-# most layers, by 0.03 at most beside the nearer null model, and without intervals. A product of activations with *any* direction is less
-# even than the activations are, and that is most of what there is. So we withdraw what this page concluded before, that the gradient sets
-# latents apart and that a large activation does not make a latent matter: the measure can hardly tell.
+# **What to see.** The null models rise with the layer in the same way, and are nearly as uneven. A product of activations with *any*
+# direction is less even than the activations are, and that is about nine tenths of the distance. The rest is the prediction's: with the
+# vector's own gradient the effect is a little less even than with another token's at every layer, by 0.02 or so, and no interval reaches
+# zero. Beside a random direction that holds but for the last layer. So what this page once concluded stays withdrawn: that the gradient
+# sets latents apart, and that a large activation does not make a latent matter. Of the prediction the measure says little.
 #
-# **What would contradict it.** A column *own* far below the other two at every layer.
+# **What would contradict it.** Own effects far less even than those of both null models.
 #
 # {cite:t}`lieberum2024` show the same measure in their Figure 16, for single-layer autoencoders of much
-# larger models, and give no numbers to set beside ours; they find that the effect spreads further as more latents are
-# active, which this page, with one $k$, cannot say.
+# larger models, and give no numbers to set beside ours. Their axis is L0: {doc}`gemma_scope` has ours with $k$ from 4 to 64.
 #
 # ## Your own run
 #

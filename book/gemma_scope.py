@@ -14,7 +14,7 @@
 # {cite:t}`lieberum2024` trained autoencoders on every layer of Gemma. Three of their questions can be
 # asked of ours: whether a transcoder of the MLP does as well as an autoencoder of its output, what
 # sparsity costs, and whether a dictionary survives fine-tuning. A fourth, how evenly active latents
-# matter, was measured for {doc}`explorer` and is repeated here in short.
+# matter, was measured for {doc}`explorer` by layer, and is asked over L0 here.
 #
 # Theirs are JumpReLU autoencoders, in which L0 differs from vector to vector; ours have TopK, in
 # which it is $k$ at the most. And theirs have a dictionary per layer, ours one for all. The last section puts six small
@@ -28,7 +28,7 @@ from mlsae_book.charts import fidelity as fidelity_charts
 from mlsae_book.charts import latents as latent_charts
 from mlsae_book.charts import sweeps as sweep_charts
 from mlsae_book.charts import transfer as transfer_charts
-from mlsae_book.tables import fidelity, layers, transfer
+from mlsae_book.tables import fidelity, importance, layers, transfer
 from mlsae_core.spec import DataSpec, EvaluateSpec, load_experiment
 
 # %% tags=["remove-cell"]
@@ -113,19 +113,51 @@ fidelity.means(sparsity.evaluation, "k", columns).round(4)
 # correct next token's logit and $1/k$ where one has all of it. This is the dictionary of {doc}`training`.
 
 # %% tags=["hide-input"]
+of_default = experiments.tables(latents.artefacts["importance"], "importance.csv")
 latent_charts.uniformity(
-    experiments.tables(latents.artefacts["importance"], "importance.csv"),
+    importance.beside_activations(of_default),
     title="The measure grows with the layer, and would with gradients that know of no prediction",
     subtitle="Means and 95 % intervals over 512 sequences, four random positions in each. k = 16.",
 )
 
 # %% [markdown]
-# **What to see.** $r_{L0}$ grows from layer to layer, and is below the same measure of the activations alone throughout. We once
-# concluded that more latents matter at later layers, and that the gradient sets them apart. Neither stands: with gradients of another
-# token, or random ones, the measure rises in the same way ({doc}`explorer`), so the rise says nothing of the prediction.
+# **What to see.** $r_{L0}$ grows from layer to layer, and is below that of the activations alone throughout. We once concluded that more
+# latents matter at later layers, and that the gradient sets them apart. The first does not stand: with the gradient of another token,
+# or with a random direction, the measure rises in the same way. Of the second little is left ({doc}`explorer`).
 #
-# **What would contradict it.** Null models with another course over the layers. Gemma Scope finds
-# that effects spread over more latents as L0 grows; with one $k$ this chart cannot say.
+# **What would contradict it.** Null models with another course over the layers.
+#
+# Their figure has L0 as its axis. Ours again with $k$ from 4 to 64, each a dictionary of 1 M training tokens, and beneath it how many
+# latents would have to share the effect equally, $r_{L0} \cdot k$:
+
+# %% tags=["hide-input"]
+over_k = experiments.tables(sparsity.artefacts["importance"], "importance.csv")
+latent_charts.uniformity_over_sparsity(
+    importance.beside_activations(over_k),
+    title="As k grows effects spread over more latents, and so they would in any direction",
+    subtitle="Means and 95 % intervals over 512 sequences, four random positions in each. Choose the layer.",
+)
+
+# %% [markdown]
+# The mean over layers, and by how much $r_{L0}$ with the vector's own gradient is the larger, with 95 % intervals over
+# sequences (of the same vectors, so narrower than those of the two):
+
+# %% tags=["hide-input"]
+importance.by_gradient(over_k, "k").round(3)
+
+# %% tags=["hide-input"]
+importance.beside_null_models(over_k, ["k", "layer"])
+
+# %% [markdown]
+# **What to see.** Gemma Scope finds that effects spread over more latents as L0 grows. So it is here: at $k = 4$ three latents would have
+# to share the effect equally, and with each doubling of $k$ the number nearly doubles. It does not quite, since the *share*
+# of the active latents falls, from 0.77 to 0.63 at $k = 32$; at $k = 64$ it is a little larger again. But with the gradient of
+# another token, or a random direction, both curves are nearly the same, with that turn. So the spreading says that more activations are
+# multiplied with something, and nothing of what the prediction needs. What the vector's own gradient adds is small: a share lower by
+# 0.02 at most than with another token's, at all layers but the last of the two largest $k$. Beside a random direction it is lower as
+# well, but at the last layer it may be larger ($k = 4$).
+#
+# **What would contradict it.** A curve of the next token's gradient with another slope than those of its null models.
 #
 # ## After fine-tuning
 #
@@ -179,6 +211,37 @@ fidelity.means(own.evaluation, "model", columns).round(4)
 # %% [markdown]
 # **What to see.** It is not: with a dictionary of its own the tuned model's FVU is that of the base model. So what is lost above is the
 # fit of a dictionary to a model that has moved. (Its delta CE is larger; but this is text that the model was not tuned on.)
+#
+# And where the tuned model's text is its own? The same two dictionaries, both in the tuned model, on questions and on its rollouts (their
+# Figure 21), over 32,768 tokens:
+
+# %% tags=["remove-cell"]
+in_tuned = {"given text": targets["tuned, given text"], "rollouts": targets["tuned, rollouts"]}
+settings = EvaluateSpec(tokens=32_768, ablations=False)
+base_or_own = experiments.transfers_of(own.runs, settings, in_tuned)
+on_rollouts = experiments.tables(base_or_own, "transfer.csv")
+dictionary = on_rollouts.model.map({"neox-6l-128d": "base", "neox-6l-128d-qa": "own"})
+on_rollouts["case"] = on_rollouts.target + ", " + dictionary
+
+# %% tags=["hide-input"]
+charts.metric_by_layer(
+    on_rollouts,
+    title="In the tuned model its own dictionary loses less, on questions as on rollouts",
+    subtitle="In the tuned model, with its own dictionary and the base model's, each of 1 M training tokens of docstrings.",
+    color="case",
+)
+
+# %% tags=["hide-input"]
+fidelity.means(on_rollouts, "case", columns).round(4)
+
+# %% [markdown]
+# **What to see.** At every layer the tuned model's own dictionary loses less than the base model's, in FVU, delta CE and KL, though it
+# has seen no question in training either. In the mean it saves about a quarter of each, and rollouts change nothing of that. The
+# two dictionaries differ by far more than seeds do ({doc}`evaluation`, though on docstrings and in the base model). That the gap is
+# wider in FVU than in the loss, as Gemma Scope finds on rollouts, is not seen: as a fraction of what is lost it is the
+# same in both. One pair of models, and one run of each dictionary.
+#
+# **What would contradict it.** Lines of the two dictionaries that meet: then fine-tuning would have left nothing to learn anew.
 #
 # ## A set of single-layer autoencoders, in Gemma Scope's format
 #
@@ -316,19 +379,21 @@ layers.spread_table(experiments.all_distributions(one)[0][1]).set_index("of").ro
 # %% tags=["hide-input"]
 effects = experiments.tables(together.artefacts["importance"], "importance.csv")
 latent_charts.uniformity(
-    effects,
-    title="Effects are less even than activations, at every layer alike",
+    importance.beside_activations(effects),
+    title="Effects are less even than activations, at every layer alike and in any direction",
     subtitle="Means and 95 % intervals over 32 sequences, four random positions in each.",
 )
 
 # %% tags=["hide-input"]
-effects.set_index("layer")[["r_l0", "low", "high", "r_activation", "l0"]].round(3)
+means = importance.by_gradient(effects).round(3)
+means.join(importance.beside_null_models(effects, ["layer"]), suffixes=("", ", difference"))
 
 # %% [markdown]
 # **What to see.** $r_{L0}$ is about 0.7 at every layer, in no order of layers, and that of activations alone is above 0.9. We once read
-# from such a gap that the gradient tells apart what is about equally active. That is withdrawn: for the MLSAE random gradients leave the
-# same gap ({doc}`explorer`), and for this set that null model was not run. The growth from layer to layer that the MLSAE has above is not
-# there; but these are few vectors, and other dictionaries.
+# from such a gap that the gradient tells apart what is about equally active. That stays withdrawn: random directions and the gradients
+# of other tokens leave nearly the same gap. With the own gradient the effect is less even at every layer, but by 0.05
+# at most, and beside another token's gradient only one of the six intervals excludes zero. The growth from layer to layer that the
+# MLSAE has above is not there; but these are few vectors, and other dictionaries.
 #
 # **What would contradict it.** Of the missing growth: intervals that rise from layer to layer.
 #
@@ -368,13 +433,14 @@ fidelity.means(set_tuned, "target", ["fvu_global", "l0", "ce_original", "delta_c
 #
 # These figures print no numbers. Their text says that:
 #
+# - effects spread over more latents as L0 grows (Figure 16). Ours do, and so do those of null models, which their figure does not have;
 # - transcoders of Gemma 2B's MLPs raise the loss by more than autoencoders of the output (Figure 11). Ours do;
 # - the base model's autoencoders can *lower* the tuned model's loss on user prompts (Figure 20), which
 #   fine-tuning did not train it to predict. Ours do not; but our tuned model was trained on questions and answers
 #   alike, and predicts them better than the base model;
 # - on rollouts they reach a reasonable FVU, with a gap to autoencoders of the tuned model that is wider than in
-#   the loss (Figure 21), and the small model's transfer well by FVU (Figure 22). In ours, too, FVU on rollouts rises by more than
-#   delta CE does; but that gap is the distance to the same dictionary in the base model.
+#   the loss (Figure 21), and the small model's transfer well by FVU (Figure 22). Ours have that gap, as wide in the loss as in
+#   FVU.
 #
 # Figure 23 rescales the tuned model's activations to the norm that the base model's have. The
 # MLSAE standardises each vector by itself before it encodes it and undoes that afterwards, so a
@@ -386,7 +452,7 @@ fidelity.means(set_tuned, "target", ["fvu_global", "l0", "ce_original", "delta_c
 mlp.provenance.set_index("case")
 
 # %% tags=["hide-input"]
-sparsity.provenance.query("stage == 'evaluate'").set_index("k")
+sparsity.provenance.query("stage in ('evaluate', 'importance')").set_index(["k", "stage"])
 
 # %% tags=["hide-input"]
 latents.provenance.query("stage == 'importance'").set_index("stage")
@@ -396,6 +462,9 @@ experiments.notes(measured).set_index("target")
 
 # %% tags=["hide-input"]
 own.provenance.set_index(["model", "stage"])
+
+# %% tags=["hide-input"]
+experiments.notes(base_or_own).set_index(["model", "target"])
 
 # %% tags=["hide-input"]
 pd.concat([together.provenance, one.provenance]).set_index("stage")

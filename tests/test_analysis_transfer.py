@@ -270,5 +270,7 @@ def test_base_and_tuned_model_are_measured_alike_and_shipped(inputs, data):
     base = table.loc["base, given text"].reset_index(drop=True)
     pd.testing.assert_frame_equal(base[["fvu_global", "kl"]], own[["fvu_global", "kl"]])
     assert (table.loc["tuned, given text"].fvu_global.to_numpy() != own.fvu_global).all()
+    several = experiments.transfers_of([({"seed": 0}, run)], SETTINGS, chosen)
+    assert [tuple(labels.values()) for labels, _ in several] == [(0, name) for name in chosen]
     shutil.rmtree(data / "store")
     assert len(experiments.transfers(run, SETTINGS, chosen, "read-only")) == 2

@@ -47,6 +47,12 @@ def matrix():
     return pd.concat([fvu, loss], ignore_index=True)
 
 
+def course():
+    log = pd.DataFrame({"run": [1] * 4 + [2] * 2, "tokens": [10, 20, 30, 40, 50, 100]})
+    log = log.assign(auxk=[0.0, 1.0, 2.0, 4.0, 5.0, 7.0], dead_fraction=[0.0, 0.2, 0.4, 0.4, 0, 1])
+    return log.assign(fvu=0.5, fvu_0=0.25, fvu_1=[0.5, 0.7, 0.5, 0.3, 0.9, 0.8])
+
+
 # name: (function, its table, the marks that must be drawn)
 CASES = {
     "over_sweep": (fidelity.over_sweep, over, {"line": 2 * (LAYERS + 1)}),
@@ -64,6 +70,11 @@ CASES = {
         fidelity.last_layer,
         lambda: tables.last_layer(swept(), "expansion_factor"),
         {"line": 2, "rect": 3},
+    ),
+    "dead_latents": (
+        fidelity.dead_latents,
+        lambda: tables.auxiliary(course(), "run", 2),
+        {"line": 3 * 2},
     ),
     "matrix": (transfer.matrix, matrix, {"rect": 2 * 2 + 2}),
 }
@@ -235,11 +246,22 @@ def test_the_last_layer_is_set_beside_the_others():
 
 
 def test_the_auxiliary_loss_is_a_mean_over_each_part_of_the_training():
-    log = pd.DataFrame({"R": [1] * 4 + [2] * 2, "tokens": [10, 20, 30, 40, 50, 100]})
-    log = log.assign(auxk=[0.0, 1.0, 2.0, 4.0, 5.0, 7.0], dead_fraction=[0.0, 0.2, 0.4, 0.4, 0, 1])
-    found = tables.auxiliary(log, "R", 2).set_index(["R", "part"])
+    found = tables.auxiliary(course(), "run", 2).set_index(["run", "part"])
     assert found.auxk.to_dict() == {(1, 1): 0.5, (1, 2): 3.0, (2, 1): 5.0, (2, 2): 7.0}
     assert found.dead[1, 2] == pytest.approx(0.4)
+    assert found.tokens.tolist() == [20, 40, 50, 100]
+    assert found["last"].tolist() == pytest.approx([0.6, 0.4, 0.9, 0.8])
+    assert found.fvu.eq(0.5).all()
+
+
+def test_dead_latents_stand_above_the_last_layers_fvu():
+    rows = tables.auxiliary(course(), "run", 2)
+    spec = fidelity.dead_latents(rows, "Dead", by="Weight").to_dict()
+    titles = {"dead": "Dead latents (fraction of all)", "last": "FVU of the last layer (log scale)"}
+    first = rows.drop_duplicates("run")  # of a line its first point is told
+    for panel, (column, title) in zip(spec["vconcat"][:2], titles.items(), strict=True):
+        alone = {**spec, "vconcat": [panel]}
+        assert_drawn(alone, "line mark", Weight=first.run, **{title: first[column]})
 
 
 def test_pairs_are_of_the_same_layers():

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 import vl_convert
-from test_charts import assert_drawn, chosen, said
+from test_charts import assert_drawn, chosen
 
 from mlsae_book import charts
 from mlsae_book.charts import latents
@@ -37,14 +37,18 @@ HANDOVER = pd.DataFrame(
     ]
 ).assign(fraction=[0.01 * (i + 1) for i in range(8)])
 UNIFORMITY = pd.DataFrame(
-    {
-        "layer": range(3),
-        "r_l0": [0.5, 0.6, 0.7],
-        "low": [0.4, 0.5, 0.6],
-        "high": [0.6, 0.7, 0.8],
-        "r_activation": [0.7, 0.8, 0.9],
-    }
+    [
+        {"l0": l0, "layer": layer, "of": kind, "r_l0": r + layer / 10}
+        | dict.fromkeys(("low", "high"), float("nan"))
+        | ({} if kind == "alone" else {"low": r + layer / 10 - 0.1, "high": r + layer / 10 + 0.1})
+        for l0 in (4.0, 8.0)
+        for layer in range(3)
+        for kind, r in (("own", 0.4), ("another", 0.5), ("random", 0.55), ("alone", 0.7))
+    ]
 )
+for _name, _share in (("latents", "r_l0"), ("latents_low", "low"), ("latents_high", "high")):
+    UNIFORMITY[_name] = UNIFORMITY[_share] * UNIFORMITY.l0
+ONE = UNIFORMITY[UNIFORMITY.l0 == 8]
 COST = pd.DataFrame({"alpha": [-1.0, 0.0, 1.0], "kl": [0.2, 0.0, 0.3]})
 
 CHARTS = {
@@ -52,7 +56,8 @@ CHARTS = {
     "promoted": lambda title: latents.promoted(CHANGES, title),
     "later_layers": lambda title: latents.later_layers(LATER, title),
     "handover": lambda title: latents.handover(HANDOVER, title),
-    "uniformity": lambda title: latents.uniformity(UNIFORMITY, title),
+    "uniformity": lambda title: latents.uniformity(ONE, title),
+    "over_sparsity": lambda title: latents.uniformity_over_sparsity(UNIFORMITY, title),
 }
 
 
@@ -97,7 +102,7 @@ def test_the_reader_chooses_the_change_the_measure_and_the_layer():
 
 def test_tables_that_lack_a_column_are_refused():
     with pytest.raises(ValueError, match="uniformity: the table lacks the column low"):
-        latents.uniformity(UNIFORMITY.drop(columns="low"), "Title")
+        latents.uniformity(ONE.drop(columns="low"), "Title")
 
 
 # --- what the marks say -----------------------------------------------------------------------
@@ -145,13 +150,26 @@ def test_both_pairs_of_the_handover_carry_their_own_fraction():
         assert_drawn(spec, "point", **shown)
 
 
-def test_uniformity_is_of_the_effect_or_of_the_activation_and_its_interval_of_the_effect():
+def test_uniformity_stands_beside_its_null_models_with_intervals():
     spec = CHARTS["uniformity"]("Uniformity").to_dict()
-    names = {"effect on the next token's logit": "r_l0", "activation alone": "r_activation"}
-    values = {name: UNIFORMITY[column] for name, column in names.items()}
-    table = UNIFORMITY.assign(**values).melt("layer", list(values))
     title = "Uniformity over the active latents (fraction)"
-    assert_drawn(spec, "point", **{"of": table.variable, "Layer": table.layer, title: table.value})
-    shown = {"Layer": UNIFORMITY.layer, "low": UNIFORMITY.low, "high": UNIFORMITY.high}
-    assert_drawn(spec, "rule mark", **shown)
-    assert list(said(spec, "rule mark")) == list(shown)
+    shown = {"of": ONE.of.map(latents.OF), "Layer": ONE.layer}
+    assert_drawn(spec, "point", **shown, **{title: ONE.r_l0})
+    there = ONE[ONE.of != "alone"]
+    shown = {"of": there.of.map(latents.OF), "Layer": there.layer}
+    assert_drawn(spec, "rule mark", **shown, **{title: there.low, "high": there.high})
+
+
+def test_over_sparsity_both_panels_are_of_the_layer_chosen():
+    spec = CHARTS["over_sparsity"]("Over k").to_dict()
+    assert spec["params"][0]["bind"]["options"] == [0, 1, 2]
+    assert spec["params"][0]["value"] == 1
+    rows = UNIFORMITY[UNIFORMITY.layer == 2]
+    names = rows.of.map(latents.OF)
+    share, number = spec["vconcat"]
+    one, other = (chosen({**spec, "vconcat": [panel]}, layer_shown=2) for panel in (share, number))
+    title = "Uniformity over the active latents (fraction)"
+    assert_drawn(one, "point", of=names, l0=rows.l0, **{title: rows.r_l0})
+    title = "That many latents (log scale)"
+    l0 = {"L0 (active latents, log scale)": rows.l0}
+    assert_drawn(other, "point", of=names, **l0, **{title: rows.latents})

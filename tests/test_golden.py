@@ -48,7 +48,7 @@ GOLDEN = {
     "drift": (1, {"norm_0": 0.082531003, "norm_2": 0.084199149}),
     "geometry": (1, {"mmcs": 0.58503925, "independent": 0.60539093}),
     "transfer": (1, {"fvu_1": 0.15794815}),
-    "importance": (1, {"r_l0": 0.85502371, "r_activation": 0.98860792}),
+    "importance": (2, {"r_l0": 0.85502371, "r_activation": 0.98860792, "another": 0.86276768}),
     "duplicates": (1, {"cosine": 0.58815440, "self_next": 0.76672649}),
     "planted": (
         1,
@@ -106,6 +106,8 @@ def numbers(inputs, data, tmp_path, monkeypatch):
     drift = pd.read_csv(session.make("drift", run, settings).file("layers.csv"))
     transfer = pd.read_csv(session.make("transfer", run, settings).file("transfer.csv"))
     importance = pd.read_csv(session.make("importance", run, settings).file("importance.csv"))
+    own = importance[importance.gradient == "own"]
+    another = importance[importance.gradient == "another"].r_l0.mean()
     duplicates = pd.read_csv(session.make("duplicates", run, settings).file("duplicates.csv"))
     massive = session.make("massive", run, settings)
     groups = pd.read_csv(massive.file("positions.csv"))
@@ -135,7 +137,7 @@ def numbers(inputs, data, tmp_path, monkeypatch):
         "drift": dict(zip(("norm_0", "norm_2"), drift.norm[[0, 2]], strict=True)),
         "geometry": dict(zip(("mmcs", "independent"), geometry.mmcs[:2], strict=True)),
         "transfer": {"fvu_1": transfer.fvu_global[1]},
-        "importance": importance[["r_l0", "r_activation"]].mean().to_dict(),
+        "importance": own[["r_l0", "r_activation"]].mean().to_dict() | {"another": another},
         "duplicates": duplicates[["cosine", "self_next"]].mean().to_dict(),
         "planted": {
             f"{name}_{of}": known[of][name]

@@ -26,17 +26,6 @@ def encoded(lm, sae, lens, layer, tokens=TOKENS):
     return dense.view(*tokens.shape, -1).detach()
 
 
-def test_null_models_of_importance_take_another_gradient():
-    lm, sae = tiny_lm(), tiny_sae()
-    source = reading(lm, [TOKENS], SiteSpec())
-    table = importance.beside_null_models(source, sae, sequences=3)
-    assert list(table.columns) == ["own", "another", "random"]
-    own = importance.importance(source, sae, sequences=3, progress=False)
-    assert table.own.tolist() == own.r_l0.tolist()
-    assert ((table > 0) & (table <= 1)).all(axis=None)
-    assert table.nunique(axis=1).min() == 3
-
-
 def busiest(lm, sae, lens, layer):
     return int(encoded(lm, sae, lens, layer).gt(0).sum((0, 1)).argmax())
 
@@ -249,7 +238,7 @@ def test_importance_agrees_with_finite_differences(lens):
         lens = Lens(lens.weight.double(), lens.bias.double(), lens.alignment)
     # All positions that can be drawn, so nothing depends on the draw.
     source = reading(lm, TOKENS.split(2), SiteSpec(), lens)
-    table = importance.importance(source, sae, positions=99, progress=False)
+    table = own(importance.importance(source, sae, positions=99, progress=False))
     keep = lm.keep_mask(TOKENS)[:, :-1]
     assert table.vectors.eq(int(keep.sum())).all()
     assert table.sequences.eq(len(TOKENS)).all()
@@ -267,15 +256,64 @@ def test_importance_agrees_with_finite_differences(lens):
         assert 1 / sae.k <= row.r_l0 <= 1
 
 
+def own(table):
+    return table[table.gradient == "own"].reset_index(drop=True)
+
+
 def test_importance_reads_no_more_sequences_than_it_is_told():
     lm, sae = tiny_lm(), tiny_sae()
     options = {"sequences": 2, "positions": 99, "progress": False}
     one = importance.importance(reading(lm, TOKENS.split(1)), sae, 1, **options)
     two = importance.importance(reading(lm, [TOKENS]), sae, len(TOKENS), **options)
     assert one.sequences.eq(2).all()
-    pd.testing.assert_frame_equal(one, two, rtol=1e-4)
+    pd.testing.assert_frame_equal(own(one), own(two), rtol=1e-4)
+    # There is no other sequence from which to take a gradient.
+    assert one[one.gradient == "another"].r_l0.isna().all()
+    assert two.r_l0.notna().all()
     assert not any(parameter.requires_grad for parameter in lm.model.parameters())
     assert sae.encoder.grad is None
+
+
+def test_null_models_of_importance_are_of_the_same_vectors_with_another_gradient():
+    lm, sae = tiny_lm(), tiny_sae()
+    table = importance.importance(reading(lm, [TOKENS]), sae, 8, positions=99, progress=False)
+    by_kind = {kind: rows.reset_index(drop=True) for kind, rows in table.groupby("gradient")}
+    assert list(table.gradient.unique()) == ["own", "another", "random"]
+    first = by_kind["own"]
+    assert first.difference.eq(0).all()
+    for kind in ("another", "random"):
+        rows = by_kind[kind]
+        assert rows.difference.tolist() == pytest.approx((first.r_l0 - rows.r_l0).tolist())
+        assert (rows.difference_low < rows.difference).all()
+        assert rows.difference.abs().min() > 1e-4
+        for same in ("r_activation", "l0", "vectors"):
+            assert rows[same].equals(first[same])
+
+
+def test_tables_of_importance_say_what_the_stage_measured():
+    ends = {"low": 0.3, "high": 0.5, "difference_low": -0.1, "difference_high": 0.3}
+    rows = [
+        {"k": k, "layer": layer, "gradient": kind, "r_l0": r + layer / 10, "difference": 0.1}
+        | ends
+        | {"r_activation": 0.9, "l0": float(k)}
+        for k in (4, 8)
+        for layer in (0, 1)
+        for kind, r in (("own", 0.4), ("another", 0.5), ("random", 0.6))
+    ]
+    table = pd.DataFrame(rows)
+    means = importance.by_gradient(table, "k")
+    assert means.loc[4].tolist() == pytest.approx([0.45, 0.55, 0.65, 0.9])
+    assert list(means) == ["own", "another", "random", "alone"]
+    long = importance.beside_activations(table)
+    assert len(long) == 16
+    found = long.set_index(["k", "layer", "of"])
+    assert found.latents[8, 1, "own"] == pytest.approx(4.0)
+    assert found.latents_high[8, 1, "own"] == pytest.approx(4.0)
+    assert found.latents[8, 1, "alone"] == pytest.approx(7.2)
+    assert found.latents_low[:, :, "alone"].isna().all()
+    shown = importance.beside_null_models(table, ["k", "layer"])
+    assert shown.loc[(4, 0)].tolist() == ["0.100 [-0.100, 0.300]"] * 2
+    assert list(shown) == ["another", "random"]
 
 
 @torch.no_grad()

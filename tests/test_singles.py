@@ -138,7 +138,8 @@ def test_distributions_and_importance_of_a_set_are_those_of_each_alone(inputs, f
         assert torch.equal(one["totals"][0], arrays["totals"][layer, own])
         alone_ = pd.read_csv(session.make("importance", single, SETTINGS).file("importance.csv"))
         row = table[table.layer == layer].reset_index(drop=True)
-        pd.testing.assert_frame_equal(row, alone_, rtol=1e-4)
+        drawn = alone_.gradient != "random"  # for all layers at once
+        pd.testing.assert_frame_equal(row[drawn], alone_[drawn], rtol=1e-4)
 
 
 def test_a_set_is_transferred_to_another_model(inputs, folder, capsys):

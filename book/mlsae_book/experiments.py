@@ -259,6 +259,17 @@ def transfers(
     return made
 
 
+def transfers_of(
+    runs: Sequence[tuple[dict, SubjectSpec]], settings: EvaluateSpec, targets: dict[str, Target]
+) -> list[tuple[dict, Artefact]]:
+    """`transfers` of several dictionaries, each with the labels of its run before the target's."""
+    return [
+        (labels | target, artefact)
+        for labels, run in runs
+        for target, artefact in transfers(run, settings, targets)
+    ]
+
+
 def tables(made: list[tuple[dict, Artefact]], file: str) -> pd.DataFrame:
     """One CSV file of several results as one table, the labels as its first columns."""
     return _stack((labels, pd.read_csv(artefact.file(file))) for labels, artefact in made)

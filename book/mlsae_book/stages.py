@@ -226,7 +226,7 @@ def _cards(folder: Path, subject: Subject) -> dict:
 
 
 def _importance(folder: Path, subject: Subject) -> dict:
-    """Uniformity of active latent importance, of a part of the text: `importance.csv`."""
+    """Uniformity of active latent importance beside its null models: `importance.csv`."""
     from mlsae_book.tables import importance
 
     table = importance.importance(
@@ -484,7 +484,7 @@ pipeline.register(
     Stage("surrogate", 1, _called("surrogate"), ("text",)),
     Stage("overlap", 1, _called("overlap"), by_layer=True),
     Stage("crossed", 1, _called("crossed"), by_layer=True),
-    Stage("importance", 1, _importance),
+    Stage("importance", 2, _importance),
     Stage("duplicates", 1, _duplicates, **_BY_LAYER),
     Stage("massive", 1, _massive, **_BY_LAYER),
     Stage("predictions", 1, _predictions, ("model",), key=lambda run, _: predictions_key(run)),

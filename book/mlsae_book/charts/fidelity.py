@@ -157,3 +157,44 @@ def last_layer(table: pd.DataFrame, title: str, subtitle: str | None = None) -> 
         )
     )
     return _titled(alt.vconcat(fvu, dead, spacing=34), title, subtitle)
+
+
+def dead_latents(
+    table: pd.DataFrame, title: str, subtitle: str | None = None, by: str = "Run"
+) -> alt.VConcatChart:
+    """Dead latents in the course of training, and beneath them the last layer's FVU and AuxK
+    (Figure 11), a line a run.
+
+    ``table`` is what `tables.fidelity.auxiliary` gives: ``run``, ``tokens``, ``dead``, ``last``,
+    ``auxk``. ``by`` is what tells the runs apart.
+    """
+    table = _table(table, "dead_latents", "run", "tokens", "dead", "last", "auxk")
+    table = table.assign(run=table["run"].astype(str))
+    order = list(table["run"].unique())
+    panels = []
+    for name, axis, height, scale, ticks in (
+        ("dead", "Dead latents (fraction of all)", 180, {"zero": True}, {"format": "~%"}),
+        ("last", "FVU of the last layer (log scale)", 130, {"type": "log", "nice": False}, {}),
+        ("auxk", "AuxK, before its weight (fraction of the error's variance)", 110, {}, {}),
+    ):
+        x = alt.X("tokens:Q", axis=alt.Axis(format="~s", tickCount=6))
+        panels.append(
+            alt.Chart(table, name=f"course_{name}", height=height)
+            .mark_line()
+            .encode(
+                x=x.title("Training tokens" if name == "auxk" else None),
+                y=alt.Y(f"{name}:Q", title=axis, axis=alt.Axis(tickCount=4, **ticks)).scale(
+                    **scale
+                ),
+                color=alt.Color("run:N", title=by, sort=order),
+                strokeDash=alt.StrokeDash("run:N", sort=order, legend=None),
+                tooltip=[
+                    "run:N",
+                    alt.Tooltip("tokens:Q", format="~s"),
+                    "dead:Q",
+                    "last:Q",
+                    "auxk:Q",
+                ],
+            )
+        )
+    return _titled(alt.vconcat(*panels, spacing=30), title, subtitle)

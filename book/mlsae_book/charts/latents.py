@@ -129,37 +129,82 @@ def handover(table: pd.DataFrame, title: str, subtitle: str | None = None) -> al
     return _titled(chart, title, subtitle)
 
 
-def uniformity(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.LayerChart:
-    """Uniformity of active latent importance by layer, with intervals.
+#: What activations are multiplied with: a gradient of `tables.importance.GRADIENTS`, or nothing.
+OF = {
+    "own": "the next token's gradient",
+    "another": "another token's gradient",
+    "random": "a random direction",
+    "alone": "activation alone",
+}
 
-    ``table`` has one row per layer: ``r_l0``, ``low``, ``high`` and ``r_activation``.
+
+def uniformity(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.LayerChart:
+    """Uniformity of active latent importance by layer, beside its null models.
+
+    ``table`` is what `tables.importance.beside_activations` gives: one row per layer and ``of``
+    (keys of `OF`), ``r_l0``, ``low`` and ``high``.
     """
-    table = _table(table, "uniformity", "layer", "r_l0", "low", "high", "r_activation")
-    names = {"r_l0": "effect on the next token's logit", "r_activation": "activation alone"}
-    long = table.melt(["layer", "low", "high"], list(names), "of", "value")
-    long = long.assign(of=long["of"].map(names))
-    x = alt.X("layer:O", title="Layer", axis=alt.Axis(labelAngle=0))
-    points = (
-        alt.Chart(long, name="uniformity")
-        .mark_line(point=True)
-        .encode(
-            x=x,
-            y=alt.Y("value:Q", title="Uniformity over the active latents (fraction)").scale(
-                domain=[0, 1]
-            ),
-            color=alt.Color(
-                "of:N", title=None, sort=list(names.values()), legend=alt.Legend(labelLimit=300)
-            ),
-            strokeDash=alt.StrokeDash("of:N", sort=list(names.values()), legend=None),
-            tooltip=["layer:O", "of:N", alt.Tooltip("value:Q")],
+    table = _table(table, "uniformity", "layer", "of", "r_l0", "low", "high")
+    base = alt.Chart(table.assign(of=table["of"].map(OF))).encode(
+        x=alt.X("layer:O", title="Layer", axis=alt.Axis(labelAngle=0)), color=_of()
+    )
+    axis = "Uniformity over the active latents (fraction)"
+    points = base.mark_line(point=True).encode(
+        y=alt.Y("r_l0:Q", title=axis).scale(domain=[0, 1]),
+        strokeDash=alt.StrokeDash("of:N", sort=list(OF.values()), legend=None),
+        tooltip=["layer:O", "of:N", "r_l0:Q", "low:Q", "high:Q"],
+    )
+    spans = _spans(base, alt.Y("low:Q", title=axis), "high")
+    chart = alt.layer(points.properties(name="uniformity"), spans.properties(name="interval"))
+    return _titled(chart.properties(height=240), title, subtitle)
+
+
+def uniformity_over_sparsity(
+    table: pd.DataFrame, title: str, subtitle: str | None = None
+) -> alt.VConcatChart:
+    """The same against L0 (Gemma Scope, Figure 16), and beneath it how many latents that is.
+
+    ``table`` is as for `uniformity`, of several runs, with ``l0`` (active latents per vector) and
+    ``latents``, ``latents_low``, ``latents_high``.  The reader chooses the layer.
+    """
+    shares, numbers = ("r_l0", "low", "high"), ("latents", "latents_low", "latents_high")
+    names = ("layer", "of", "l0", *shares, *numbers)
+    table = _table(table, "uniformity_over_sparsity", *names)
+    table = table.assign(of=table["of"].map(OF))
+    layers = [int(layer) for layer in sorted(table["layer"].unique())]
+    layer = _select("layer_shown", layers, "Layer", value=layers[len(layers) // 2])
+    logarithmic = {"type": "log", "base": 2, "nice": False}
+    powers = alt.Axis(format="~g", values=[2**i for i in range(16)])
+    l0 = alt.X("l0:Q", axis=powers).scale(**logarithmic)
+    panels = []
+    share, number = "Uniformity over the active latents (fraction)", "That many latents (log scale)"
+    for (value, low, high), axis, scale, ticks, x in (
+        (shares, share, {"domain": [0, 1]}, alt.Axis(), None),
+        (numbers, number, logarithmic, powers, "L0 (active latents, log scale)"),
+    ):
+        base = alt.Chart(table).transform_filter(alt.datum.layer == layer)
+        base = base.encode(x=l0.title(x), color=_of())
+        lines = base.mark_line(point=True).encode(
+            y=alt.Y(f"{value}:Q", title=axis, axis=ticks).scale(**scale),
+            strokeDash=alt.StrokeDash("of:N", sort=list(OF.values()), legend=None),
+            tooltip=["layer:O", "of:N", "l0:Q", f"{value}:Q", f"{low}:Q", f"{high}:Q"],
         )
-    )
-    interval = (
-        alt.Chart(table, name="interval")
-        .mark_rule(strokeDash=[])
-        .encode(x=x, y="low:Q", y2="high:Q")
-    )
-    return _titled(alt.layer(points, interval).properties(height=240), title, subtitle)
+        spans = _spans(base, alt.Y(f"{low}:Q", title=axis), high)
+        both = alt.layer(lines.properties(name=value), spans.properties(name=f"{value}_interval"))
+        panels.append(both.properties(height=200))
+    chart = alt.vconcat(*panels, spacing=34).add_params(layer)
+    return _titled(chart, title, subtitle)
+
+
+def _of() -> alt.Color:
+    legend = alt.Legend(labelLimit=300)
+    return alt.Color("of:N", title=None, sort=list(OF.values()), legend=legend)
+
+
+def _spans(base: alt.Chart, low: alt.Y, high: str) -> alt.Chart:
+    """Intervals where there are any; none of the activations alone."""
+    there = base.transform_filter(f"isValid(datum.{high})")
+    return there.mark_rule(strokeDash=[]).encode(y=low, y2=f"{high}:Q")
 
 
 def _change(change: float | str) -> str:

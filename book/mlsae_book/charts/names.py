@@ -78,6 +78,9 @@ NAMES = {
     "everywhere_matched": "everywhere, moved",
     "r_l0": "uniformity of importance",
     "r_activation": "uniformity of activations",
+    "latents_low": "latents, low",
+    "latents_high": "latents, high",
+    "aux_alpha": "weight of AuxK",
     "training_memory_mb": "memory of training, MB",
     "expansion_factor": "R",
     # one latent

@@ -95,13 +95,17 @@ def auxiliary(log: pd.DataFrame, label: str, parts: int = 4) -> pd.DataFrame:
         parts: of equal length, into which each training is cut.
 
     Returns:
-        One row per run and part: `label`, ``part`` (from 1), and means over it of ``auxk`` (before
-        it is weighted) and ``dead`` (fraction of latents without an activation in the window).
+        One row per run and part: `label`, ``part`` (from 1), ``tokens`` (at its end), and means
+        over it of ``auxk`` (before it is weighted), ``dead`` (fraction of latents without an
+        activation in the window), ``fvu`` and ``last``, the FVU of the last layer.
     """
     share = log.tokens / log.groupby(label).tokens.transform("max")
     part = (share * parts).apply(math.ceil).clip(1, parts)
+    last = [name for name in log if name.startswith("fvu_")][-1]
     groups = log.assign(part=part).groupby([label, "part"], sort=False)
-    return groups[["auxk", "dead_fraction"]].mean().set_axis(["auxk", "dead"], axis=1).reset_index()
+    columns = {"auxk": "auxk", "dead": "dead_fraction", "fvu": "fvu", "last": last}
+    means = groups.agg(tokens=("tokens", "max"), **{n: (c, "mean") for n, c in columns.items()})
+    return means.reset_index()
 
 
 def paired(table: pd.DataFrame, label: str, a: str, b: str, metric: str) -> pd.DataFrame:
