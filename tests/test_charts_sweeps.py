@@ -143,6 +143,26 @@ def test_bars_reach_from_edge_to_edge_and_lines_are_those_of_the_chosen_run():
         assert panel["encoding"]["color"]["field"] == "rows"
 
 
+def test_what_lies_above_a_limit_is_written_for_every_series():
+    options = {"axis": "Cosine", "title": "T", "series": "rows", "logarithmic": True}
+    svg = vl_convert.vegalite_to_svg(sweeps.histogram(BINS, limit=0.5, **options).to_dict())
+    assert "a: 7500 in 10,000 above 0.5" in svg
+    assert "b: 10000 in 10,000 above 0.5" in svg
+    plain = sweeps.histogram(BINS, **options)
+    assert "in 10,000" not in vl_convert.vegalite_to_svg(plain.to_dict())
+
+
+def test_what_is_said_of_a_run_stands_above_its_panel():
+    of = {"a": CELLS, "b": CELLS}
+    table = pd.concat([cells.assign(of=name) for name, cells in of.items()])
+    table["note"] = table.run + table.of
+    for name in of:
+        svg = vl_convert.vegalite_to_svg(chosen(sweeps.gallery(table, "T").to_dict(), of=name))
+        assert [note for note in ("1a", "1b", "2a", "2b") if f">{note}<" in svg] == [
+            f"1{name}", f"2{name}"
+        ]  # fmt: skip
+
+
 def test_every_run_has_a_panel_with_the_cells_of_the_chosen_text():
     table = pd.concat([CELLS.assign(of=of) for of in "ab"], ignore_index=True)
     table["probability"] = [0.01 * (i + 1) for i in range(len(table))]

@@ -120,12 +120,14 @@ def histogram(
     subtitle: str | None = None,
     series: str | None = None,
     logarithmic: bool = False,
+    limit: float | None = None,
 ) -> alt.VConcatChart | alt.Chart:
     """A histogram; the reader chooses the run where there are several.
 
     ``table`` has one row per bin of a ``run`` (and value of ``series``): ``low``, ``high`` and
     ``share`` (of the run's total). ``axis`` is the x axis's title, with its unit. ``logarithmic``
-    draws a second panel beneath, with the shares on a logarithmic axis.
+    draws a second panel beneath, with the shares on a logarithmic axis, in which what each series
+    has in the bins above ``limit``, an edge of one, is written.
     """
     named = [series] if series else []
     table = _limited(_table(table, "histogram", "run", "low", "high", "share", *named), "histogram")
@@ -158,10 +160,38 @@ def histogram(
                 axis=alt.Axis(format="~g", values=[10.0**-i for i in range(10)]),
             ).scale(type="log", nice=False)
         )
-        .properties(name="logarithmic", height=200)
+        .properties(name="logarithmic")
     )
+    if limit is not None:
+        log = alt.layer(log, *_above(base, table, series, limit))
+    log = log.properties(height=200)
     chart = alt.vconcat(linear.encode(x=x.title(None)), log, spacing=34).add_params(run)
     return _titled(chart, title, subtitle)
+
+
+def _above(base: alt.Chart, table: pd.DataFrame, series: str, limit: float) -> list[alt.Chart]:
+    """A line at the limit, and how much of each series lies above it, in the upper right corner."""
+    line = alt.Chart(alt.InlineData([{"limit": limit}]), name="limit").mark_rule()
+    parts = [line.encode(x="limit:Q")]
+    for number, name in enumerate(sorted(table[series].unique())):
+        count = (
+            base.transform_filter(alt.datum[series] == name)
+            .transform_calculate(above=f"datum.low >= {limit} ? datum.share : 0")
+            .transform_aggregate(above="sum(above)", groupby=[series])
+            .transform_calculate(
+                label=f"datum.{series} + ': ' + format(datum.above * 1e4, '.2~f')"
+                f" + ' in 10,000 above {limit:g}'"
+            )
+            .mark_text(align="right", baseline="top")
+            .encode(
+                x=alt.value("width"),
+                y=alt.value(16 * number),
+                text="label:N",
+                color=alt.Color(f"{series}:N", title=None),
+            )
+        )
+        parts.append(count.properties(name=f"series_{number}_above"))
+    return parts
 
 
 def gallery(
@@ -169,12 +199,15 @@ def gallery(
 ) -> alt.Chart | alt.VConcatChart:
     """P(layer | latent) of some latents of every run, one panel each.
 
-    ``swept`` stands before a run's name above its panel. ``table`` has one row per (run, latent, layer): ``run``, ``layer``, ``probability`` (sums to
-    one over the layers of a latent; rows of zero may be missing), ``order`` (0, 1, … from left to
-    right), ``latent`` and, where the reader is to choose a text as well, ``of``.
+    ``swept`` stands before a run's name above its panel. ``table`` has one row per (run, latent,
+    layer): ``run``, ``layer``, ``probability`` (sums to one over the layers of a latent; rows of
+    zero may be missing), ``order`` (0, 1, … from left to right), ``latent`` and, where the reader
+    is to choose a text as well, ``of``, and where something is to be said above each picture,
+    ``note``.
     """
-    of = ["of"] if "of" in table else []
-    table = _table(table, "gallery", "run", "latent", "layer", "probability", "order", *of)
+    of, note = (["of"] if "of" in table else []), (["note"] if "note" in table else [])
+    columns = ("run", "latent", "layer", "probability", "order", *of, *note)
+    table = _table(table, "gallery", *columns)
     width = int(table["order"].max()) + 1
     chosen = [_choice("of", table, "of", "Shown")] if of else []
     runs = list(table["run"].unique())
@@ -198,6 +231,13 @@ def gallery(
             cells.encoding.x.title = None
         if len(runs) > 1:
             cells.encoding.y.title = f"{swept}{run}, by layer"
+        if note:
+            said = (
+                base.transform_aggregate(cells="count()", groupby=note)
+                .mark_text(align="right", baseline="bottom")
+                .encode(x=alt.value("width"), y=alt.value(-8), text="note:N")
+            )
+            cells = alt.layer(cells, said.properties(name=f"note_{number}"))
         panels.append(cells)
     if len(panels) == 1:
         return _titled(panels[0].add_params(*chosen).properties(height=220), title, subtitle)
