@@ -151,7 +151,7 @@ sweep_charts.histogram(
     geometry.densities(geometry.together(by_lens), "pairs"),
     axis="Cosine similarity of two rows",
     title="The lens leaves the tail on the right as it was",
-    subtitle="As above, R = 16, k = 16. The dictionaries are named by their basis.",
+    subtitle="As above, R = 16, k = 16. A dictionary is named by its basis.",
     series="rows",
     logarithmic=True,
     limit=0.4,

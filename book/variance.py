@@ -154,7 +154,7 @@ of_seeds.sort_index().round(4)
 layer_charts.variance_parts(
     layers.variance_sweeps(made, layers.variance_parts),
     title="Over k variance moves from between latents to between tokens, over R from one token to between latents",
-    subtitle="A bar is a run. Its parts: within one token, between the tokens of a latent, and between latents.",
+    subtitle="A bar is a run. Choose whether its parts are fractions or squared layers.",
 )
 
 # %% [markdown]

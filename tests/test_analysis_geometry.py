@@ -131,7 +131,7 @@ def test_dictionaries_of_one_shape_stand_beside_the_controls_of_one():
     rows = ["dictionary", "copies"] * 2
     table = pd.DataFrame({"run": ["x", "x", "y", "y"], "rows": rows, "low": 0.0, "pairs": range(4)})
     found = together(table)
-    assert list(found["rows"]) == ["dictionary, x", "copies", "dictionary, y"]
+    assert list(found["rows"]) == ["x", "copies", "y"]
     assert list(found.pairs) == [0, 1, 2]
     assert set(found.run) == {"all"}
 

@@ -146,8 +146,8 @@ def test_bars_reach_from_edge_to_edge_and_lines_are_those_of_the_chosen_run():
 def test_what_lies_above_a_limit_is_written_for_every_series():
     options = {"axis": "Cosine", "title": "T", "series": "rows", "logarithmic": True}
     svg = vl_convert.vegalite_to_svg(sweeps.histogram(BINS, limit=0.5, **options).to_dict())
-    assert "a: 7500 in 10,000 above 0.5" in svg
-    assert "b: 10000 in 10,000 above 0.5" in svg
+    for said in ("in 10,000 above 0.5", "a: 7500", "b: 10000"):
+        assert f">{said}<" in svg
     plain = sweeps.histogram(BINS, **options)
     assert "in 10,000" not in vl_convert.vegalite_to_svg(plain.to_dict())
 

@@ -312,13 +312,15 @@ def variance_parts(
     panels = []
     for number, (sweep, own) in enumerate(table.groupby("sweep", sort=False)):
         last = number == table["sweep"].nunique() - 1
-        axis = "Variance of the layer index (unit as chosen)" if last else None
+        axis = alt.Axis(labels=last, ticks=last, domain=last, grid=False, tickCount=5)
         panels.append(
             alt.Chart(own, name=f"parts_{number}", height=18 * own["run"].nunique())
             .transform_calculate(shown=f"datum[{unit.name}]")
             .mark_bar()
             .encode(
-                x=alt.X("shown:Q", title=axis, axis=alt.Axis(labels=last, grid=False)),
+                x=alt.X(
+                    "shown:Q", title="Var(L), unit as chosen" if last else None, axis=axis
+                ).scale(nice=False),
                 y=alt.Y("run:O", title=sweep, sort=order),
                 color=alt.Color(
                     "part:N", title=None, sort=parts, legend=alt.Legend(labelLimit=260, columns=1)

@@ -171,21 +171,25 @@ def histogram(
 
 def _above(base: alt.Chart, table: pd.DataFrame, series: str, limit: float) -> list[alt.Chart]:
     """A line at the limit, and how much of each series lies above it, in the upper right corner."""
-    line = alt.Chart(alt.InlineData([{"limit": limit}]), name="limit").mark_rule()
-    parts = [line.encode(x="limit:Q")]
+    corner = {"align": "right", "baseline": "top"}
+    here = alt.Chart(alt.InlineData([{"limit": limit}]))
+    heading = here.mark_text(**corner, text=f"in 10,000 above {limit:g}")
+    parts = [
+        here.mark_rule().encode(x="limit:Q").properties(name="limit"),
+        heading.encode(x=alt.value("width"), y=alt.value(0)).properties(name="heading"),
+    ]
     for number, name in enumerate(sorted(table[series].unique())):
         count = (
             base.transform_filter(alt.datum[series] == name)
             .transform_calculate(above=f"datum.low >= {limit} ? datum.share : 0")
             .transform_aggregate(above="sum(above)", groupby=[series])
             .transform_calculate(
-                label=f"datum.{series} + ': ' + format(datum.above * 1e4, '.2~f')"
-                f" + ' in 10,000 above {limit:g}'"
+                label=f"datum['{series}'] + ': ' + format(datum.above * 1e4, '.2~f')"
             )
-            .mark_text(align="right", baseline="top")
+            .mark_text(**corner)
             .encode(
                 x=alt.value("width"),
-                y=alt.value(16 * number),
+                y=alt.value(16 * (number + 1)),
                 text="label:N",
                 color=alt.Color(f"{series}:N", title=None),
             )
@@ -235,7 +239,7 @@ def gallery(
             said = (
                 base.transform_aggregate(cells="count()", groupby=note)
                 .mark_text(align="right", baseline="bottom")
-                .encode(x=alt.value("width"), y=alt.value(-8), text="note:N")
+                .encode(x=alt.value("width"), y=alt.value(-11), text="note:N")
             )
             cells = alt.layer(cells, said.properties(name=f"note_{number}"))
         panels.append(cells)

@@ -173,11 +173,11 @@ def together(cosines: pd.DataFrame) -> pd.DataFrame:
         cosines: several runs' tables as `sweeps.stack` gives them.
 
     Returns:
-        The dictionaries' rows, each named by its run, and the controls of the first run, which are
-        those of all.
+        The dictionaries' rows, named by their run, and the controls of the first, which are those
+        of all.
     """
     own, first = cosines["rows"] == "dictionary", cosines["run"] == cosines["run"].iloc[0]
-    rows = cosines["rows"].where(~own, "dictionary, " + cosines["run"])
+    rows = cosines["rows"].where(~own, cosines["run"])
     return cosines.assign(rows=rows, run="all")[own | first]
 
 
