@@ -61,8 +61,8 @@ ratios = layers.variance_sweeps(made)
 # %% tags=["hide-input"]
 layer_charts.variance_ratios(
     ratios,
-    title="The first ratio is below 1 in every run, with random weights too",
-    subtitle="Lines: 95 % bootstrap intervals over blocks of sequences, mostly smaller than a point.",
+    title="The first ratio is below 1, and rises with k",
+    subtitle="Choose the sweep: it is below 1 in every run. Lines: 95 % intervals, mostly smaller than a point.",
 )
 
 # %% [markdown]
