@@ -43,7 +43,6 @@ charts.use_book_theme()
 results = experiments.materialise(load_experiment("experiments/lens.yml"))
 read = experiments.all_distributions(results)
 session, (_, run) = pipeline.Session(), results.runs[0]
-lm = session.lm(run.model)
 
 # %% [markdown]
 # ## What a lens reads
@@ -55,7 +54,7 @@ lm = session.lm(run.model)
 # %% tags=["hide-input", "nbval-ignore-output"]
 source = session.source(run, EvaluateSpec(tokens=4096))
 lens_charts.divergences(
-    lenses.divergences(lm, run.model.path, source.blocks.batches(8)),
+    lenses.divergences(session.lm(run.model), run.model.path, source.blocks.batches(8)),
     title="At every layer but the last the right translator reads more than none",
     subtitle="Lower is closer to the model's own prediction; after the last block, two of the three are exact.",
 )
