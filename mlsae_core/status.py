@@ -258,6 +258,7 @@ def _micro_batch(sae, source: TextSource, sequences: int, loss: Callable):
     batch = next(source.batches(sequences))
     target = None if batch.target is batch.source else batch.target
     loss(sae, batch.source, target).total.backward()
+    sae.decoder.grad.sum().item()  # a GPU has then done it
 
 
 def _product_speed() -> float:
