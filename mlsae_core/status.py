@@ -27,8 +27,8 @@ GPU_SPEED = 2.57e14
 SAMPLE_SECONDS, SAMPLE_BYTES = 4.0, 6e9
 #: A stage of a model that is not here reaches about so much of the speed of a large product.
 SHARE_OF_PRODUCT = 0.5
-#: Tokens of a sequence that is not made shorter.
-SHORTEST = 32
+#: Tokens of a sample, at least.
+SMALLEST = 256
 
 
 def provenance(artefact: Artefact) -> dict:
@@ -183,7 +183,7 @@ def _speed(stage: str, run: SubjectSpec, settings: EvaluateSpec | None) -> float
     for smaller, part in _smaller(stage, run, sequences):
         tokens = part * smaller.data.context_length
         operations = _operations(stage, smaller, tokens, settings)
-        if operations / product < SAMPLE_SECONDS / 2:
+        if operations / product < SAMPLE_SECONDS:
             break
     if sum(fits.memory(smaller, training, tokens)) > SAMPLE_BYTES:
         return product
@@ -198,24 +198,24 @@ def _smaller(stage: str, run: SubjectSpec, sequences: int) -> Iterator[tuple[Sub
     """Parts of a batch of so many sequences, each half of the one before: fewer sequences, then
     fewer layers that are replaced, spread evenly over the model, then shorter sequences."""
     yield run, sequences
-    while sequences > 1:
+    while sequences > 1 and sequences // 2 * run.data.context_length >= SMALLEST:
         sequences //= 2
         yield run, sequences
     layers = run.site.indices(architecture.model_config(run.model).num_hidden_layers)
     number = len(layers) if stage == "evaluate" and not run.site.stacked else 1
-    while number > 2:
+    while number > 4:
         number //= 2
         kept = tuple(layers[(2 * i + 1) * len(layers) // (2 * number)] for i in range(number))
         run = replace(run, site=replace(run.site, layers=kept))
         yield run, sequences
-    while (context := run.data.context_length // 2) >= SHORTEST:
+    while sequences * (context := run.data.context_length // 2) >= SMALLEST:
         run = replace(run, data=replace(run.data, context_length=context))
         yield run, sequences
 
 
 def _least_seconds(work: Callable[[], object]) -> float:
-    """Of up to four times, the first of which also makes what is made only once."""
-    taken: list[float] = []
+    """Of two to four times, the first of which also makes what is made only once."""
+    taken = [_seconds(work), _seconds(work)]
     while len(taken) < 4 and sum(taken) < SAMPLE_SECONDS:
         taken.append(_seconds(work))
     return min(taken)

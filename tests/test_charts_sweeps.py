@@ -145,11 +145,15 @@ def test_bars_reach_from_edge_to_edge_and_lines_are_those_of_the_chosen_run():
 
 def test_what_lies_above_a_limit_is_written_for_every_series():
     options = {"axis": "Cosine", "title": "T", "series": "rows", "logarithmic": True}
-    svg = vl_convert.vegalite_to_svg(sweeps.histogram(BINS, limit=0.5, **options).to_dict())
-    for said in ("in 10,000 above 0.5", "a: 7500", "b: 10000"):
-        assert f">{said}<" in svg
-    plain = sweeps.histogram(BINS, **options)
-    assert "in 10,000" not in vl_convert.vegalite_to_svg(plain.to_dict())
+    table = BINS.assign(share=[0.25, 0.75, 0.0, 1.0, 0.5, 0.5, 0.9, 0.1])
+    spec = sweeps.histogram(table, limit=0.5, **options).to_dict()
+    for run, shares in (("1", (7500, 10000)), ("2", (5000, 1000))):
+        one = chosen(spec, run=run)
+        one["vconcat"] = one["vconcat"][2:]
+        what = {"above 0.5, of 10,000": shares, "Above 0.5, of 10,000": ["a", "b"]}
+        assert_drawn(one, "bar", **what)
+        assert all(f">{share}<" in vl_convert.vegalite_to_svg(one) for share in shares)
+    assert len(sweeps.histogram(BINS, **options).to_dict()["vconcat"]) == 2
 
 
 def test_what_is_said_of_a_run_stands_above_its_panel():

@@ -540,8 +540,8 @@ def test_an_estimate_is_of_a_sample_and_of_no_more_text_than_there_is(inputs, da
 
 def test_of_a_large_model_a_sample_is_a_part(inputs, data, monkeypatch):
     """On a machine so slow that a batch would take long: never so little that nothing is left."""
-    own = {"path": str(inputs / "text.jsonl"), "context_length": 128}
-    run = run_of(inputs, data=own, batch_tokens=256)
+    own = {"path": str(inputs / "text.jsonl"), "context_length": 32}
+    run = run_of(inputs, data=own, tokens=1024, batch_tokens=1024)
     monkeypatch.setattr(status, "_product_speed", lambda: 1e5)
     made, sample = [], status._sample
 
@@ -553,23 +553,32 @@ def test_of_a_large_model_a_sample_is_a_part(inputs, data, monkeypatch):
     found = status.status(Experiment("t", (({}, run),), SETTINGS))
     assert (found.seconds < 60).all()
     assert made == [
-        ("train", 1, 32, "all"), ("evaluate", 1, 32, (1,)), ("distributions", 1, 32, "all")
+        ("train", 8, 32, "all"), ("evaluate", 8, 32, "all"), ("distributions", 8, 32, "all")
     ]  # fmt: skip
     monkeypatch.setattr(status, "SAMPLE_BYTES", 0)
     assert (status.status(Experiment("t", (({}, run),), SETTINGS)).seconds > 100).all()
     assert len(made) == 3
 
 
-def test_a_sample_is_the_largest_that_takes_no_longer_than_it_may(inputs, data):
+def test_a_sample_is_the_largest_that_takes_no_longer_than_it_may():
     """Half of what was before it: sequences, then layers spread over the model, then positions."""
-    run = run_of(inputs, data={"path": str(inputs / "text.jsonl"), "context_length": 64})
+    fields = {"model": "smollm2-135m", "data": {"path": "a.txt", "context_length": 512}}
+    fields |= {"expansion_factor": 2, "k": 4, "tokens": 2048}
+    run = spec.run_from_dict(fields)
     parts = [
         (part, smaller.site.layers, smaller.data.context_length)
         for smaller, part in status._smaller("evaluate", run, 4)
     ]
     assert parts == [
-        (4, "all", 64), (2, "all", 64), (1, "all", 64), (1, (1,), 64), (1, (1,), 32)
-    ]  # fmt: skip
+        (4, "all", 512),
+        (2, "all", 512),
+        (1, "all", 512),
+        (1, tuple(range(1, 30, 2)), 512),
+        (1, (2, 6, 10, 15, 19, 23, 27), 512),
+        (1, (5, 15, 25), 512),
+        (1, (5, 15, 25), 256),
+    ]
+    assert [part for _, part in status._smaller("train", run, 4)] == [4, 2, 1, 1]
 
 
 def test_an_estimate_is_right_on_this_machine(inputs, data):

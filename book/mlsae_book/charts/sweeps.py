@@ -126,8 +126,8 @@ def histogram(
 
     ``table`` has one row per bin of a ``run`` (and value of ``series``): ``low``, ``high`` and
     ``share`` (of the run's total). ``axis`` is the x axis's title, with its unit. ``logarithmic``
-    draws a second panel beneath, with the shares on a logarithmic axis, in which what each series
-    has in the bins above ``limit``, an edge of one, is written.
+    draws a second panel beneath, with the shares on a logarithmic axis, and with ``limit``, an edge
+    of a bin, a third one, with what each series has above it.
     """
     named = [series] if series else []
     table = _limited(_table(table, "histogram", "run", "low", "high", "share", *named), "histogram")
@@ -162,40 +162,32 @@ def histogram(
         )
         .properties(name="logarithmic")
     )
+    panels = [linear.encode(x=x.title(None)), log.properties(height=200)]
     if limit is not None:
-        log = alt.layer(log, *_above(base, table, series, limit))
-    log = log.properties(height=200)
-    chart = alt.vconcat(linear.encode(x=x.title(None)), log, spacing=34).add_params(run)
-    return _titled(chart, title, subtitle)
+        rule = alt.Chart(alt.InlineData([{"limit": limit}]), name="limit").mark_rule()
+        panels[1] = alt.layer(log, rule.encode(x="limit:Q")).properties(height=200)
+        panels.append(_above(base, series, limit, table[series].nunique()))
+    return _titled(alt.vconcat(*panels, spacing=34).add_params(run), title, subtitle)
 
 
-def _above(base: alt.Chart, table: pd.DataFrame, series: str, limit: float) -> list[alt.Chart]:
-    """A line at the limit, and how much of each series lies above it, in the upper right corner."""
-    corner = {"align": "right", "baseline": "top"}
-    here = alt.Chart(alt.InlineData([{"limit": limit}]))
-    heading = here.mark_text(**corner, text=f"in 10,000 above {limit:g}")
-    parts = [
-        here.mark_rule().encode(x="limit:Q").properties(name="limit"),
-        heading.encode(x=alt.value("width"), y=alt.value(0)).properties(name="heading"),
-    ]
-    for number, name in enumerate(sorted(table[series].unique())):
-        count = (
-            base.transform_filter(alt.datum[series] == name)
-            .transform_calculate(above=f"datum.low >= {limit} ? datum.share : 0")
-            .transform_aggregate(above="sum(above)", groupby=[series])
-            .transform_calculate(
-                label=f"datum['{series}'] + ': ' + format(datum.above * 1e4, '.2~f')"
-            )
-            .mark_text(**corner)
-            .encode(
-                x=alt.value("width"),
-                y=alt.value(16 * (number + 1)),
-                text="label:N",
-                color=alt.Color(f"{series}:N", title=None),
-            )
+def _above(base: alt.Chart, series: str, limit: float, rows: int) -> alt.LayerChart:
+    """How much of each series lies above the limit, as bars with their numbers."""
+    counted = (
+        base.transform_calculate(above=f"datum.low >= {limit} ? 1e4 * datum.share : 0")
+        .transform_aggregate(above="sum(above)", groupby=[series])
+        .transform_calculate(label="format(datum.above, '.2~f')")
+        .encode(
+            x=alt.X("above:Q", axis=None),
+            y=alt.Y(f"{series}:N", title=f"Above {limit:g}, of 10,000"),
         )
-        parts.append(count.properties(name=f"series_{number}_above"))
-    return parts
+    )
+    bars = counted.mark_bar(size=12).encode(
+        color=alt.Color(f"{series}:N", title=None),
+        tooltip=[f"{series}:N", alt.Tooltip("above:Q", title=f"above {limit:g}, of 10,000")],
+    )
+    numbers = counted.mark_text(align="left", dx=4).encode(text="label:N")
+    parts = bars.properties(name="above"), numbers.properties(name="numbers")
+    return alt.layer(*parts).properties(height=18 * rows)
 
 
 def gallery(
