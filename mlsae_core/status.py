@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -191,7 +192,7 @@ def _speed(stage: str, run: SubjectSpec, settings: EvaluateSpec | None) -> float
         work = _sample(stage, smaller, settings, part)
     except SpecError:  # of weights or a tokenizer that is to be fetched
         return product
-    return operations / _least_seconds(work)
+    return operations / _usual_seconds(work)
 
 
 def _smaller(stage: str, run: SubjectSpec, sequences: int) -> Iterator[tuple[SubjectSpec, int]]:
@@ -213,12 +214,12 @@ def _smaller(stage: str, run: SubjectSpec, sequences: int) -> Iterator[tuple[Sub
         yield run, sequences
 
 
-def _least_seconds(work: Callable[[], object]) -> float:
-    """Of two to four times, the first of which also makes what is made only once."""
+def _usual_seconds(work: Callable[[], object]) -> float:
+    """Of the middle one of up to three times, after a first that makes what is made only once."""
     taken = [_seconds(work), _seconds(work)]
     while len(taken) < 4 and sum(taken) < SAMPLE_SECONDS:
         taken.append(_seconds(work))
-    return min(taken)
+    return statistics.median(taken[1:])
 
 
 def _seconds(work: Callable[[], object]) -> float:
