@@ -144,8 +144,10 @@ def histogram(
         )
         chart = bars.add_params(run).properties(name="histogram", height=260)
         return _titled(chart, title, subtitle)
+    # Names beside the third panel leave little room for those above.
+    legend = {} if limit is None else {"legend": alt.Legend(columns=2)}
     lines = base.mark_line(interpolate="step-after", strokeWidth=1.5).encode(
-        x=x, color=alt.Color(f"{series}:N", title=None), tooltip=tooltip
+        x=x, color=alt.Color(f"{series}:N", title=None, **legend), tooltip=tooltip
     )
     y = alt.Y("share:Q", title="Share", axis=alt.Axis(format="~g", tickCount=5))
     linear = lines.encode(y=y).properties(name="linear", height=200)
@@ -170,24 +172,20 @@ def histogram(
     return _titled(alt.vconcat(*panels, spacing=34).add_params(run), title, subtitle)
 
 
-def _above(base: alt.Chart, series: str, limit: float, rows: int) -> alt.LayerChart:
+def _above(base: alt.Chart, series: str, limit: float, rows: int) -> alt.Chart:
     """How much of each series lies above the limit, as bars with their numbers."""
-    counted = (
+    return (
         base.transform_calculate(above=f"datum.low >= {limit} ? 1e4 * datum.share : 0")
         .transform_aggregate(above="sum(above)", groupby=[series])
-        .transform_calculate(label="format(datum.above, '.2~f')")
+        .transform_calculate(label=f"datum['{series}'] + ' ' + format(datum.above, '.2~f')")
+        .mark_bar(size=12)
         .encode(
-            x=alt.X("above:Q", axis=None),
-            y=alt.Y(f"{series}:N", title=f"Above {limit:g}, of 10,000"),
+            x=alt.X("above:Q", axis=None).scale(nice=False),
+            y=alt.Y("label:N", title=f"Above {limit:g}, of 10,000"),
+            color=alt.Color(f"{series}:N", title=None, legend=alt.Legend(columns=2)),
         )
+        .properties(name="above", height=18 * rows)
     )
-    bars = counted.mark_bar(size=12).encode(
-        color=alt.Color(f"{series}:N", title=None),
-        tooltip=[f"{series}:N", alt.Tooltip("above:Q", title=f"above {limit:g}, of 10,000")],
-    )
-    numbers = counted.mark_text(align="left", dx=4).encode(text="label:N")
-    parts = bars.properties(name="above"), numbers.properties(name="numbers")
-    return alt.layer(*parts).properties(height=18 * rows)
 
 
 def gallery(
