@@ -136,8 +136,10 @@ def _there(run: SubjectSpec, settings: EvaluateSpec | None, known: dict) -> Eval
     """The settings of an analysis with no more tokens than the text has."""
     if settings is None or not (counted := _tokens(run, known)):
         return settings
-    there = max(counted[settings.split], run.data.context_length)
-    return replace(settings, tokens=min(settings.tokens, there))
+    tokens = min(settings.tokens, max(counted[settings.split], run.data.context_length))
+    return replace(
+        settings, tokens=tokens, replaced=settings.replaced and min(settings.replaced, tokens)
+    )
 
 
 def remarks(experiment: Experiment) -> list[str]:

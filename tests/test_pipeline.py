@@ -538,6 +538,13 @@ def test_an_estimate_is_of_a_sample_and_of_no_more_text_than_there_is(inputs, da
     assert not list(store.STORE.glob("*/*"))
 
 
+def test_of_short_text_no_more_is_replaced_than_is_there(inputs, data, monkeypatch):
+    monkeypatch.setattr(status, "SAMPLE_BYTES", 0)
+    settings = EvaluateSpec(tokens=10**9, replaced=10**8)
+    found = status.status(Experiment("t", (({}, run_of(inputs)),), settings))
+    assert (found.seconds < 100).all()
+
+
 def test_of_a_large_model_a_sample_is_a_part(inputs, data, monkeypatch):
     """On a machine so slow that a batch would take long: never so little that nothing is left."""
     own = {"path": str(inputs / "text.jsonl"), "context_length": 32}
