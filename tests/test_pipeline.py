@@ -491,12 +491,12 @@ def test_status_knows_what_is_begun_and_estimates_the_rest(inputs, data):
 
 
 def test_the_estimate_is_the_operations_over_the_speed_of_this_machine(inputs, data, monkeypatch):
-    """By a clock on which five products of 768 x 768 matrices take one second, without a sample."""
+    """By a clock on which a product of 768 x 768 matrices takes one second, without a sample."""
     clock = itertools.count()
     monkeypatch.setattr(status.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(status, "SAMPLE_BYTES", 0)
     monkeypatch.setattr(status.text, "counted", lambda data, tokenizer: None)
-    tokens, speed = 10**8, 5 * 2 * 768**3 / 2  # half of the speed of a large product is reached
+    tokens, speed = 10**8, 2 * 768**3 / 2  # half of the speed of a large product is reached
     vocabulary = json.loads((inputs / "gpt_neox" / "config.json").read_text())["vocab_size"]
     # By token: two operations a weight, of which a block of width 16 has 4 x 16^2 for attention
     # and 8 x 16^2 for the MLP; scores and sums over a context of 8 are 2 x 2 x 8 x 16 more.
