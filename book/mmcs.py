@@ -53,8 +53,8 @@ sweep_charts.points(
     mmcs,
     value="mmcs",
     axis="MMCS (cosine similarity)",
-    title="MMCS falls with k to that of random directions; with R it rises, and so does theirs",
-    subtitle="Points are means over rows; lines reach from the first quartile to the third.",
+    title="MMCS falls with k, to that of random directions",
+    subtitle="Points: means over rows; lines: first to third quartile. With R it rises, and so does theirs: choose R.",
     interval=("q25", "q75"),
     series="rows",
 )

@@ -52,10 +52,11 @@ by_sparsity = sweeps.stack({"k": experiments.tables(made["Sparsity k"], "cosines
 sweep_charts.histogram(
     geometry.densities(by_sparsity, "pairs"),
     axis="Cosine similarity of two rows",
-    title="At k = 4 more pairs lie above 0.4 than among copies; from k = 8 on fewer",
-    subtitle="Share of pairs in bins of 0.02, linear above, logarithmic below; neox-6l-128d, R = 16. Choose k.",
+    title="At k = 4 more pairs lie above 0.4 than among copies",
+    subtitle="Share of pairs in bins of 0.02, linear above, logarithmic below; R = 16. Choose k: from 8 on there are fewer.",
     series="rows",
     logarithmic=True,
+    limit=0.4,
 )
 
 # %% [markdown]
@@ -96,6 +97,7 @@ sweep_charts.histogram(
     subtitle="As above, for neox-6l-128d, k = 16. Choose R.",
     series="rows",
     logarithmic=True,
+    limit=0.4,
 )
 
 # %% tags=["hide-input", "nbval-ignore-output"]
@@ -124,6 +126,7 @@ sweep_charts.histogram(
     subtitle="As above, R = 16, k = 16 (SmolLM2: 8, 32). Choose a model; the controls have its size.",
     series="rows",
     logarithmic=True,
+    limit=0.4,
 )
 
 # %% tags=["hide-input"]
@@ -145,12 +148,13 @@ share.unstack("rows").reindex(by_model["run"].unique()).mul(1e4).round(2)
 # %% tags=["hide-input"]
 by_lens = sweeps.stack({"basis": experiments.tables(made["Tuned lens"], "cosines.csv")})
 sweep_charts.histogram(
-    geometry.densities(by_lens, "pairs"),
+    geometry.densities(geometry.together(by_lens), "pairs"),
     axis="Cosine similarity of two rows",
-    title="The lens leaves the tail as it was",
-    subtitle="As above, R = 16, k = 16. Choose a basis.",
+    title="The lens leaves the tail on the right as it was",
+    subtitle="As above, R = 16, k = 16. A dictionary is named by its basis.",
     series="rows",
     logarithmic=True,
+    limit=0.4,
 )
 
 # %% tags=["hide-input"]

@@ -34,7 +34,8 @@
 from mlsae_book import charts, experiments, stages
 from mlsae_book.charts import layers as layer_charts
 from mlsae_book.charts import lenses as lens_charts
-from mlsae_book.tables import layers, lenses
+from mlsae_book.charts import sweeps as sweep_charts
+from mlsae_book.tables import layers, lenses, spread, sweeps
 from mlsae_core import pipeline
 from mlsae_core.spec import EvaluateSpec, load_experiment
 
@@ -42,7 +43,6 @@ charts.use_book_theme()
 results = experiments.materialise(load_experiment("experiments/lens.yml"))
 read = experiments.all_distributions(results)
 session, (_, run) = pipeline.Session(), results.runs[0]
-lm = session.lm(run.model)
 
 # %% [markdown]
 # ## What a lens reads
@@ -54,7 +54,7 @@ lm = session.lm(run.model)
 # %% tags=["hide-input", "nbval-ignore-output"]
 source = session.source(run, EvaluateSpec(tokens=4096))
 lens_charts.divergences(
-    lenses.divergences(lm, run.model.path, source.blocks.batches(8)),
+    lenses.divergences(session.lm(run.model), run.model.path, source.blocks.batches(8)),
     title="At every layer but the last the right translator reads more than none",
     subtitle="Lower is closer to the model's own prediction; after the last block, two of the three are exact.",
 )
@@ -151,14 +151,14 @@ over_k.groupby(["k", "lens"], sort=False)[averages].mean().sort_index(level="k")
 #
 # ## Heatmaps
 #
-# The counterpart of Figure 6; choose the lens. Without one, this is the picture of {doc}`distributions`.
+# The counterpart of Figure 6. Without a lens (*identity*), this is the picture of {doc}`distributions`.
 
 # %% tags=["hide-input"]
-layer_charts.aggregate(
-    lenses.aggregates(read),
-    {"identity": "identity", "aligned": "aligned", "as_released": "as released"},
+sweep_charts.gallery(
+    sweeps.stack({"lens": spread.sampled(read, most=250)}),
     title="Through the aligned lens, latents are spread over more layers",
-    subtitle="A column is a latent; at most 400, evenly spaced in the order of their mean layer with that lens.",
+    subtitle="A column is a latent; 250 of each dictionary, evenly spaced in the order of their mean layer.",
+    swept="Lens: ",
 )
 
 # %% tags=["hide-input"]
@@ -177,10 +177,11 @@ lenses.spread(read).set_index("case").round(3)
 
 # %% tags=["hide-input"]
 single = experiments.tables(results.artefacts["prompts"], "prompts.csv")
-layer_charts.prompts(
-    layers.name_prompts(single, [stages.PROMPTS[0], stages.PROMPTS[2]]),
+sweep_charts.gallery(
+    lenses.in_prompts(single, [stages.PROMPTS[0], stages.PROMPTS[2]]),
     title="In single prompts, too, the aligned lens spreads latents",
-    subtitle="A column is a latent, sorted by its mean layer in this prompt. Choose lens and prompt.",
+    subtitle="A column is a latent, sorted by its mean layer in the prompt. Choose the prompt.",
+    swept="Lens: ",
 )
 
 # %% [markdown]

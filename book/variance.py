@@ -61,8 +61,8 @@ ratios = layers.variance_sweeps(made)
 # %% tags=["hide-input"]
 layer_charts.variance_ratios(
     ratios,
-    title="The first ratio is below 1 in every run, with random weights too",
-    subtitle="Lines: 95 % bootstrap intervals over blocks of sequences, mostly smaller than a point.",
+    title="The first ratio is below 1, and rises with k",
+    subtitle="Choose the sweep: it is below 1 in every run. Lines: 95 % intervals, mostly smaller than a point.",
 )
 
 # %% [markdown]
@@ -154,7 +154,7 @@ of_seeds.sort_index().round(4)
 layer_charts.variance_parts(
     layers.variance_sweeps(made, layers.variance_parts),
     title="Over k variance moves from between latents to between tokens, over R from one token to between latents",
-    subtitle="Bars: within one token, between the tokens of a latent, and between latents.",
+    subtitle="A bar is a run. Choose whether its parts are fractions or squared layers.",
 )
 
 # %% [markdown]

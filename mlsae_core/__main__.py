@@ -74,7 +74,9 @@ def _status(options: argparse.Namespace):
         experiment = load_experiment(options.experiment)
         from mlsae_core import status
 
-        show(status.status(experiment))
+        table = status.status(experiment)
+        table["seconds"] = table["seconds"].map(_duration)
+        show(table.rename(columns={"seconds": "time_here"}).round(3))
         for said in status.remarks(experiment):
             print(f"warning: {said}", file=sys.stderr)
         return None
@@ -94,6 +96,14 @@ def _status(options: argparse.Namespace):
         return print(f"no results yet, neither in {store.SHIPPED} nor in {store.STORE}")
     columns = ["stage", "key", "state", "tokens", "seconds", "written"]
     return show(pd.DataFrame(rows, columns=columns).astype({"tokens": "Int64"}))
+
+
+def _duration(seconds: float) -> str:
+    """So long, in a unit in which it is a number that can be read."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _seconds(text: str) -> float:

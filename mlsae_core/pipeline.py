@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 Mode = Literal["cached", "force", "read-only"]
 EVALUATION_BATCH_TOKENS = 2048
+#: Tokens of which an evaluation takes the mean of a layer.
+MEAN_TOKENS = 8192
 #: Key, spec and parents of a result.
 Keyed = tuple[str, dict, dict]
 
@@ -453,6 +455,7 @@ def evaluation(subject: Subject) -> pd.DataFrame:
         subject.sae,
         subject.size,
         ablations=settings.ablations,
+        mean_tokens=MEAN_TOKENS,
         replaced=settings.replaced and max(settings.replaced // context, 1),
         checkpoint=subject.checkpoint,
         share=subject.share,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from mlsae_core import architecture, fits, models, pipeline, store, text
-from mlsae_core.pipeline import EVALUATION_BATCH_TOKENS
+from mlsae_core.pipeline import EVALUATION_BATCH_TOKENS, MEAN_TOKENS
 from mlsae_core.spec import EvaluateSpec, Experiment, RunSpec, SpecError, SubjectSpec
 from mlsae_core.store import Artefact
 
@@ -21,9 +22,14 @@ if TYPE_CHECKING:
 
 # Operations a second, as `_operations` counts them, of one H100 with `--kernel triton --compile` in
 # bfloat16: a test holds it to benchmarks/gpu.json.
-GPU_SPEED = 5.14e14
-#: What is measured of a stage may take so long, by the speed of a matrix product.
-SAMPLE_SECONDS = 10.0
+GPU_SPEED = 2.57e14
+#: What is measured of a stage may take so long, by the speed of a matrix product, and so much
+#: memory. Of larger models it is a smaller part.
+SAMPLE_SECONDS, SAMPLE_BYTES = 4.0, 6e9
+#: A stage of a model that is not here reaches about so much of the speed of a large product.
+SHARE_OF_PRODUCT = 0.5
+#: Tokens of a sample, at least.
+SMALLEST = 256
 
 
 def provenance(artefact: Artefact) -> dict:
@@ -48,7 +54,7 @@ def status(experiment: Experiment) -> pd.DataFrame:
 
     ``seconds`` on this machine, by a count of floating-point operations, of no more text than is
     there, at the speed of a sample of the stage with random weights; where the model is not here or
-    is too large for one, at that of a matrix product, which is right within a factor of two.
+    takes more than `SAMPLE_BYTES`, at that of a matrix product, right within a factor of two.
     ``gpu_hours`` by the speed of
     training on one H100, as it was measured at the size of Pythia-70m; several share them.
     ``memory_gb`` of each process, at least (`fits.memory`). ``disk_gb`` of the weights and the last
@@ -69,7 +75,9 @@ def status(experiment: Experiment) -> pd.DataFrame:
                 if alike not in speeds:
                     speeds[alike] = _speed(stage, run, experiment.evaluate)
                 speed = speeds[alike]
-                operations = _operations(stage, run, _there(run, experiment.evaluate, tokens))
+                settings = _there(run, experiment.evaluate, tokens)
+                read = run.train.tokens if training else settings.tokens
+                operations = _operations(stage, run, read, settings)
                 memory = fits.memory(run, training, batch)
                 costs = {
                     "seconds": round(operations / speed),
@@ -89,36 +97,49 @@ def _state(stage: str, identity: str) -> str:
     return "begun" if pipeline.checkpoints(identity) else "missing"
 
 
-def _operations(stage: str, run: SubjectSpec, settings: EvaluateSpec | None) -> float:
-    """Floating-point operations of a stage, at the share of peak speed that was measured."""
+def _operations(
+    stage: str, run: SubjectSpec, tokens: int, settings: EvaluateSpec | None = None
+) -> float:
+    """Floating-point operations of the products of a stage that reads so many tokens.
+
+    A block has about 12 d_model² weights, and its attention a product of queries and keys and one
+    of probabilities and values.
+    """
     config = architecture.model_config(run.model)
-    width, depth, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
-    model = 24 * depth * width**2 + 4 * depth * width * run.data.context_length
-    layers = len(run.site.indices(depth))
+    width, depth = config.hidden_size, config.num_hidden_layers
+    layers = run.site.indices(depth)
+    block = 2 * 12 * width**2 + 2 * 2 * width * run.data.context_length
+    vectors = 1 if run.site.stacked else len(layers)  # of a token
     if isinstance(run, RunSpec):
-        numbers = width * width * run.sae.expansion_factor
+        weights = (width * len(layers) // vectors) ** 2 * run.sae.expansion_factor
     else:  # two matrices in float32, at most
         given = run.dictionary
         found = store.dictionary_files(given.path, given.revision, given.folders)
         sizes = [file.stat().st_size for files in found.values() for file in files]
-        numbers = sum(sizes) / len(found) / 8
-    encode = 2 * layers * numbers
+        weights = sum(sizes) / len(found) / 8
+    encode = 2 * vectors * weights
+    read = (layers[-1] + 1) * block  # the model is left after the last of the layers
     if stage == "train":  # decoding and the gradients touch k latents: a tenth of it
-        return run.train.tokens * (model + 1.1 * encode) * 2
-    read = settings.tokens * (model + encode)
-    if stage == "evaluate":  # half of the blocks lie above a layer, and the output embeddings
-        choices = 3 if settings.ablations else 1
-        each = layers * choices * (model / 6 + 8 / 3 * vocabulary * width)
-        read += (settings.replaced or settings.tokens) * each
-    return read * 2
+        return tokens * (read + 1.1 * encode)
+    if stage == "distributions":  # and of Gaussian vectors
+        return tokens * (read + 2 * encode)
+    scored, choices = settings.replaced or tokens, 3 if settings.ablations else 1
+    above = sum(depth - 1 - layer for layer in layers)
+    logits = 2 * config.vocab_size * width
+    replace = depth * block + logits + choices * (above * block + len(layers) * logits)
+    again = read if settings.replaced else 0  # then those that are scored are read by themselves
+    means = min(MEAN_TOKENS, tokens) * read if settings.ablations else 0
+    return means + tokens * (again + encode) + scored * replace
 
 
 def _there(run: SubjectSpec, settings: EvaluateSpec | None, known: dict) -> EvaluateSpec | None:
     """The settings of an analysis with no more tokens than the text has."""
     if settings is None or not (counted := _tokens(run, known)):
         return settings
-    there = max(counted[settings.split], run.data.context_length)
-    return replace(settings, tokens=min(settings.tokens, there))
+    tokens = min(settings.tokens, max(counted[settings.split], run.data.context_length))
+    return replace(
+        settings, tokens=tokens, replaced=settings.replaced and min(settings.replaced, tokens)
+    )
 
 
 def remarks(experiment: Experiment) -> list[str]:
@@ -154,25 +175,53 @@ def _tokenizer(run: SubjectSpec):
 
 def _speed(stage: str, run: SubjectSpec, settings: EvaluateSpec | None) -> float:
     """Operations a second, as `_operations` counts them, of a stage on a sample, or a product."""
-    product = _product_speed()
+    product = SHARE_OF_PRODUCT * _product_speed()
+    training = stage == "train"
+    batch = run.train.micro_batch_tokens if training else EVALUATION_BATCH_TOKENS
     if models.folder(run.model.path) is None:
         return product
-    context = run.data.context_length
-    if stage == "train":
-        batch = max(run.train.micro_batch_tokens // context, 1) * context
-        small = replace(run, train=replace(run.train, tokens=batch, batch_tokens=batch))
-        operations = _operations(stage, small, None)
-    else:
-        batch = max(EVALUATION_BATCH_TOKENS // context, 1) * context
-        operations = _operations(stage, run, replace(settings, tokens=batch))
-    if 2 * operations / product > SAMPLE_SECONDS:
+    if settings is not None:
+        settings = replace(settings, replaced=None)
+    sequences = max(batch // run.data.context_length, 1)
+    for smaller, part in _smaller(stage, run, sequences):
+        tokens = part * smaller.data.context_length
+        operations = _operations(stage, smaller, tokens, settings)
+        if operations / product < SAMPLE_SECONDS:
+            break
+    if sum(fits.memory(smaller, training, tokens)) > SAMPLE_BYTES:
         return product
     try:
-        work = _sample(stage, run, settings, batch // context)
+        work = _sample(stage, smaller, settings, part)
     except SpecError:  # of weights or a tokenizer that is to be fetched
         return product
-    work()  # what is made only once
-    return operations / min(_seconds(work) for _ in range(3))
+    return operations / _usual_seconds(work)
+
+
+def _smaller(stage: str, run: SubjectSpec, sequences: int) -> Iterator[tuple[SubjectSpec, int]]:
+    """Parts of a batch of so many sequences, each half of the one before: fewer sequences, then
+    fewer layers that are replaced, spread evenly over the model, then shorter sequences."""
+    yield run, sequences
+    while sequences > 1 and sequences // 2 * run.data.context_length >= SMALLEST:
+        sequences //= 2
+        yield run, sequences
+    layers = run.site.indices(architecture.model_config(run.model).num_hidden_layers)
+    number = len(layers) if stage == "evaluate" and not run.site.stacked else 1
+    while number > 4:
+        number //= 2
+        kept = tuple(layers[(2 * i + 1) * len(layers) // (2 * number)] for i in range(number))
+        run = replace(run, site=replace(run.site, layers=kept))
+        yield run, sequences
+    while sequences * (context := run.data.context_length // 2) >= SMALLEST:
+        run = replace(run, data=replace(run.data, context_length=context))
+        yield run, sequences
+
+
+def _usual_seconds(work: Callable[[], object]) -> float:
+    """Of the middle one of up to three times, after a first that makes what is made only once."""
+    taken = [_seconds(work), _seconds(work)]
+    while len(taken) < 4 and sum(taken) < SAMPLE_SECONDS:
+        taken.append(_seconds(work))
+    return statistics.median(taken[1:])
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -203,7 +252,7 @@ def _sample(
     if stage == "distributions":
         return lambda: analysis.distributions(source, sae, sequences, replicates=2, progress=False)
     return lambda: analysis.evaluate(
-        source, sae, sequences, ablations=settings.ablations, mean_tokens=1, progress=False
+        source, sae, sequences, ablations=settings.ablations, progress=False
     )
 
 
@@ -212,10 +261,10 @@ def _micro_batch(sae, source: TextSource, sequences: int, loss: Callable):
     batch = next(source.batches(sequences))
     target = None if batch.target is batch.source else batch.target
     loss(sae, batch.source, target).total.backward()
+    sae.decoder.grad.sum().item()  # a GPU has then done it
 
 
 def _product_speed() -> float:
     """Floating-point operations per second of this machine's matrix product, in float32."""
     a = np.ones((768, 768), np.float32)
-    a @ a
-    return 5 * 2 * 768**3 / _seconds(lambda: [a @ a for _ in range(5)])
+    return 2 * 768**3 / min(_seconds(lambda: a @ a) for _ in range(10))

@@ -8,6 +8,7 @@ validate; here nothing is read twice).
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import importlib.metadata
@@ -139,9 +140,12 @@ def local_files(data: DataSpec) -> list[Path]:
             return [here]
         raise SpecError(f"data.path: expected a file ending in {formats}, got {data.path}")
     if format_of(here) or data.path.startswith((".", "/", "~")) or data.path.count("/") > 1:
+        beside = [file.name for file in here.parent.iterdir()] if here.parent.is_dir() else []
+        near = difflib.get_close_matches(here.name, beside, n=1, cutoff=0.8)
         raise SpecError(
-            f"data.path: expected {_kinds()}, or a file or folder (from {Path.cwd()}, "
-            f"if relative), got {data.path}"
+            f"data.path: expected {_kinds()}, or a file or folder that is there (from "
+            f"{Path.cwd()}, if relative), got {data.path}"
+            + (f"; did you mean `{here.with_name(near[0])}`?" if near else "")
         )
     return []
 
@@ -504,9 +508,9 @@ def remarks(data: DataSpec, tokens: dict[str, int], training_tokens: int) -> lis
     if training_tokens > MOST_PASSES * tokens["train"] > 0:
         passes = training_tokens / tokens["train"]
         said.append(
-            f"data.path: the train split of {data.path} has {tokens['train']:,} tokens, which a "
-            f"training on {training_tokens:,} reads {passes:,.0f} times; give more text or train "
-            "on fewer tokens"
+            f"data.path: the train split of {data.path} has {tokens['train']:,} tokens (documents "
+            f"that are alike count once), which a training on {training_tokens:,} reads "
+            f"{passes:,.0f} times; give more text or train on fewer tokens"
         )
     if tokens["train"] and not tokens["test"]:
         said.append(_too_short(data, "test"))

@@ -15,6 +15,7 @@ from mlsae_book.tables.geometry import (
     densities,
     dictionaries,
     geometry,
+    together,
 )
 from mlsae_core import pipeline, text
 from mlsae_core.metrics import mmcs
@@ -124,6 +125,15 @@ def test_the_share_above_a_threshold_begins_with_the_bin_whose_lower_edge_it_is(
             ["b", "dictionary"],
         ]
         assert table.share.tolist() == pytest.approx(shares)
+
+
+def test_dictionaries_of_one_shape_stand_beside_the_controls_of_one():
+    rows = ["dictionary", "copies"] * 2
+    table = pd.DataFrame({"run": ["x", "x", "y", "y"], "rows": rows, "low": 0.0, "pairs": range(4)})
+    found = together(table)
+    assert list(found["rows"]) == ["x", "copies", "y"]
+    assert list(found.pairs) == [0, 1, 2]
+    assert set(found.run) == {"all"}
 
 
 def test_bins_are_merged_and_one_empty_one_is_left_at_each_end():

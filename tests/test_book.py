@@ -81,6 +81,50 @@ def test_no_sentence_becomes_a_list(chapter):
             assert not begins
 
 
+def menus(spec):
+    """Of every menu in a chart the words that it shows first, and those of each other choice."""
+    if isinstance(spec, list):
+        yield from (found for part in spec for found in menus(part))
+    if not isinstance(spec, dict):
+        return
+    for param in spec.get("params", []):
+        if options := param.get("bind", {}).get("options"):
+            labels = [words(str(label)) for label in param["bind"].get("labels", options)]
+            yield labels.pop(options.index(param["value"])) if "value" in param else [], labels
+    yield from (found for name, part in spec.items() if name != "datasets" for found in menus(part))
+
+
+def words(text):
+    return [word for word in re.findall(r"\w+", text.lower()) if not word.isdigit()]
+
+
+def unseen(spec):
+    """Words of a chart's title that only a choice other than the first would show; of short names,
+    not of prompts."""
+    first, others = set(), set()
+    for shown, rest in menus(spec):
+        first |= {*shown}
+        others |= {label[-1] for label in rest if 0 < len(label) < 4}
+    return (others - first) & {*words(spec["title"]["text"])}
+
+
+@every_chapter
+def test_the_first_view_of_a_chart_shows_what_its_title_names(chapter):
+    for cell in code_cells(chapter):
+        for output in cell.get("outputs", []):
+            for kind, spec in output.get("data", {}).items():
+                if "vegalite" in kind:
+                    assert not unseen(spec), spec["title"]["text"]
+
+
+def test_a_title_that_names_another_choice_is_seen():
+    menu = {"bind": {"options": ["k", "R"], "labels": ["Sparsity k", "Factor R"]}, "value": "k"}
+    chart = {"title": {"text": "It falls with k, and over R it rises"}, "params": [menu]}
+    assert unseen({**chart, "vconcat": []}) == {"r"}
+    assert unseen({**chart, "params": [{**menu, "value": "R"}]}) == {"k"}
+    assert not unseen({**chart, "params": []})
+
+
 @every_chapter
 def test_widgets_are_left_out_of_the_page_and_of_the_comparison(chapter):
     """A static page shows a dead widget: it has a twin with controls in the chart instead."""

@@ -125,7 +125,7 @@ CASES = {
         {"ratio_sweep": "k"},
         {"symbol": 6},
     ),
-    "parts": (layers.variance_parts, parts, {"rect": 4}, {"parts_sweep": "k"}, {"rect": 2}),
+    "parts": (layers.variance_parts, parts, {"rect": 6}, {"unit": "variance"}, {"rect": 6}),
 }
 every_chart = pytest.mark.parametrize("name", CASES)
 
@@ -299,11 +299,15 @@ def test_ratios_stand_in_their_panel_under_the_name_of_what_was_measured():
 
 
 def test_parts_are_stacked_in_their_order_in_the_chosen_unit():
-    units = choices("parts", "unit")
+    units, table = choices("parts", "unit"), parts()
     assert units == {"fraction of Var(L)": "share", "squared layers": "variance"}
-    for (sweep, rows), unit in itertools.product(parts().groupby("sweep"), units.values()):
-        spec = chosen(specification("parts"), parts_sweep=sweep, unit=unit)
-        title = "Variance of the layer index (unit as chosen)"
-        what = {"part": rows.part, "run": rows.run, "place": rows.place, title: rows[unit]}
-        assert_drawn(spec, "bar", **what)
-    assert specification("parts")["encoding"]["color"]["sort"] == ["inside", "between"]
+    for unit in units.values():
+        spec = chosen(specification("parts"), unit=unit)
+        assert len(spec["vconcat"]) == 2
+        for panel, (sweep, rows) in zip(
+            spec["vconcat"], table.groupby("sweep", sort=False), strict=True
+        ):
+            title = panel["encoding"]["x"]["title"] or "shown"
+            what = {"part": rows.part, sweep: rows.run, "place": rows.place, title: rows[unit]}
+            assert_drawn({**spec, "vconcat": [panel]}, "bar", **what)
+            assert panel["encoding"]["color"]["sort"] == ["inside", "between"]

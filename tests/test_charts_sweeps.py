@@ -143,6 +143,29 @@ def test_bars_reach_from_edge_to_edge_and_lines_are_those_of_the_chosen_run():
         assert panel["encoding"]["color"]["field"] == "rows"
 
 
+def test_what_lies_above_a_limit_is_written_for_every_series():
+    options = {"axis": "Cosine", "title": "T", "series": "rows", "logarithmic": True}
+    table = BINS.assign(share=[0.25, 0.75, 0.0, 1.0, 0.5, 0.5, 0.9, 0.1])
+    spec = sweeps.histogram(table, limit=0.5, **options).to_dict()
+    for run, shares in (("1", (7500, 10000)), ("2", (5000, 1000))):
+        one = chosen(spec, run=run)
+        one["vconcat"] = one["vconcat"][2:]
+        labels = [f"{rows} {share}" for rows, share in zip("ab", shares, strict=True)]
+        assert_drawn(one, "bar", **{"above": shares, "Above 0.5, of 10,000": labels})
+    assert len(sweeps.histogram(BINS, **options).to_dict()["vconcat"]) == 2
+
+
+def test_what_is_said_of_a_run_stands_above_its_panel():
+    of = {"a": CELLS, "b": CELLS}
+    table = pd.concat([cells.assign(of=name) for name, cells in of.items()])
+    table["note"] = table.run + table.of
+    for name in of:
+        svg = vl_convert.vegalite_to_svg(chosen(sweeps.gallery(table, "T").to_dict(), of=name))
+        assert [note for note in ("1a", "1b", "2a", "2b") if f">{note}<" in svg] == [
+            f"1{name}", f"2{name}"
+        ]  # fmt: skip
+
+
 def test_every_run_has_a_panel_with_the_cells_of_the_chosen_text():
     table = pd.concat([CELLS.assign(of=of) for of in "ab"], ignore_index=True)
     table["probability"] = [0.01 * (i + 1) for i in range(len(table))]

@@ -16,6 +16,7 @@ from workers import sentences, write_jsonl
 
 from mlsae_book.__main__ import main as book
 from mlsae_core import activations, lm, pipeline, store, text
+from mlsae_core.__main__ import _duration
 from mlsae_core.__main__ import main as core
 
 CONTEXT = 8
@@ -116,6 +117,14 @@ def test_an_experiment_is_materialised_shipped_and_found(call, inputs, data):
     assert (code, out.count("shipped")) == (0, 6)
     code, out, _ = call("status")
     assert (code, out.count("shipped"), out.count("stored")) == (0, 6, 7)  # and the tokens
+
+
+def test_how_long_a_run_takes_is_said_in_a_unit_that_can_be_read(call):
+    code, out, _ = call("status", "SPEC", tokens=10**14, batch_tokens=64)
+    assert code == 0
+    assert re.search(r" time_here .*\n +train \w+ missing +[\d,]+ days ", out)
+    said = {0: "0 s", 119.6: "120 s", 120: "2 min", 7199: "120 min", 7200: "2 h", 172800: "2 days"}
+    assert {seconds: _duration(seconds) for seconds in said} == said
 
 
 def test_status_without_results_says_so(call):

@@ -69,14 +69,25 @@ def test_cases_stand_beside_each_other():
         return dict.fromkeys(names, probs), {}
 
     made = [({"case": "identity"}, *read(0.5)), ({"case": "as-released"}, *read(0.25))]
-    table = lenses.aggregates(made)
-    first = table[(table.order == 1)]  # order 0 is the latent of layer 0 alone
-    assert list(first.identity) == [0.5, 0.5]
-    assert list(first.as_released) == [0.25, 0.75]
-    assert set(first.latent_as_released) == {0}
     spread = lenses.spread(made)
     assert list(spread.case) == ["identity", "as-released"]
     assert list(spread.largest) == pytest.approx([0.75, 0.875])
+
+
+def test_prompts_say_how_many_of_their_latents_are_at_one_layer():
+    rows = [
+        ("a", "p", 7, 0),
+        ("a", "p", 7, 1),
+        ("a", "p", 8, 2),
+        ("a", "q", 7, 0),
+        ("b", "p", 9, 0),
+    ]
+    table = pd.DataFrame(rows, columns=["lens", "prompt", "latent", "layer"])
+    found = lenses.in_prompts(table.assign(order=0, probs=0.25, tokens=1), ["p"])
+    assert list(found.run) == ["a", "a", "a", "b"]
+    assert list(found.note) == ["50% at one layer only"] * 3 + ["100% at one layer only"]
+    assert set(found.of) == {"p"}
+    assert set(found.probability) == {0.25}
 
 
 def test_metrics_are_chosen_by_name():

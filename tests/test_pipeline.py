@@ -491,32 +491,36 @@ def test_status_knows_what_is_begun_and_estimates_the_rest(inputs, data):
 
 
 def test_the_estimate_is_the_operations_over_the_speed_of_this_machine(inputs, data, monkeypatch):
-    """By a clock on which five products of 768 x 768 matrices take one second, without a sample."""
+    """By a clock on which a product of 768 x 768 matrices takes one second, without a sample."""
     clock = itertools.count()
     monkeypatch.setattr(status.time, "perf_counter", lambda: float(next(clock)))
-    monkeypatch.setattr(status, "SAMPLE_SECONDS", 0)
+    monkeypatch.setattr(status, "SAMPLE_BYTES", 0)
     monkeypatch.setattr(status.text, "counted", lambda data, tokenizer: None)
-    tokens, speed = 10**8, 5 * 2 * 768**3
+    tokens, speed = 10**8, 2 * 768**3 / 2  # half of the speed of a large product is reached
     vocabulary = json.loads((inputs / "gpt_neox" / "config.json").read_text())["vocab_size"]
     # By token: two operations a weight, of which a block of width 16 has 4 x 16^2 for attention
     # and 8 x 16^2 for the MLP; scores and sums over a context of 8 are 2 x 2 x 8 x 16 more.
-    model = 3 * (2 * 12 * 16**2 + 2 * 2 * 8 * 16)
-    encode = 3 * 2 * 16 * 32  # of three layers, to 32 latents
-    # To score each of three replaced layers runs half of the model, and the logits of four streams.
-    replace = 3 * (model / 2 + 4 * 2 * 16 * vocabulary)
+    block = 2 * 12 * 16**2 + 2 * 2 * 8 * 16
+    encode = 2 * 16 * 32  # of one layer, to 32 latents
+    logits = 2 * 16 * vocabulary
+    # Above three layers are two blocks, one and none; each is replaced in three ways.
+    replace = 3 * (2 + 1) * block + (1 + 3 * 3) * logits
+    means = pipeline.MEAN_TOKENS * 3 * block
     run = run_of(inputs, tokens=10**9)
     experiment = Experiment("t", (({}, run),), EvaluateSpec(tokens=tokens))
     found = status.status(experiment).set_index("stage").seconds
-    expected = {  # twice, since half of the speed of a large product is reached
-        "train": 2 * 10**9 * (model + 1.1 * encode) / speed,
-        "evaluate": 2 * tokens * (model + encode + replace) / speed,
-        "distributions": 2 * tokens * (model + encode) / speed,
+    expected = {
+        "train": 10**9 * 3 * (block + 1.1 * encode) / speed,
+        "evaluate": (tokens * (3 * (block + encode) + replace) + means) / speed,
+        "distributions": tokens * 3 * (block + 2 * encode) / speed,  # and of Gaussian vectors
     }
     assert found.to_dict() == pytest.approx(expected, abs=0.5)
     assert min(expected.values()) > 100
-    fewer = run_of(inputs, tokens=10**9, layers=[0, 2])
-    (row,) = status.status(Experiment("t", (({}, fewer),), None)).to_dict("records")
-    assert row["seconds"] == pytest.approx(2e9 * (model + 1.1 * encode * 2 / 3) / speed, abs=0.5)
+    for layers, blocks in (([0, 2], 3), ([0], 1)):  # above the last layer nothing is run
+        fewer = run_of(inputs, tokens=10**9, layers=layers)
+        (row,) = status.status(Experiment("t", (({}, fewer),), None)).to_dict("records")
+        taken = 10**9 * (blocks * block + 1.1 * len(layers) * encode) / speed
+        assert row["seconds"] == pytest.approx(taken, abs=0.5)
 
 
 def test_an_estimate_is_of_a_sample_and_of_no_more_text_than_there_is(inputs, data, monkeypatch):
@@ -532,6 +536,56 @@ def test_an_estimate_is_of_a_sample_and_of_no_more_text_than_there_is(inputs, da
     assert 0 < counted["test"] < 10**5
     assert seconds.evaluate == pytest.approx(counted["test"] / batch, abs=1)
     assert not list(store.STORE.glob("*/*"))
+
+
+def test_of_short_text_no_more_is_replaced_than_is_there(inputs, data, monkeypatch):
+    monkeypatch.setattr(status, "SAMPLE_BYTES", 0)
+    settings = EvaluateSpec(tokens=10**9, replaced=10**8)
+    found = status.status(Experiment("t", (({}, run_of(inputs)),), settings))
+    assert (found.seconds < 100).all()
+
+
+def test_of_a_large_model_a_sample_is_a_part(inputs, data, monkeypatch):
+    """On a machine so slow that a batch would take long: never so little that nothing is left."""
+    own = {"path": str(inputs / "text.jsonl"), "context_length": 32}
+    run = run_of(inputs, data=own, tokens=1024, batch_tokens=1024)
+    monkeypatch.setattr(status, "_product_speed", lambda: 1e5)
+    made, sample = [], status._sample
+
+    def kept(stage, smaller, settings, sequences):
+        made.append((stage, sequences, smaller.data.context_length, smaller.site.layers))
+        return sample(stage, smaller, settings, sequences)
+
+    monkeypatch.setattr(status, "_sample", kept)
+    found = status.status(Experiment("t", (({}, run),), SETTINGS))
+    assert (found.seconds < 60).all()
+    assert made == [
+        ("train", 8, 32, "all"), ("evaluate", 8, 32, "all"), ("distributions", 8, 32, "all")
+    ]  # fmt: skip
+    monkeypatch.setattr(status, "SAMPLE_BYTES", 0)
+    assert (status.status(Experiment("t", (({}, run),), SETTINGS)).seconds > 100).all()
+    assert len(made) == 3
+
+
+def test_a_sample_is_the_largest_that_takes_no_longer_than_it_may():
+    """Half of what was before it: sequences, then layers spread over the model, then positions."""
+    fields = {"model": "smollm2-135m", "data": {"path": "a.txt", "context_length": 512}}
+    fields |= {"expansion_factor": 2, "k": 4, "tokens": 2048}
+    run = spec.run_from_dict(fields)
+    parts = [
+        (part, smaller.site.layers, smaller.data.context_length)
+        for smaller, part in status._smaller("evaluate", run, 4)
+    ]
+    assert parts == [
+        (4, "all", 512),
+        (2, "all", 512),
+        (1, "all", 512),
+        (1, tuple(range(1, 30, 2)), 512),
+        (1, (2, 6, 10, 15, 19, 23, 27), 512),
+        (1, (5, 15, 25), 512),
+        (1, (5, 15, 25), 256),
+    ]
+    assert [part for _, part in status._smaller("train", run, 4)] == [4, 2, 1, 1]
 
 
 def test_an_estimate_is_right_on_this_machine(inputs, data):
@@ -551,7 +605,7 @@ def test_text_that_is_repeated_or_too_short_is_told_before_training(inputs, data
     said = status.remarks(Experiment("t", (({}, run), ({}, run)), None))
     assert len(said) == 2
     assert re.search(
-        r"the train split of short.jsonl has [\d,]+ tokens, which .* \d+ times", said[0]
+        r"the train split of short.jsonl has [\d,]+ tokens .*, which .* \d+ times", said[0]
     )
     assert "in the test split of short.jsonl" in said[1]
     pipeline.Session().train(run)

@@ -204,7 +204,7 @@ def test_two_of_one_layer_are_one_line_of_the_field(inputs, folder):
 def test_a_set_costs_what_each_of_its_layers_does(inputs, folder):
     """So it is not estimated as if every layer were encoded by the dictionaries of all."""
     one, both = (
-        status._operations("evaluate", given_of(inputs, path, layers=[1]), SETTINGS)
+        status._operations("evaluate", given_of(inputs, path, layers=[1]), 100, SETTINGS)
         for path in (alone(folder, 1), folder)
     )
     assert both == one

@@ -229,6 +229,11 @@ def test_paths_are_files_folders_or_hub_ids(tmp_path, monkeypatch):
             text.is_streamed(DataSpec(path))
     with pytest.raises(SpecError, match=r"in the folder empty, got none"):
         text.is_streamed(DataSpec("empty"))
+    (tmp_path / "empty" / "python.txt").touch()
+    with pytest.raises(SpecError, match=r"got empty/pyhton\.txt; did you mean `empty/python\.txt`"):
+        text.is_streamed(DataSpec("empty/pyhton.txt"))
+    with pytest.raises(SpecError, match=r"got empty/other\.txt$"):
+        text.is_streamed(DataSpec("empty/other.txt"))
     assert text.is_streamed(DataSpec("owner/name-1.0"))
     assert not text.is_streamed(DataSpec("docstrings"))
 

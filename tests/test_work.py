@@ -4,6 +4,7 @@ A dense product is one of all (vector, latent) pairs, however it is cut into chu
 per training step, and no tensor of the chunk's size outlives it.
 """
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -13,8 +14,10 @@ from test_analysis import tiny_sae
 from tiny_lm import N_LAYERS, VOCAB, reading, tiny_lm, tiny_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mlsae_core import activations, analysis, kernels, objective
+from mlsae_core import activations, analysis, kernels, objective, pipeline, status, train
 from mlsae_core.sae import MLSAE
+from mlsae_core.spec import EvaluateSpec, run_from_dict
+from mlsae_core.text import TokenBlocks
 
 LAYERS, TOKENS, D, LATENTS, K, ROWS = 2, 96, 8, 1024, 4, 32
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "matmul"}
@@ -23,7 +26,7 @@ PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "matmul"}
 class Work(TorchDispatchMode):
     """Counts the multiplications of matrix products, and the largest memory made anew.
 
-    multiplications : of all products of dense matrices.
+    multiplications : of all products of dense matrices, attention's among them.
     largest : elements of the largest storage that an operation made.
     """
 
@@ -39,6 +42,9 @@ class Work(TorchDispatchMode):
         if name in PRODUCTS:
             a, b = [x for x in given if x.ndim >= 2][:2]
             self.multiplications += a.numel() * b.shape[-1]
+        elif "scaled_dot_product" in name:  # scores, and the sums of values
+            queries, keys = given[:2]
+            self.multiplications += 2 * queries.numel() * keys.shape[-2]
         for x in _dense(result if isinstance(result, tuple | list) else [result]):
             if x.untyped_storage().data_ptr() not in before:
                 self.largest = max(self.largest, x.untyped_storage().nbytes() // x.element_size())
@@ -152,3 +158,36 @@ def test_evaluation_runs_the_model_once_and_holds_few_logits(monkeypatch, ablati
     predictions = len(batches) * 4 * 8
     assert sum(sizes) == predictions * streams * VOCAB  # each logit is made once
     assert len(sizes) == len(batches) * math.ceil(4 * 8 / (2000 // (streams * VOCAB)))
+
+
+@pytest.mark.parametrize("layers", ["all", [0], [0, 2]])
+@pytest.mark.parametrize("stage", ["train", "distributions", "evaluate", "ablations", "replaced"])
+def test_what_status_counts_is_done(inputs, data, stage, layers):
+    """Products of a model whose blocks have 12 d_model² weights, to what one position more or less
+    makes: no prediction is scored at a sequence's last."""
+    context, sequences = 16, 32
+    run = run_from_dict({
+        "model": str(inputs / "gpt2"), "layers": layers, "expansion_factor": 16, "k": 4,
+        "data": {"path": str(inputs / "text.jsonl"), "context_length": context},
+        "tokens": context * sequences, "batch_tokens": context * sequences,
+    })  # fmt: skip
+    source = pipeline.Session().source(run)
+    tokens = torch.randint(2, 300, (sequences, context), generator=torch.Generator().manual_seed(0))
+    source = dataclasses.replace(source, blocks=TokenBlocks(tokens.numpy()))
+    sae, settings = train.build_sae(run, source), None
+    with Work() as work:
+        if stage == "train":
+            status._micro_batch(sae, source, sequences, objective.loss)
+        elif stage == "distributions":
+            analysis.distributions(source, sae, sequences, replicates=2, progress=False)
+        else:
+            replaced, ablations = (2 if stage == "replaced" else None), stage == "ablations"
+            settings = EvaluateSpec(
+                tokens=tokens.numel(), ablations=ablations, replaced=replaced and replaced * context
+            )
+            analysis.evaluate(
+                source, sae, sequences, ablations=ablations, replaced=replaced, progress=False
+            )
+    name = stage if stage in ("train", "distributions") else "evaluate"
+    counted = status._operations(name, run, tokens.numel(), settings)
+    assert 2 * work.multiplications == pytest.approx(counted, rel=1 / context)

@@ -295,33 +295,42 @@ def variance_ratios(
     return _titled(chart, title, subtitle)
 
 
-def variance_parts(table: pd.DataFrame, title: str, subtitle: str | None = None) -> alt.Chart:
-    """The three parts of Var(L) of many runs, stacked (Eq. 14 and 15); the reader picks the sweep.
+def variance_parts(
+    table: pd.DataFrame, title: str, subtitle: str | None = None
+) -> alt.VConcatChart:
+    """The three parts of Var(L) of many runs, stacked (Eq. 14 and 15), one panel a sweep.
 
     ``table`` has one row per run and part: ``sweep``, ``run``, ``position``, ``part``, ``place``,
     ``share`` (fraction of Var(L)) and ``variance`` (squared layers).
     """
     names = ("sweep", "run", "position", "part", "place", "share", "variance")
     table = _table(table, "layers.variance_parts", *names)
-    sweep = _select("parts_sweep", list(table["sweep"].unique()), "Sweep")
     units = {"share": "fraction of Var(L)", "variance": "squared layers"}
     unit = _select("unit", list(units), "Unit", list(units.values()))
     parts = list(table.drop_duplicates("part").sort_values("place")["part"])
-    chart = (
-        alt.Chart(table, name="variance_parts")
-        .transform_filter(alt.datum.sweep == sweep)
-        .transform_calculate(shown=f"datum[{unit.name}]")
-        .mark_bar()
-        .encode(
-            x=_by_run(labelAngle=-30, labelOverlap=False),
-            y=alt.Y("shown:Q", title="Variance of the layer index (unit as chosen)"),
-            color=alt.Color("part:N", title=None, sort=parts, legend=alt.Legend(labelLimit=260)),
-            order=alt.Order("place:Q"),
-            tooltip=["run:N", "part:N", alt.Tooltip("share:Q", format=".1%"), "variance:Q"],
+    order = alt.EncodingSortField("position", op="min")
+    panels = []
+    for number, (sweep, own) in enumerate(table.groupby("sweep", sort=False)):
+        last = number == table["sweep"].nunique() - 1
+        axis = alt.Axis(labels=last, ticks=last, domain=last, grid=False, tickCount=5)
+        panels.append(
+            alt.Chart(own, name=f"parts_{number}", height=18 * own["run"].nunique())
+            .transform_calculate(shown=f"datum[{unit.name}]")
+            .mark_bar()
+            .encode(
+                x=alt.X(
+                    "shown:Q", title="Var(L), unit as chosen" if last else None, axis=axis
+                ).scale(nice=False),
+                y=alt.Y("run:O", title=sweep, sort=order),
+                color=alt.Color(
+                    "part:N", title=None, sort=parts, legend=alt.Legend(labelLimit=260, columns=1)
+                ),
+                order=alt.Order("place:Q"),
+                tooltip=["run:N", "part:N", alt.Tooltip("share:Q", format=".1%"), "variance:Q"],
+            )
         )
-        .add_params(sweep, unit)
-    )
-    return _titled(chart.properties(height=260), title, subtitle)
+    chart = alt.vconcat(*panels, spacing=28).add_params(unit).resolve_scale(x="shared")
+    return _titled(chart, title, subtitle)
 
 
 def _lookup(names: dict[str, str]) -> str:

@@ -120,12 +120,14 @@ def histogram(
     subtitle: str | None = None,
     series: str | None = None,
     logarithmic: bool = False,
+    limit: float | None = None,
 ) -> alt.VConcatChart | alt.Chart:
     """A histogram; the reader chooses the run where there are several.
 
     ``table`` has one row per bin of a ``run`` (and value of ``series``): ``low``, ``high`` and
     ``share`` (of the run's total). ``axis`` is the x axis's title, with its unit. ``logarithmic``
-    draws a second panel beneath, with the shares on a logarithmic axis.
+    draws a second panel beneath, with the shares on a logarithmic axis, and with ``limit``, an edge
+    of a bin, a third one, with what each series has above it.
     """
     named = [series] if series else []
     table = _limited(_table(table, "histogram", "run", "low", "high", "share", *named), "histogram")
@@ -142,8 +144,10 @@ def histogram(
         )
         chart = bars.add_params(run).properties(name="histogram", height=260)
         return _titled(chart, title, subtitle)
+    # Names beside the third panel leave little room for those above.
+    legend = {} if limit is None else {"legend": alt.Legend(columns=2)}
     lines = base.mark_line(interpolate="step-after", strokeWidth=1.5).encode(
-        x=x, color=alt.Color(f"{series}:N", title=None), tooltip=tooltip
+        x=x, color=alt.Color(f"{series}:N", title=None, **legend), tooltip=tooltip
     )
     y = alt.Y("share:Q", title="Share", axis=alt.Axis(format="~g", tickCount=5))
     linear = lines.encode(y=y).properties(name="linear", height=200)
@@ -158,10 +162,30 @@ def histogram(
                 axis=alt.Axis(format="~g", values=[10.0**-i for i in range(10)]),
             ).scale(type="log", nice=False)
         )
-        .properties(name="logarithmic", height=200)
+        .properties(name="logarithmic")
     )
-    chart = alt.vconcat(linear.encode(x=x.title(None)), log, spacing=34).add_params(run)
-    return _titled(chart, title, subtitle)
+    panels = [linear.encode(x=x.title(None)), log.properties(height=200)]
+    if limit is not None:
+        rule = alt.Chart(alt.InlineData([{"limit": limit}]), name="limit").mark_rule()
+        panels[1] = alt.layer(log, rule.encode(x="limit:Q")).properties(height=200)
+        panels.append(_above(base, series, limit, table[series].nunique()))
+    return _titled(alt.vconcat(*panels, spacing=34).add_params(run), title, subtitle)
+
+
+def _above(base: alt.Chart, series: str, limit: float, rows: int) -> alt.Chart:
+    """How much of each series lies above the limit, as bars with their numbers."""
+    return (
+        base.transform_calculate(above=f"datum.low >= {limit} ? 1e4 * datum.share : 0")
+        .transform_aggregate(above="sum(above)", groupby=[series])
+        .transform_calculate(label=f"datum['{series}'] + ' ' + format(datum.above, '.2~f')")
+        .mark_bar(size=12)
+        .encode(
+            x=alt.X("above:Q", axis=None).scale(nice=False),
+            y=alt.Y("label:N", title=f"Above {limit:g}, of 10,000"),
+            color=alt.Color(f"{series}:N", title=None, legend=alt.Legend(columns=2)),
+        )
+        .properties(name="above", height=18 * rows)
+    )
 
 
 def gallery(
@@ -169,12 +193,15 @@ def gallery(
 ) -> alt.Chart | alt.VConcatChart:
     """P(layer | latent) of some latents of every run, one panel each.
 
-    ``swept`` stands before a run's name above its panel. ``table`` has one row per (run, latent, layer): ``run``, ``layer``, ``probability`` (sums to
-    one over the layers of a latent; rows of zero may be missing), ``order`` (0, 1, … from left to
-    right), ``latent`` and, where the reader is to choose a text as well, ``of``.
+    ``swept`` stands before a run's name above its panel. ``table`` has one row per (run, latent,
+    layer): ``run``, ``layer``, ``probability`` (sums to one over the layers of a latent; rows of
+    zero may be missing), ``order`` (0, 1, … from left to right), ``latent`` and, where the reader
+    is to choose a text as well, ``of``, and where something is to be said above each picture,
+    ``note``.
     """
-    of = ["of"] if "of" in table else []
-    table = _table(table, "gallery", "run", "latent", "layer", "probability", "order", *of)
+    of, note = (["of"] if "of" in table else []), (["note"] if "note" in table else [])
+    columns = ("run", "latent", "layer", "probability", "order", *of, *note)
+    table = _table(table, "gallery", *columns)
     width = int(table["order"].max()) + 1
     chosen = [_choice("of", table, "of", "Shown")] if of else []
     runs = list(table["run"].unique())
@@ -198,6 +225,13 @@ def gallery(
             cells.encoding.x.title = None
         if len(runs) > 1:
             cells.encoding.y.title = f"{swept}{run}, by layer"
+        if note:
+            said = (
+                base.transform_aggregate(cells="count()", groupby=note)
+                .mark_text(align="right", baseline="bottom")
+                .encode(x=alt.value("width"), y=alt.value(-11), text="note:N")
+            )
+            cells = alt.layer(cells, said.properties(name=f"note_{number}"))
         panels.append(cells)
     if len(panels) == 1:
         return _titled(panels[0].add_params(*chosen).properties(height=220), title, subtitle)

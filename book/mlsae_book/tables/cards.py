@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from mlsae_book.tables import interventions
 from mlsae_book.tables.examples import BEFORE
@@ -130,7 +131,7 @@ def cards(
                 else:
                     arrays[name][latent] = value
     moved = next(iter(source.blocks.batches(size)))
-    return arrays | _effects(source.lm, sae, source.layers, moved, most)
+    return arrays | _effects(source.lm, sae, source.layers, moved, most, progress)
 
 
 @torch.no_grad()
@@ -255,11 +256,18 @@ def logit_slopes(lm: LanguageModel, sae: MLSAE, tokens: Tensor, layer: int) -> T
     return torch.cat(slopes)
 
 
-def _effects(lm: LanguageModel, sae: MLSAE, layers: list[int], tokens: Tensor, most: int) -> dict:
+def _effects(
+    lm: LanguageModel,
+    sae: MLSAE,
+    layers: list[int],
+    tokens: Tensor,
+    most: int,
+    progress: bool = True,
+) -> dict:
     """Tokens that latents promote and suppress at each layer."""
     names = ("promoted", "promoted_by", "suppressed", "suppressed_by")
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for layer in layers:
+    for layer in tqdm(layers, "effects on predictions", disable=not progress):
         slopes = logit_slopes(lm, sae, tokens.to(lm.device), layer)
         change = sae.decoder.detach() @ (slopes - slopes.mean(1, keepdim=True)).float()
         for name, largest in (("promoted", True), ("suppressed", False)):

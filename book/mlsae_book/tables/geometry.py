@@ -166,6 +166,21 @@ def densities(cosines: pd.DataFrame, column: str, merge: int = 2) -> pd.DataFram
     return pd.concat(parts, ignore_index=True)
 
 
+def together(cosines: pd.DataFrame) -> pd.DataFrame:
+    """Histograms of dictionaries of one shape as those of one run, for `densities`.
+
+    Args:
+        cosines: several runs' tables as `sweeps.stack` gives them.
+
+    Returns:
+        The dictionaries' rows, named by their run, and the controls of the first, which are those
+        of all.
+    """
+    own, first = cosines["rows"] == "dictionary", cosines["run"] == cosines["run"].iloc[0]
+    rows = cosines["rows"].where(~own, cosines["run"])
+    return cosines.assign(rows=rows, run="all")[own | first]
+
+
 def above(cosines: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Share of the pairs in bins from `threshold` up, by run and rows.
 

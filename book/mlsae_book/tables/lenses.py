@@ -83,28 +83,23 @@ def training(models: Sequence[str] | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def aggregates(read: Sequence[tuple[dict, dict, dict]], most: int = 400) -> pd.DataFrame:
-    """`layers.aggregate_table` of each case, beside each other, for `charts.layers.aggregate`.
+def in_prompts(table: pd.DataFrame, prompts: Sequence[str]) -> pd.DataFrame:
+    """Some prompts of `prompts.csv` of several cases, for `charts.sweeps.gallery`.
 
     Args:
-        read: labels, arrays and numbers of an experiment's cases (`experiments.all_distributions`).
+        table: as `experiments.tables` gives it, the cases in its first column.
 
     Returns:
-        One row per (order, layer): ``order``, ``layer``, and for each case its probability, mean
-        over active tokens, and the latent: ``aligned``, ``latent_aligned``, …
+        One row per case, prompt, latent and layer at which it is active: ``run``, ``of`` (the
+        prompt), ``latent``, ``layer``, ``order``, ``probability`` and ``note``, which share of the
+        latents is active at one layer only.
     """
-    tables = []
-    for labels, arrays, _ in read:
-        table = layers.aggregate_table(arrays, most)
-        name = column(labels["case"])
-        table = table.rename(columns={"probs": name, "latent_probs": f"latent_{name}"})
-        tables.append(table.set_index(["order", "layer"])[[name, f"latent_{name}"]])
-    return pd.concat(tables, axis=1).reset_index()
-
-
-def column(case: str) -> str:
-    """The name of a case as a column that Vega-Lite can look up."""
-    return case.replace("-", "_")
+    names = {table.columns[0]: "run", "prompt": "of", "probs": "probability"}
+    table = table[table["prompt"].isin(prompts)].rename(columns=names)
+    alone = table.groupby(["run", "of", "latent"]).layer.size().eq(1)
+    share = alone.groupby(["run", "of"]).mean().map("{:.0%} at one layer only".format)
+    table = table.join(share.rename("note"), on=["run", "of"])
+    return table[["run", "of", "latent", "layer", "order", "probability", "note"]]
 
 
 def spread(read: Sequence[tuple[dict, dict, dict]]) -> pd.DataFrame:
