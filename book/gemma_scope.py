@@ -139,8 +139,8 @@ latent_charts.uniformity_over_sparsity(
 )
 
 # %% [markdown]
-# The mean over layers, and by how much $r_{L0}$ with the vector's own gradient is the larger, with 95 % intervals over
-# sequences (of the same vectors, so narrower than those of the two):
+# The mean over layers, and by how much $r_{L0}$ with the vector's own gradient is the larger on the same vectors, with 95 % intervals
+# over sequences:
 
 # %% tags=["hide-input"]
 importance.by_gradient(over_k, "k").round(3)
@@ -150,12 +150,12 @@ importance.beside_null_models(over_k, ["k", "layer"])
 
 # %% [markdown]
 # **What to see.** Gemma Scope finds that effects spread over more latents as L0 grows. So it is here: at $k = 4$ three latents would have
-# to share the effect equally, and with each doubling of $k$ the number nearly doubles. It does not quite, since the *share*
-# of the active latents falls, from 0.77 to 0.63 at $k = 32$; at $k = 64$ it is a little larger again. But with the gradient of
+# to share the effect equally, and with each doubling of $k$ the number about doubles. At first it does not quite, since the
+# *share* of the active latents falls, from 0.77 to 0.63 at $k = 32$; at $k = 64$ it is a little larger again. But with the gradient of
 # another token, or a random direction, both curves are nearly the same, with that turn. So the spreading says that more activations are
 # multiplied with something, and nothing of what the prediction needs. What the vector's own gradient adds is small: a share lower by
 # 0.02 at most than with another token's, at all layers but the last of the two largest $k$. Beside a random direction it is lower as
-# well, but at the last layer it may be larger ($k = 4$).
+# well, other than at the last layer of the two smallest $k$.
 #
 # **What would contradict it.** A curve of the next token's gradient with another slope than those of its null models.
 #
