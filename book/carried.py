@@ -411,8 +411,8 @@ controls.in_numbers(made)
 # Three limits. Eq. 12 with $P(J)$ uniform over latents is the one measure that hardly knows features from their Gaussian; with $P(J)$ by
 # tokens it does. The sign says nothing in general: the Gaussian's Eq. 11 is larger than that of these features, and smaller than that of
 # the activations. And features that are diluted are nearly lost: with half of the covariance, Eq. 11 cannot be told from the Gaussian's,
-# and what can (survival, FVU, the share at one layer, Eq. 12 by tokens) differs by less than a fifth as much. So equal ratios would not have
-# shown that there are no features.
+# and what can (survival, FVU, the share at one layer, Eq. 12 by tokens) differs by less than a fifth as much. So equal ratios would not
+# have shown that there are no features.
 #
 # **What would contradict it.** A difference between the Gaussian world and its Gaussian, or none between features and theirs.
 #
@@ -492,7 +492,7 @@ draw.beside(
     ("value", "Delta CE (nats per predicted token)"),
     "dictionary",
     title="Reconstructed together, layers cost less than the sum of each alone",
-    subtitle="95 % intervals over sequences. Choose what is shown.",
+    subtitle="Difference to that sum, with 95 % intervals over sequences. Choose what is shown.",
     choices={"what": "Shown"},
 )
 
@@ -506,10 +506,10 @@ together.pivot_table(
 # layers' means stand in.
 #
 # **What to see.** Errors do not add up: in the mean every number of layers costs less than the layers one by one, perhaps since what one
-# reconstruction has lost the next cannot lose again. The layers' means, which lose most, save by far the most. At one layer the
-# dictionary for all layers is worse than the layer's own (0.535 against 0.472 nats). At two, three and four layers together it is as good
-# in the mean over all runs, and a little ahead (0.900 against 0.913 for two). Over five and six the own ones lead again. But these means
-# have no intervals, and from the first layer on (the chart) the own dictionaries are ahead at every number of layers. Dictionaries of a
+# reconstruction has lost the next cannot lose again. The layers' means, which lose most, save by far the most. At one layer the dictionary
+# for all layers is worse than the layer's own (0.535 against 0.472 nats). At two, three and four layers together it is as good in the mean
+# over all runs, and a little ahead (0.900 against 0.913 for two). Over five and six the own ones lead again. But these means have no
+# intervals, and from the first layer on (the chart, *together*) the own dictionaries are ahead at every number of layers. Dictionaries of a
 # sixth of the latents are behind in the mean.
 #
 # Nor is the saving a mark of sharing. It is larger for the MLSAE than for the layers' own dictionaries. But dictionaries of a sixth of
@@ -552,9 +552,9 @@ chains.pivot_table(index=["of", "least", "mean"], columns="layers", values="shar
 #
 # ## Another training
 #
-# Intervals over sequences know nothing of the training. The default run beside two that differ from it in their seed alone: the excess of survival
-# over another token's update, for one block and for all five, and what ablations find. *mean* is that of the three, with a 95 % interval
-# over trainings (Student's $t$, which for three is wide).
+# Intervals over sequences know nothing of the training. The default run beside two that differ from it in their seed alone: the excess of
+# survival over another token's update, for one block and for all five, and what ablations find. *mean* is that of the three, with a 95 %
+# interval over trainings (Student's $t$, which for three is wide).
 
 # %% tags=["hide-input"]
 three = load_experiment("experiments/carried_seeds.yml")
@@ -599,10 +599,10 @@ carried.trainings(drops, "value", ["drop", "gap"])
 # much the same Eq. 11 stands beside other null models, so it need not have the same cause.
 #
 # **What would change this.** A model, perhaps a larger one, whose blocks restore or erase what is active: survival would leave the null
-# models, and $\rho$ would leave $\delta$. SmolLM2-135M is a first step ({doc}`smollm2`): there, too, survival is near its null model and most
-# of a later activation is what was carried, but blocks take some of it away for being there. Features that move between tokens, which we do not follow: everything here is read at the token
-# itself. And features that turn from layer to layer, which hand over to other latents; to survival that looks like erasing. All of this page is
-# one small language model, and dictionaries with TopK.
+# models, and $\rho$ would leave $\delta$. SmolLM2-135M is a first step ({doc}`smollm2`): there, too, survival is near its null model and
+# most of a later activation is what was carried, but blocks take some of it away for being there. Features that move between tokens, which
+# we do not follow: everything here is read at the token itself. And features that turn from layer to layer, which hand over to other
+# latents; to survival that looks like erasing. All of this page is one small language model, and dictionaries with TopK.
 #
 # ## How this page was made
 #

@@ -252,8 +252,9 @@ fidelity.means(on_rollouts, "case", columns).round(4)
 # `experiments/scope.yml`. With other two lines it is Gemma Scope's, here the first six layers:
 #
 # ```yaml
-#   model: google/gemma-2-2b
-#   dictionary: {path: google/gemma-scope-2b-pt-res, folders: [layer_0/width_16k/average_l0_105, layer_1/width_16k/average_l0_102, layer_2/width_16k/average_l0_141, layer_3/width_16k/average_l0_59, layer_4/width_16k/average_l0_124, layer_5/width_16k/average_l0_68]}
+#   model: google/gemma-2-2b   dictionary: {path: google/gemma-scope-2b-pt-res, folders: [layer_0/width_16k/average_l0_105,
+# layer_1/width_16k/average_l0_102, layer_2/width_16k/average_l0_141, layer_3/width_16k/average_l0_59, layer_4/width_16k/average_l0_124,
+# layer_5/width_16k/average_l0_68]}
 # ```
 #
 # The same lines change `experiments/scope_alone.yml`, which measures each of the six at all layers. Beside them stands an
@@ -357,14 +358,14 @@ sweep_charts.gallery(
 transfer.own_shares(read, read_moved).set_index("trained").round(3)
 
 # %% [markdown]
-# **What to see.** Whichever layer an autoencoder is of, its latents have about half of their probability or more at the last
-# layer, where vectors are longest, and those of the first four layers have 6 % or less at their own. It is not that longer vectors are
-# enough: random directions as long give these layers more (*own, random directions*). With mean and spread made alike the last layer's share falls,
-# but the own layer does not win: it has the *least* of the six, or no more than the least. With these vectors an autoencoder is sparsest
-# where it was trained (at the last layer, level with its neighbour), and elsewhere takes more latents. Perhaps it takes them for what it
-# does not know: then where a borrowed latent is active says where vectors fit its dictionary worst. A picture like those of
-# {doc}`distributions` takes a dictionary that was trained on all layers. Even of the MLSAE here (the table below), whose one threshold
-# longer vectors exceed more often, the largest probability is 0.48 on average, and 0.36 under the null model with Gaussian input.
+# **What to see.** Whichever layer an autoencoder is of, its latents have about half of their probability or more at the last layer, where
+# vectors are longest, and those of the first four layers have 6 % or less at their own. It is not that longer vectors are enough: random
+# directions as long give these layers more (*own, random directions*). With mean and spread made alike the last layer's share falls, but
+# the own layer does not win: it has the *least* of the six, or no more than the least. With these vectors an autoencoder is sparsest where
+# it was trained (at the last layer, level with its neighbour), and elsewhere takes more latents. Perhaps it takes them for what it does not
+# know: then where a borrowed latent is active says where vectors fit its dictionary worst. A picture like those of {doc}`distributions`
+# takes a dictionary that was trained on all layers. Even of the MLSAE here (the table below), whose one threshold longer vectors exceed
+# more often, the largest probability is 0.48 on average, and 0.36 under the null model with Gaussian input.
 #
 # **What would contradict it.** A share of the own layer, with mean and spread made alike, above a sixth.
 #

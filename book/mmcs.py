@@ -37,14 +37,17 @@ from mlsae_core import pipeline
 from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
-lens = {"Sparsity k, tuned lens": "experiments/lens_sparsity.yml"}
+lens = {
+    "Sparsity k, tuned lens": "experiments/lens_sparsity.yml",
+    "Expansion factor R, tuned lens": "experiments/lens_sizes.yml",
+}
 made = experiments.swept("geometry") | experiments.swept("geometry", lens)
 mmcs = sweeps.across(experiments.tables, made, "mmcs.csv")
 
 # %% [markdown]
 # ## By sparsity, size, model and basis
 #
-# Choose what varies: $k$ (also through the tuned lens), $R$, the model, the basis that the dictionary was trained in
+# Choose what varies: $k$ or $R$ (both also through the tuned lens), the model, the basis that the dictionary was trained in
 # ({doc}`tuned_lens`), or whether the language model was trained at all.
 # $R = 16$ and $k = 16$ where they do not vary; of SmolLM2-135M ({doc}`smollm2`) $R = 8$ and $k = 32$.
 

@@ -147,7 +147,7 @@ def _table(of, sets, ce: Tensor, kl: Tensor, tokens: Tensor, replicates: int) ->
 
 
 #: What is shown of several layers at once: column → how a reader is told of it.
-SHOWN = {"delta_ce": "together", "single": "sum of each alone", "excess": "difference"}
+SHOWN = {"excess": "difference", "delta_ce": "together", "single": "sum of each alone"}
 
 
 def from_the_first(table: pd.DataFrame) -> pd.DataFrame:
