@@ -224,7 +224,8 @@ end = experiments.tables(end, "evaluation.csv").query("layer == 29")
 end.set_index("case")[list(costs)].rename(columns=costs).round(3)
 
 # %% [markdown]
-# LAST-LAYER
+# So there, too: in proportion the gain is like that of the other layers, and the intervals do not meet. Both lose a great deal at this
+# budget.
 #
 # ## On prose
 #
@@ -465,7 +466,7 @@ HTML(chosen.as_html(latents, names))
 # | --- | --- | --- | --- | --- |
 # | norms grow over the layers | a picture (Figure 4) | 46 to 882, at all steps but one | with sinks at all steps | holds |
 # | vectors of adjacent layers are alike | a picture (Figure 1) | 0.87 to 0.95, but 0.61 at the last step | with sinks 0.66 where they come up | holds, but for the last step |
-# | latents prefer layers: Eq. 11 is below 1 | 0.54 to 0.88 | 0.470 [0.466, 0.476]; another seed 0.471 | 0.999 permuted, 0.987 Gaussian; with sinks 0.474, without 0.473 (4,096 tokens); on prose 0.595; random weights 0.51, where the same small budget gives 0.747 [0.740, 0.755] over three seeds | holds, below their range; a sign of learning it is not at the small budget, at the large one nobody knows |
+# | latents prefer layers: Eq. 11 is below 1 | 0.54 to 0.88 | 0.470 [0.466, 0.476]; another seed 0.471 | 0.999 permuted, 0.987 Gaussian; with sinks 0.474, without 0.473 (4,096 tokens); on prose 0.595; random weights 0.51, where the same small budget gives 0.747 [0.740, 0.754] over three seeds | holds, below their range; a sign of learning it is not at the small budget, at the large one nobody knows |
 # | at one token a latent is at few layers: Eq. 12 is small | 0.01 to 0.10 | 0.121 [0.119, 0.122]; another seed 0.118 | 0.42 permuted, 0.04 Gaussian; with sinks 0.121, without 0.121 | holds; their estimator gives smaller numbers ({doc}`variance`) |
 # | in one prompt many latents are at one layer only | a picture (Figure 3) | 32 % of 1,196 latents | 28 % permuted | holds, but is mostly the size of the sample |
 # | over many tokens latents are at several layers | a picture (Figure 2) | entropy 0.74 of its maximum | 0.995 permuted | holds |
