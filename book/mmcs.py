@@ -66,8 +66,8 @@ sweep_charts.points(
 # **What to see.** The MMCS falls as $k$ rises, as in the paper's Figure 23, from 0.49 at the smallest $k$ to 0.29. The independent
 # control has 0.30. So most of each number says nothing about the dictionary but its shape, and from $k = 32$ on rows are no nearer to one
 # another than random directions are. The paper has no such baseline beside its numbers; part of their fall with the size of the model
-# must be that random directions in more dimensions are further apart. A lens hardly matters at $k = 16$ and 64, though the basis is
-# another; at $k = 4$ the MMCS is 0.02 smaller through it.
+# must be that random directions in more dimensions are further apart. A lens hardly matters at $k = 16$ and 64, nor at
+# three values of $R$, though the basis is another; at $k = 4$ the MMCS is 0.02 smaller through it.
 #
 # With $R$ the MMCS rises, as in the paper, but so does the control's. In the smallest dictionaries rows keep further apart than chance
 # would place them, and from $R = 8$ on they are nearer. With the size of GPT-NeoX the MMCS falls from the smallest to the next and then

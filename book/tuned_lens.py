@@ -130,7 +130,7 @@ published = experiments.published("table1")
 published[published.model.str.contains("Pythia-(?:70m|160m|410m)")]
 
 # %% [markdown]
-# Figure 12 varies $R$ and $k$. Here is $k$, at $R = 16$, the mean over layers without the lens and through the aligned one:
+# Figure 12 varies $R$ and $k$ ({doc}`evaluation` has both, by layer). Here is $k$, at $R = 16$, the mean over layers without the lens and through the aligned one:
 
 # %% tags=["hide-input"]
 sparsity, through = map(
