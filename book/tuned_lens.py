@@ -130,7 +130,8 @@ published = experiments.published("table1")
 published[published.model.str.contains("Pythia-(?:70m|160m|410m)")]
 
 # %% [markdown]
-# Figure 12 varies $R$ and $k$ ({doc}`evaluation` has both, by layer). Here is $k$, at $R = 16$, the mean over layers without the lens and through the aligned one:
+# Figure 12 varies $R$ and $k$ ({doc}`evaluation` has both, by layer). Here is $k$, at $R = 16$, the mean over layers without the lens and
+# through the aligned one:
 
 # %% tags=["hide-input"]
 sparsity, through = map(
@@ -142,8 +143,8 @@ over_k = experiments.tables(over_k, "evaluation.csv").query("k in (4, 16, 64)")
 over_k.groupby(["k", "lens"], sort=False)[averages].mean().sort_index(level="k").round(4)
 
 # %% [markdown]
-# **What to see.** At every $k$ the lens lowers FVU per dimension and raises the global one. What it does to delta CE depends on $k$: at $k = 4$ it
-# saves 0.07 nats, at $k = 16$ and 64 it costs 0.01 and 0.02. So the finding above is one of its $k$, and the paper's, that the lens
+# **What to see.** At every $k$ the lens lowers FVU per dimension and raises the global one. What it does to delta CE depends on $k$: at $k
+# = 4$ it saves 0.07 nats, at $k = 16$ and 64 it costs 0.01 and 0.02. So the finding above is one of its $k$, and the paper's, that the lens
 # lowers delta CE in most cases, is met where few latents are active. One seed each.
 #
 # The released inverse keeps only the diagonal of the matrix ({doc}`definitions`), so that the paper's delta CE
@@ -227,11 +228,11 @@ crossed.set_index(["ratio", "trained through", "read through"]).round(3)
 
 # %% [markdown]
 # **What to see.** Dictionaries that were trained through a lens and read vectors without it have *both* signs of the paper: beside the one
-# that was trained without a lens the first ratio is smaller and the second larger, aligned 0.60 and 0.28. So what the released scripts do is
-# a candidate for the difference between the paper's findings and ours. It is no proof: its estimator and its models are others. And the
+# that was trained without a lens the first ratio is smaller and the second larger, aligned 0.60 and 0.28. So what the released scripts do
+# is a candidate for the difference between the paper's findings and ours. It is no proof: its estimator and its models are others. And the
 # dictionary without a lens that reads *through* one has the rise of the first ratio, to 0.76, with no training on it: the rise belongs to
-# what is read, and not to what a dictionary has learnt of it. Nor does it need a lens: with nothing changed but each layer's mean taken off,
-# Eq. 11 rises by as much or more ({doc}`carried`).
+# what is read, and not to what a dictionary has learnt of it. Nor does it need a lens: with nothing changed but each layer's mean taken
+# off, Eq. 11 rises by as much or more ({doc}`carried`).
 #
 # Some intervals reach further to one side of the estimate than to the other; one could even exclude it. They are *basic*
 # intervals, which turn the replicates' distribution around the estimate and so correct for bias: a rare
