@@ -502,7 +502,7 @@ experiments.notes([*followed, *margin, *taken]).set_index(["case", "stage"])
 # %% [markdown]
 # What it costs without a GPU: on two quiet cores with AVX-512, FVU, delta CE and KL of all 30 layers take 82 s for 2,048 tokens, of which
 # all are replaced, and 3 GB of memory. So the 32,768 tokens of this page would take 22 minutes; `status`, which measures a smaller sample,
-# says 20. Training reads about 200 tokens a second.
+# says 20. One of them alone reads about 150 tokens a second in training.
 #
 # With the model at hand, `python -m mlsae_core train SPEC.yml` with `model: smollm2-135m` and a few thousand tokens trains a dictionary of
 # your own in minutes. `python -m mlsae_book materialise book/experiments/fetched/smollm2.yml` makes this one again, on a GPU in about five
