@@ -56,9 +56,10 @@ SHAPES = {
     "tiny": Shape(2, 32, 2, 97, 256, 4, 2, 16),
     "mini": Shape(6, 128, 4, 4096, 4096, 16, 8, 256),
     "pythia": Shape(6, 512, 8, 50304, 32768, 32, 1, 512),
-    "smollm2": Shape(30, 576, 9, 49152, 4608, 32, 1, 256),
+    "smollm2": Shape(30, 576, 9, 49152, 4608, 32, 2, 256),
 }
 DEFAULT_MODEL = "neox-6l-128d"
+MANY_LAYERS = "evaluation, 30 layers"
 
 
 def cases(quick: bool) -> list[Case]:
@@ -67,8 +68,8 @@ def cases(quick: bool) -> list[Case]:
     found = [_loop_case(steps=2 if quick else 32)]
     for name in shapes:
         found += [_evaluation_case(name), _distributions_case(name)]
-    if not quick:  # where replacing layers costs most: many of them, and a large vocabulary
-        found.append(_evaluation_case("smollm2"))
+    # Where replacing layers costs most: many of them, and a large vocabulary.
+    found.append(_evaluation_case("tiny" if quick else "smollm2", MANY_LAYERS))
     return [*found, *map(_memory_case, tokens)]
 
 
@@ -254,9 +255,9 @@ def _against_plain(suite: str, name: str, ours, plain, check, agreement: str, **
     )
 
 
-def _evaluation_case(name: str) -> Case:
+def _evaluation_case(name: str, suite: str = "evaluation") -> Case:
     return _against_plain(
-        "evaluation",
+        suite,
         name,
         _our_evaluation,
         _plain_evaluation,

@@ -34,12 +34,13 @@ SUITES = {
     "training step": "benchmarks.bench_train",
     "training loop": "benchmarks.bench_loop",
     "evaluation": "benchmarks.bench_loop",
+    "evaluation, 30 layers": "benchmarks.bench_loop",
     "distributions": "benchmarks.bench_loop",
     "memory of distributions": "benchmarks.bench_loop",
     "memory": "benchmarks.bench_train",
 }
-ASKED_FOR = ("memory",)
-"""Suites that run only where they are named: they need much memory, or a GPU."""
+ASKED_FOR = ("memory", "evaluation, 30 layers")
+"""Suites that run only where they are named: they need much memory, or long."""
 
 PACKAGES = {
     "torch": "torch",
