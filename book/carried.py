@@ -408,9 +408,9 @@ controls.in_numbers(made)
 #
 # Three limits. Eq. 12 with $P(J)$ uniform over latents is the one measure that hardly knows features from their Gaussian; with $P(J)$ by
 # tokens it does. The sign says nothing in general: the Gaussian's Eq. 11 is larger than that of these features, and smaller than that of
-# the activations. And features that are diluted are nearly lost: with half of the covariance, Eq. 11 cannot be told from the Gaussian's,
-# and what can (survival, FVU, the share at one layer, Eq. 12 by tokens) differs by less than a fifth as much. So equal ratios would not
-# have shown that there are no features.
+# the activations. And features that are diluted are nearly lost: with half of the covariance, Eq. 11 cannot be told from the Gaussian's.
+# Survival, FVU, the share at one layer and Eq. 12 by tokens can, but differ by less than a fifth as much as with features alone; the
+# small difference of the other Eq. 12 stays. So equal ratios would not have shown that there are no features.
 #
 # **What would contradict it.** A difference between the Gaussian world and its Gaussian, or none between features and theirs.
 #
@@ -466,9 +466,9 @@ controls.in_numbers(moved)
 # %% [markdown]
 # **What to see.** With offsets Eq. 11 is 0.648. Taken off, it is 0.845, and in the world that never had any 0.842. Fewer pairs are of one
 # layer then, too, and more latents survive. Where there are no offsets, taking means off changes nothing: all intervals of the differences
-# have zero in them. So the change reacts to offsets and to nothing else, and what it does to the activations, a larger Eq. 11, fewer
-# one-layer pairs and more survival, is what offsets do. Eq. 12 is another matter. It hardly moves here and falls for the activations, so
-# offsets like these are not the reason for that.
+# have zero in them. So without offsets the change does nothing. What it does to the activations, a larger Eq. 11, fewer one-layer pairs
+# and more survival, it does here where there are offsets. Two measures are another matter. Eq. 12 hardly moves here and falls by far more
+# for the activations, so offsets like these are not the reason for that. And FVU falls here, where that of the activations stays.
 #
 # **What would contradict it.** Ratios that move where there are no offsets, or do not move where there are.
 #
@@ -581,11 +581,11 @@ carried.trainings(drops, "value", ["drop", "gap"])
 # | what one might think | asked by | what would show it | what is found | verdict |
 # | --- | --- | --- | --- | --- |
 # | At a token, a latent belongs to one layer | selections without a margin | a one-layer share that stays above that of sums | it falls from 0.57 to 0.19, in sums to 0.20 | the margin of TopK, and what adding does |
-# | Blocks write again what is active, or erase it | survival beside another token's update | an excess, or a lack | both, within 0.03 at one block, in three trainings alike; of single latents about half differ | in the mean hardly; single latents survive more or less often |
+# | Blocks write again what is active, or erase it | survival beside another token's update | an excess, or a lack | both, within 0.03 at one block, with the same signs in three trainings but at the second block; of single latents about half differ | in the mean hardly; single latents survive more or less often |
 # | A latent that stays is computed anew | ablation, updates kept or not | a total drop near 0 | 0.74, and as much with updates kept | for three quarters carried |
 # | Eq. 11 below 1 shows features with layers of their own | streams of other tokens' updates; a dictionary of a Gaussian | null models far above | 0.62 and 0.41, where 0.55 is measured | no: second moments alone give less |
 # | Eq. 12 shows features that stay | streams of other tokens' updates | a null model far below | 0.24, where 0.28 is measured; in random directions 0.13 | for the most part what other tokens' updates give |
-# | The ratios are those of second moments, or of drift | dictionaries trained on a Gaussian, and on random weights with the same drift | the same ratios | Eq. 11: 0.41 and 0.58 for 0.55; Eq. 12: 0.23 and 0.24 for 0.28 | of second moments no, and it would have been seen in a Gaussian; of drift nearly, though not quite |
+# | The ratios are those of second moments, or of drift | dictionaries trained on a Gaussian, and on random weights with the same drift | the same ratios | Eq. 11: 0.41 and 0.58 for 0.55; Eq. 12: 0.23 and 0.24 for 0.28 | of second moments no: a planted Gaussian and its copy have equal ratios; of drift nearly, though not quite |
 # | A tuned lens shows that layers have more in common | each layer's mean taken off, or a bias for each | no such rise of Eq. 11 | from 0.55 to 0.73 and 0.71; in planted worlds only where there are offsets | offsets alone do as much |
 # | A dictionary for all layers is only smaller | several layers at once | no larger a saving than without sharing | in the mean as good as a dictionary for each layer at two to four layers; smaller dictionaries save as much | undecided |
 # | Features live as long as the latents of an MLSAE | chains of dictionaries of single layers | chains as long | short ones, but two seeds share as little | undecided |
@@ -598,9 +598,9 @@ carried.trainings(drops, "value", ["drop", "gap"])
 #
 # **What would change this.** A model, perhaps a larger one, whose blocks restore or erase what is active: survival would leave the null
 # models, and $\rho$ would leave $\delta$. SmolLM2-135M is a first step ({doc}`smollm2`): there, too, survival is near its null model and
-# most of a later activation is what was carried, but blocks take some of it away for being there. Features that move between tokens, which
-# we do not follow: everything here is read at the token itself. And features that turn from layer to layer, which hand over to other
-# latents; to survival that looks like erasing. All of this page is one small language model, and dictionaries with TopK.
+# most of a later activation is what was carried, but where that is taken out blocks make up for a little. Features that move between
+# tokens, which we do not follow: everything here is read at the token itself. And features that turn from layer to layer, which hand over
+# to other latents; to survival that looks like erasing. All of this page is one small language model, and dictionaries with TopK.
 #
 # ## How this page was made
 #

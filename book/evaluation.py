@@ -225,8 +225,8 @@ without = fidelity.means(factors.evaluation, "expansion_factor", columns)
 # %% [markdown]
 # **What to see.** FVU and delta CE fall with $R$ and with $k$ at every layer, as without a lens. What the lens changes depends on what is
 # asked. At all three sizes the global FVU is larger with it and that per dimension smaller: the variances that divide them are others.
-# Delta CE, which nothing divides, is a little smaller with the lens at $R = 1$, the same at 4 and a little larger at 16. One run each, so
-# that order may be chance.
+# Delta CE, which nothing divides, is a little smaller with the lens at $R = 1$, the same at 4 and a little larger at 16. At 1 and 16 the
+# difference is more than the range over seeds above; but that range is of one size without a lens, and here is one run each.
 #
 # **What would contradict it.** A line that rises with $R$ or $k$.
 #
@@ -289,11 +289,11 @@ fidelity.last_layer(found, "weight").set_index("run").join(lost).round(4)
 # stays above 1, so to write nothing would be better all along. Perhaps a latent that has learnt to write little is all the less
 # among the four largest. That was not tested, nor whether a longer training would turn the curve.
 #
-# And the additional dead cost nothing: the last layer's FVU is nearly the same in both trainings all along, and in the test sample (the
+# No cost of the extra dead is seen: the last layer's FVU is nearly the same in both trainings all along, and in the test sample (the
 # table) the one with more dead latents loses a little *less*, in FVU and in delta CE. (*dead* in the table are latents that the sample
-# never activates, so more than in the chart.) So what the paper shows in its figure, a last layer that gets worse as latents die, is not
-# found with many dead latents either. With one seed, one size and a short training at a learning rate of 0.006, this is no verdict on the
-# loss.
+# never activates, so more than in the chart.) So the last layer is not worse where more latents are dead, as the paper's figure would have
+# it. But many are dead in both, and no run of this shape has few, to compare with. With one seed, one size and a short training at a
+# learning rate of 0.006, this is no verdict on the loss.
 #
 # **What would contradict it.** A curve of dead latents with the loss that bends below the one without, or a last layer that falls
 # behind where more latents are dead.

@@ -255,9 +255,9 @@ latent_charts.handover(
 # absolute terms the hand-overs are few, about 8 % for nine in ten of these latents: they cannot explain why a latent
 # stops. No two rows are really alike: the largest cosine similarity is 0.62, the last class is empty, and the one before has 19 latents.
 #
-# **What would contradict it.** The diagnostic has one side only: a column *neighbouring* well above its null, and hand-overs to the next layer that are more frequent than
-# meetings at the same one, would show features that turn; their absence shows nothing. A direction that turns by much between two layers would escape us, since its two
-# latents would not be similar; only the text that they share could show it.
+# **What would contradict it.** The diagnostic has one side only: a column *neighbouring* well above its null, and hand-overs to the next
+# layer that are more frequent than meetings at the same one, would show features that turn; their absence shows nothing. A direction that
+# turns by much between two layers would escape us, since its two latents would not be similar; only the text that they share could show it.
 #
 # The pairs with the highest similarity, all latents. One of them does look like a feature that changes its number:
 # 1154, at the first layers, and 31, at the later ones, active at the same tokens; *itself next* says how often a latent is active
@@ -305,8 +305,9 @@ means.join(importance.beside_null_models(uniform, ["layer"]), suffixes=("", ", d
 # **What to see.** The null models rise with the layer in the same way, and are nearly as uneven. A product of activations with *any*
 # direction is less even than the activations are, and that is about nine tenths of the distance. The rest is the prediction's: with the
 # vector's own gradient the effect is a little less even than with another token's at every layer, by 0.02 or so, and no interval reaches
-# zero. Beside a random direction that holds but for the last layer. So what this page once concluded stays withdrawn: that the gradient
-# sets latents apart, and that a large activation does not make a latent matter. Of the prediction the measure says little.
+# zero. Beside a random direction it is by up to twice as much, but at the last layer the interval has zero in it. So what this page once
+# concluded stays withdrawn: that the gradient sets latents apart, and that a large activation does not make a latent matter. Of the
+# prediction the measure says little.
 #
 # **What would contradict it.** Own effects far less even than those of both null models.
 #

@@ -154,8 +154,8 @@ importance.beside_null_models(over_k, ["k", "layer"])
 # *share* of the active latents falls, from 0.77 to 0.63 at $k = 32$; at $k = 64$ it is a little larger again. But with the gradient of
 # another token, or a random direction, both curves are nearly the same, with that turn. So the spreading says that more activations are
 # multiplied with something, and nothing of what the prediction needs. What the vector's own gradient adds is small: a share lower by
-# 0.02 at most than with another token's, at all layers but the last of the two largest $k$. Beside a random direction it is lower as
-# well, other than at the last layer of the two smallest $k$.
+# 0.02 or so at most than with another token's, at all layers but the last of the two largest $k$. Beside a random direction it is lower
+# as well, by up to twice as much, other than at the last layer of the two smallest $k$; at $k = 4$ it is higher there.
 #
 # **What would contradict it.** A curve of the next token's gradient with another slope than those of its null models.
 #
@@ -252,9 +252,16 @@ fidelity.means(on_rollouts, "case", columns).round(4)
 # `experiments/scope.yml`. With other two lines it is Gemma Scope's, here the first six layers:
 #
 # ```yaml
-#   model: google/gemma-2-2b   dictionary: {path: google/gemma-scope-2b-pt-res, folders: [layer_0/width_16k/average_l0_105,
-# layer_1/width_16k/average_l0_102, layer_2/width_16k/average_l0_141, layer_3/width_16k/average_l0_59, layer_4/width_16k/average_l0_124,
-# layer_5/width_16k/average_l0_68]}
+#   model: google/gemma-2-2b
+#   dictionary:
+#     path: google/gemma-scope-2b-pt-res
+#     folders:
+#       - layer_0/width_16k/average_l0_105
+#       - layer_1/width_16k/average_l0_102
+#       - layer_2/width_16k/average_l0_141
+#       - layer_3/width_16k/average_l0_59
+#       - layer_4/width_16k/average_l0_124
+#       - layer_5/width_16k/average_l0_68
 # ```
 #
 # The same lines change `experiments/scope_alone.yml`, which measures each of the six at all layers. Beside them stands an
@@ -393,8 +400,8 @@ means.join(importance.beside_null_models(effects, ["layer"]), suffixes=("", ", d
 # **What to see.** $r_{L0}$ is about 0.7 at every layer, in no order of layers, and that of activations alone is above 0.9. We once read
 # from such a gap that the gradient tells apart what is about equally active. That stays withdrawn: random directions and the gradients
 # of other tokens leave nearly the same gap. With the own gradient the effect is less even at every layer, but by 0.05
-# at most, and beside another token's gradient only one of the six intervals excludes zero. The growth from layer to layer that the
-# MLSAE has above is not there; but these are few vectors, and other dictionaries.
+# at most: beside another token's gradient one of the six intervals excludes zero, and beside a random direction four do. The growth from
+# layer to layer that the MLSAE has above is not there; but these are few vectors, and other dictionaries.
 #
 # **What would contradict it.** Of the missing growth: intervals that rise from layer to layer.
 #

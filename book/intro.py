@@ -81,8 +81,8 @@ layer_charts.guess(
 # - A language model with **random weights**, which has learnt nothing, gives **nearly the same picture**: 55 %
 #   in place of the 62 % ({doc}`variance`).
 # - So the picture alone is no evidence for features that live across layers. Most of it is what **adding** does: in a stream that takes
-#   what blocks compute for *other* tokens about as many latents stay active, in our model ({doc}`carried`) and in SmolLM2-135M,
-#   which people use ({doc}`smollm2`). Of features that are known {doc}`planted` says more.
+#   what blocks compute for *other* tokens about as many latents stay active over a block, in our model ({doc}`carried`) and in
+#   SmolLM2-135M, which people use ({doc}`smollm2`). Of features that are known {doc}`planted` says more.
 # - The ratios printed in the paper are of another estimator, which alone takes our second ratio into their range, and our first out
 #   of it ({doc}`variance`, {doc}`definitions`).
 #
