@@ -143,8 +143,8 @@ elsewhere.loc[["docstrings", "docstrings, with sinks"]].round(3)
 # is no obstacle, and 3 % of the sink's variance is left. Since the sinks are most of the variance of layers 11 to 27, the FVU of these
 # layers is little more than that, a third or two fifths of what it is without sinks: it measures one vector. MSE rises with their length;
 # L0 and L1 do not notice. And the model loses more, a quarter in the mean over layers, with nothing changed but that the sinks are replaced
-# as well: an error of 3 % there is not a small one. So the better FVU goes with the worse loss. Without sinks the two rank the layers much
-# alike; with them the layers of the lowest FVU are not those that cost least.
+# as well: so small an error is not a small one there. So the better FVU goes with the worse loss. Without sinks the two rank the layers
+# much alike; with them the layers of the lowest FVU are not those that cost least.
 #
 # Drift notices the sinks where they come up, from layer 10 to 11, in the centred similarity alone. Up to layer 27 the later ones are a
 # little larger with them, since they are about a mean that the sinks have moved; not centred, similarities hardly change. Users of other
@@ -220,7 +220,7 @@ pd.concat(pair, axis=1).rename(columns=costs).round(3)
 #
 # **What would contradict it.** Intervals that overlap: then sharing would cost nothing.
 #
-# The last layer was read at the small budget (32,768 tokens, as below):
+# The last layer was read at the small budget (as below):
 
 # %% tags=["hide-input"]
 end = experiments.measure(load_experiment("experiments/fetched/smollm2_single.yml"), "evaluate")
@@ -235,7 +235,7 @@ end.set_index("case")[list(costs)].rename(columns=costs).round(3)
 #
 # The dictionary read docstrings alone. SmolLM2 was trained on all sorts of text, so how good is the dictionary elsewhere? The only prose
 # of some length that we found in the package index under a free licence are 106 articles of the English Wikipedia, which gensim carries
-# for its tests (CC BY-SA; `python -m mlsae_book fetch wikipedia`). They are measured on 4,096 tokens, of which 2,048 are replaced.
+# for its tests (CC BY-SA; `python -m mlsae_book fetch wikipedia`). They are measured on 4,096 tokens, of which half are replaced.
 
 # %% tags=["hide-input"]
 [(_, there)] = experiments.transfers(run, fewer, {"prose": wikipedia}, stage="evaluate")
@@ -269,7 +269,7 @@ elsewhere.loc[["docstrings", "Wikipedia"]].round(3)
 #
 # ## Seeds, $k$, $R$, and random weights
 #
-# Further dictionaries read a hundredth of the text (32,768 tokens) in smaller batches: of three seeds, of other $k$ and $R$, of the model
+# Further dictionaries read a hundredth of the text in smaller batches: of three seeds, of other $k$ and $R$, of the model
 # with its sinks, and of SmolLM2's shape with random weights. Compare them with each other only; so little training leaves an FVU of more
 # than twice the one above.
 
@@ -296,20 +296,19 @@ means = small.evaluation.groupby("case", sort=False)[shown].mean().round(3)
 means.rename(columns=charts.METRICS)
 
 # %% [markdown]
-# **What to see.** The seeds differ in the first ratio by 0.005. With random weights it is 0.51, where they have 0.75: so at this budget,
-# too, that latents prefer layers is no sign of learning, since the model that has learnt nothing shows more of it. (Its interval over text
-# is wide and does not contain its estimate; the order is clear all the same. The second ratio is higher, but its
-# interval overlaps with that of a seed.)
-# But the dictionary's own training moves the first ratio by as much: of the trained model it is 0.47 after 4 million tokens. What it would
-# be with random weights then, we do not know. The two are not alike otherwise: of the random model this dictionary reconstructs little,
-# with an FVU of 0.72. (It loses next to nothing with it, since there is nothing to lose.)
+# **What to see.** The seeds hardly differ in the first ratio. With random weights it is 0.51, where they have 0.75: so at this budget, too,
+# that latents prefer layers is no sign of learning, since the model that has learnt nothing shows more of it. (Its interval over text is
+# wide and does not contain its estimate; the order is clear all the same. The second ratio is higher, but its interval overlaps with that
+# of a seed.) But the dictionary's own training moves the first ratio by as much: of the trained model it is 0.47 after 4 million tokens.
+# What it would be with random weights then, we do not know. The two are not alike otherwise: of the random model this dictionary
+# reconstructs little. (It loses next to nothing with it, since there is nothing to lose.)
 #
 # More active latents raise the first ratio, as in our models ({doc}`variance`), and lower FVU and loss. From
 # $R = 4$ to 16 the first ratio rises a little and the second falls to a half, while FVU hardly moves: after so short a training more
 # latents are of no use yet.
 #
-# A dictionary that was trained with the sinks, and is measured with them, has less than half the FVU of the one without, and
-# loses more, 1.5 nats instead of 1.3. Its first ratio is a little higher.
+# A dictionary that was trained with the sinks, and is measured with them, has less than half the FVU of the one without, and loses more.
+# Its first ratio is a little higher.
 #
 # **What would contradict it.** A first ratio near 1 with random weights, or seeds as far apart as conditions.
 #
@@ -340,12 +339,12 @@ carried_charts.beside(
 )
 
 # %% [markdown]
-# **What to see.** After most blocks survival is within 0.02 of that with another token's update, and mostly a little below it. It is
-# just further below after the block that follows layer 9, and clearly so after those that follow layers 17 and 19. Over five blocks
-# (choose them) it is below at layers 5 to 10, 16 and 17, and above at the first four layers and from layer 18 on. Over twenty it is
-# above throughout. So in the mean a block passes on what is active, as {doc}`carried` finds of our small model. That more is left over
-# many blocks is so here over twenty, there over five. Updates in random directions would leave more after all blocks but three, of the
-# last six. Elsewhere a real update moves a few more latents out of the $k$ largest than a random one, whichever token it comes from.
+# **What to see.** After most blocks survival is within 0.02 of that with another token's update, and mostly a little below it. It is just
+# further below after the block that follows layer 9, and clearly so after those that follow layers 17 and 19. Over five blocks (choose
+# them) it is below at layers in the middle, and above at the first four and from layer 18 on. Over twenty it is above throughout. So in the
+# mean a block passes on what is active, as {doc}`carried` finds of our small model. That more is left over many blocks is so here over
+# twenty, there over five. Updates in random directions would leave more after all blocks but three, of the last six. Elsewhere a real
+# update moves a few more latents out of the $k$ largest than a random one, whichever token it comes from.
 #
 # **What would contradict it.** An excess of one sign after every block, and large.
 #
