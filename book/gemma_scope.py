@@ -253,15 +253,7 @@ fidelity.means(on_rollouts, "case", columns).round(4)
 #
 # ```yaml
 #   model: google/gemma-2-2b
-#   dictionary:
-#     path: google/gemma-scope-2b-pt-res
-#     folders:
-#       - layer_0/width_16k/average_l0_105
-#       - layer_1/width_16k/average_l0_102
-#       - layer_2/width_16k/average_l0_141
-#       - layer_3/width_16k/average_l0_59
-#       - layer_4/width_16k/average_l0_124
-#       - layer_5/width_16k/average_l0_68
+#   dictionary: {path: google/gemma-scope-2b-pt-res, folders: [layer_0/width_16k/average_l0_105, layer_1/width_16k/average_l0_102, layer_2/width_16k/average_l0_141, layer_3/width_16k/average_l0_59, layer_4/width_16k/average_l0_124, layer_5/width_16k/average_l0_68]}
 # ```
 #
 # The same lines change `experiments/scope_alone.yml`, which measures each of the six at all layers. Beside them stands an

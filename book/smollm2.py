@@ -267,7 +267,7 @@ elsewhere.loc[["docstrings", "Wikipedia"]].round(3)
 #
 # **What would contradict it.** The same FVU on both texts.
 #
-# ## Seeds, $k$, $R$, and random weights
+# ## Seeds, k, R, and random weights
 #
 # Further dictionaries read a hundredth of the text in smaller batches: of three seeds, of other $k$ and $R$, of the model
 # with its sinks, and of SmolLM2's shape with random weights. Compare them with each other only; so little training leaves an FVU of more
