@@ -204,13 +204,13 @@ fidelity.means(sparsity.evaluation, "k", columns).round(4)
 
 # %% tags=["hide-input"]
 over = {
-    "R, at k = 16, tuned lens": lens_sizes.evaluation,
-    "k, at R = 16, tuned lens": lens_sparsity.evaluation,
+    "R, tuned lens": lens_sizes.evaluation,
+    "k, tuned lens": lens_sparsity.evaluation,
 }
 fidelity_charts.over_sweep(
     fidelity.over(sweeps.stack(over)),
     title="Through the lens, too, each step in R or k lowers what is lost, at every layer",
-    subtitle="Lines are layers, the dashed line is their mean. Aligned lens, 1 M training tokens each, one seed.",
+    subtitle="Lines are layers, dashed their mean. Aligned lens, 1 M training tokens, one seed; else R = 16, k = 16.",
 )
 
 # %% [markdown]

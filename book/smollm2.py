@@ -492,25 +492,7 @@ HTML(chosen.as_html(latents, names))
 # weights and the last layer at the small budget only. No dictionaries of one layer with a thirtieth of the latents, no surrogate that was
 # trained on, no tuned lens. Survival has one dictionary, and ablations sixteen sequences.
 #
-# ## How this page was made
-#
-# Trained and measured on one GPU; on a CPU what is measured on 4,096 tokens, the dictionaries of 32,768 tokens, drift with sinks, the
-# predictions, survival, margins and ablations. CE and KL are of 8,192 of the 32,768 test tokens, in whole
-# sequences spread evenly; their intervals are over sequences. The dictionary is shipped, and was measured, with its weights rounded to
-# half precision. What that costs, in the means over layers:
-
-# %% tags=["hide-input"]
-[(_, trained)] = results.artefacts["train"]
-pd.Series(trained.meta["half"], name="").drop("float32").to_frame().T
-
-# %% tags=["hide-input"]
-results.provenance.set_index("stage")
-
-# %% tags=["hide-input"]
-experiments.notes([*followed, *margin, *taken]).set_index(["case", "stage"])
-
-# %% [markdown]
-# ### The text on the GPU
+# ## The text on the GPU
 #
 # `docstrings` are those of packages at pinned releases. The machine with the GPU had other releases of some (PyTorch and transformers among
 # them), and its transformers put another special token between documents, `<|im_start|>` where it is `<|im_end|>` here. So what was
@@ -530,6 +512,24 @@ texts.groupby("text", sort=False)[columns].mean().round(3).rename(columns=charts
 # It is a quarter as many tokens, of other sequences, so how much of that is the text we cannot say. Small differences between results of
 # the two machines say nothing.
 #
+# ## How this page was made
+#
+# Trained and measured on one GPU; on a CPU what is measured on 4,096 tokens, the dictionaries of 32,768 tokens, drift with sinks, the
+# predictions, survival, margins and ablations. CE and KL are of 8,192 of the 32,768 test tokens, in whole
+# sequences spread evenly; their intervals are over sequences. The dictionary is shipped, and was measured, with its weights rounded to
+# half precision. What that costs, in the means over layers:
+
+# %% tags=["hide-input"]
+[(_, trained)] = results.artefacts["train"]
+pd.Series(trained.meta["half"], name="").drop("float32").to_frame().T
+
+# %% tags=["hide-input"]
+results.provenance.set_index("stage")
+
+# %% tags=["hide-input"]
+experiments.notes([*followed, *margin, *taken]).set_index(["case", "stage"])
+
+# %% [markdown]
 # What it costs without a GPU: on two quiet cores with AVX-512, FVU, delta CE and KL of all 30 layers take 82 s for 2,048 tokens, of which
 # all are replaced, and 3 GB of memory. So the 32,768 tokens of this page would take 22 minutes; `status`, which measures a smaller sample,
 # says 20. One of them alone reads about 150 tokens a second in training.

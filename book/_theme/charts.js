@@ -33,7 +33,7 @@
         most = Math.max(most, y.title.length);
       }
       const named = view.encoding?.color?.legend;
-      if (named?.columns) named.columns = 2; // long names
+      if (named?.columns) named.columns = Math.min(named.columns, 2); // long names
       [...(view.layer ?? []), ...(view.vconcat ?? [])].forEach(visit);
     };
     visit(spec);

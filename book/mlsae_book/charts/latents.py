@@ -197,7 +197,7 @@ def uniformity_over_sparsity(
 
 
 def _of() -> alt.Color:
-    legend = alt.Legend(labelLimit=300)
+    legend = alt.Legend(labelLimit=300, columns=1)
     return alt.Color("of:N", title=None, sort=list(OF.values()), legend=legend)
 
 
