@@ -79,12 +79,13 @@ def persistence(
         `MARGINS`. ``pairs``: one row per ``of``: ``l0``, ``single`` (share at one layer), ``mean``
         (layers), each with ends of its interval, and ``contiguous``. ``survival``: one row per
         (``gap`` of `gaps`, ``layer``, ``of``): ``rate`` P(active at layer + gap | active at
-        layer), ``excess`` (what the measured one is above it), with ends. ``latents``: of each block, the share of
-        latents (active at 100 tokens or more) that survive more and less often than with another
-        token's updates, beyond two standard errors, and quantiles of the difference. ``ranks``: of
-        pairs active at one layer and of the others, the share by rank there, and by best rank at a
-        neighbouring layer (beyond the last: 4 k + 1). ``ratios``: Eq. 11 and 12 under both P(J),
-        with and without the bias of few tokens, of the measured codes and null models.
+        layer), ``excess`` (what the measured one is above it), with ends. ``latents``: of each
+        block, the share of latents (active at 100 tokens or more) that survive more and less often
+        than with another token's updates, beyond two standard errors, and quantiles of the
+        difference. ``ranks``: of pairs active at one layer and of the others, the share by rank
+        there, and by best rank at a neighbouring layer (beyond the last: 4 k + 1). ``ratios``:
+        Eq. 11 and 12 under both P(J), with and without the bias of few tokens, of the measured
+        codes and null models.
 
     Raises:
         SpecError: a stacked site, or an activation other than TopK, which has no k to change.
