@@ -14,7 +14,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-from mlsae_core import store
+from mlsae_core import store, text
 from mlsae_core.spec import SpecError, canonical, read_yaml
 
 #: Bytes of a model's file that is no weights; a tokenizer of 250,000 tokens has 35 million.
@@ -143,6 +143,8 @@ def dequantised(file: Path) -> store.Artefact:
         try:
             model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+            if (end := _end_of_text(file)) is not None:  # releases of transformers differ in it
+                tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
         except Exception as error:  # of three libraries, which have many kinds
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise SpecError(f"model.path: cannot read the GGUF file {file}: {reason}") from error
@@ -151,10 +153,38 @@ def dequantised(file: Path) -> store.Artefact:
         model.hf_quantizer = None
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
-        return {"parameters": model.num_parameters()}
+        notes = {"parameters": model.num_parameters()}
+        return notes | {"tokenizer": text.tokenizer_key(tokenizer)}
 
     print(f"{file.name}: dequantising it, once", file=sys.stderr)
     return store.write("models", identity, {"gguf": sha256}, {}, fill)
+
+
+def _end_of_text(file: Path) -> int | None:
+    """The token that ends a text, as a GGUF file itself says."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).get_field("tokenizer.ggml.eos_token_id")
+    return None if field is None else int(field.contents())
+
+
+def differs(path: str) -> list[str]:
+    """What of a fetched model is other on this machine than where its results are shipped from.
+
+    Its key is that of the file that was fetched, and the tokenizer is what transformers made of it.
+    """
+    origin = store.MODELS / path / "origin.yml"
+    if Path(path).name != path or not origin.is_file():
+        return []
+    known = read_yaml(origin, typed=True)
+    made = store.STORE / "models" / _gguf_key(str(known["sha256"]))
+    if not (made / "meta.json").is_file():
+        return []
+    meta, expected = store.read(made, check=False).meta, known.get("tokenizer")
+    found = meta.get("tokenizer", expected)
+    if expected is None or found == expected:
+        return []
+    return [f"tokenizer {expected} → {found} (transformers {meta['transformers']})"]
 
 
 def _is_gguf(path: Path) -> bool:

@@ -108,6 +108,24 @@ def measured(run: SubjectSpec) -> tuple[dict, dict[str, str]]:
     return {"run": run_settings(run)}, {"dictionary": content} | input_parents(run)
 
 
+def here(stage: str, found: Keyed, *runs: SubjectSpec, anew: bool = False) -> Keyed:
+    """Key, spec and parents under which a result is found or written on this machine.
+
+    Its own, where text and model are what the key says. Where they differ, as by other releases of
+    the packages whose docstrings are the text, what is shipped is still found; what is computed has
+    a key of its own, so that nobody takes it for a result of the text, and none is shipped.
+
+    runs: those whose models and texts are read. anew: whether what is shipped does not count.
+    """
+    identity, spec, parents = found
+    lines = [line for run in runs for line in text.differs(run.data)]
+    lines += [line for run in runs for line in models.differs(run.model.path)]
+    if not lines or (not anew and store.is_shipped(stage, identity)):
+        return found
+    parents = parents | {store.DIFFERS: "; ".join(dict.fromkeys(lines))}
+    return store.key(stage, {"in place of": identity}, parents), spec, parents
+
+
 def analysis_key(stage: str, run: SubjectSpec, settings: EvaluateSpec | None = None) -> Keyed:
     """Key, spec and parents of an analysis of a dictionary.
 
@@ -193,10 +211,10 @@ class Session:
         settings = settings if "text" in this.needs else None
         if this.by_layer:
             run.site.refuse_stacked(f"the stage {stage}")
-        identity, spec, parents = this.key(run, settings)
+        source, size, read = None, 1, this.read or run
+        identity, spec, parents = self._here(stage, this.key(run, settings), run, read)
         if found := self.find(stage, identity, spec):
             return found
-        source, size, read = None, 1, this.read or run
         if not {"text", "model"} & set(this.needs):
             check(run)
         else:
@@ -235,7 +253,7 @@ class Session:
                 "dictionary: expected `expansion_factor`, `k` and `tokens` to train one, got the "
                 f"weights of {run.dictionary.path}; they can be measured: `evaluate`"
             )
-        identity, spec, parents = run_key(run)
+        identity, spec, parents = self._here("train", run_key(run), run)
         if found := self.find("train", identity, spec):
             return found
         from safetensors import SafetensorError
@@ -312,7 +330,7 @@ class Session:
                     loaded = loaded.to(self.device).eval()
                 self._given = {wanted: loaded}  # one at a time, as of models
             return self._given[wanted]
-        identity = run_key(run)[0]
+        identity = self._here("train", run_key(run), run)[0]
         trained = self._made.get(("train", identity))
         if trained is None:
             trained = Session("read-only" if self.mode == "read-only" else "cached").train(run)
@@ -323,8 +341,9 @@ class Session:
         """A trained dictionary; one shipped as its log alone: this machine's, or trained anew."""
         if "model.safetensors" in trained.meta["files"]:
             return trained
-        if (store.STORE / "train" / trained.key / "meta.json").is_file():
-            return store.read(store.STORE / "train" / trained.key)
+        own = store.STORE / "train" / here("train", run_key(run), run, anew=True)[0]
+        if (own / "meta.json").is_file():
+            return store.read(own)
         if self.mode == "read-only":
             raise StoreError(
                 f"train {trained.key}: its weights are not shipped; `python -m mlsae_core train "
@@ -352,6 +371,9 @@ class Session:
             return source
         sequences = max(settings.tokens // run.data.context_length, 1)
         return replace(source, blocks=First(self.blocks(run, settings.split), sequences))
+
+    def _here(self, stage: str, found: Keyed, *runs: SubjectSpec) -> Keyed:
+        return here(stage, found, *runs, anew=self.mode == "force")
 
     def find(self, stage: str, identity: str, spec: dict) -> Artefact | None:
         """What exists and may be used; all processes look before any of them computes."""

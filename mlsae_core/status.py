@@ -65,7 +65,8 @@ def status(experiment: Experiment) -> pd.DataFrame:
         for stage in ("train", "evaluate", "distributions"):
             if stage not in stages(experiment, run):
                 continue
-            identity = pipeline.STAGES[stage].key(run, experiment.evaluate)[0]
+            keyed = pipeline.STAGES[stage].key(run, experiment.evaluate)
+            identity = pipeline.here(stage, keyed, run)[0]
             row = {"stage": stage, "key": identity, "state": _state(stage, identity)}
             costs = {"seconds": 0, "gpu_hours": 0.0, "memory_gb": 0.0, "disk_gb": 0.0}
             if row["state"] in ("begun", "missing"):

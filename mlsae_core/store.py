@@ -45,6 +45,10 @@ LONGEST_NAME = 200
 DICTIONARY_MARK = "training.json"
 
 
+#: Among the parents of a result: what it read was other than its text's and its model's keys say.
+DIFFERS = "differs"
+
+
 class StoreError(SpecError):
     """A damaged or missing result: the message names the file and the remedy."""
 
@@ -319,6 +323,11 @@ def stages() -> list[str]:
     return sorted({path.parents[1].name for path in found})
 
 
+def is_shipped(stage: str, identity: str) -> bool:
+    """Whether there is a shipped result with this key; its files are not checked."""
+    return (SHIPPED / stage / identity / "meta.json").is_file()
+
+
 def artefacts(stage: str) -> list[Artefact]:
     """All artefacts of a stage, shipped ones first, files not checked."""
     found = []
@@ -368,7 +377,11 @@ def ship(artefact: Artefact, only: tuple[str, ...] | None = None) -> Path:
     """Copy an artefact (or some of its files) into the tracked results; returns where it lies.
 
     What is shipped already with the same content stays, and more of its files if there are any.
+
+    Raises:
+        StoreError: it read other text than its key says.
     """
+    _check_read(artefact)
     target = SHIPPED / artefact.meta["stage"] / artefact.key
     kept = artefact.meta["files"] if only is None else {n: artefact.meta["files"][n] for n in only}
     if (target / "meta.json").is_file():
@@ -382,6 +395,14 @@ def ship(artefact: Artefact, only: tuple[str, ...] | None = None) -> Path:
         shutil.copyfile(artefact.path / "spec.json", folder / "spec.json")
         _carry(artefact, folder, files=kept)
     return target
+
+
+def _check_read(artefact: Artefact):
+    if found := artefact.meta["parents"].get(DIFFERS):
+        raise StoreError(
+            f"{artefact.path}: cannot be shipped, expected the text and the model that are pinned, "
+            f"got others ({found}); install those releases and compute it again"
+        )
 
 
 def _carry(artefact: Artefact, folder: Path, **changed):
@@ -398,6 +419,7 @@ def ship_half(artefact: Artefact, costs: dict) -> Path:
     """
     from safetensors.torch import load_file, save_file
 
+    _check_read(artefact)
     name, target = "model.safetensors", SHIPPED / artefact.meta["stage"] / artefact.key
     before = {"float32": artefact.meta["files"][name]}
     if (target / "meta.json").is_file():

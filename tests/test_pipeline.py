@@ -20,6 +20,7 @@ from mlsae_core import keys, pipeline, spec, status, store, text, train
 from mlsae_core.lens import Lens
 from mlsae_core.processes import Share
 from mlsae_core.spec import EvaluateSpec, Experiment, SpecError
+from mlsae_core.store import StoreError
 
 CONTEXT = 8
 SETTINGS = EvaluateSpec(tokens=256)
@@ -35,6 +36,19 @@ def run_of(inputs, **changes):
         "batch_tokens": 64,
     }
     return spec.run_from_dict(fields | changes)
+
+
+@pytest.fixture
+def talk(monkeypatch):
+    """A text `talk` by its release, and what is installed: [] as pinned, else what differs."""
+    installed: list[str] = []
+
+    def documents():
+        return {f"{' '.join(installed)} {one}": text.split_of(one) for one in sentences(300)}
+
+    declared = text.Source(documents, lambda: {"talk": 1}, lambda: list(installed))
+    monkeypatch.setitem(text.SOURCES, "talk", declared)
+    return installed
 
 
 # --- keys ---------------------------------------------------------------------------------------
@@ -196,6 +210,63 @@ def test_what_a_killed_process_left_goes_with_no_checkpoint_beside_it(inputs, da
     os.utime(left, (1, 1))
     pipeline.Session().train(run_of(inputs))
     assert not left.exists()
+
+
+def test_what_reads_another_text_than_its_key_says_has_a_key_of_its_own_and_is_not_shipped(
+    inputs, data, talk
+):
+    run = run_of(inputs, data={"path": "talk", "context_length": CONTEXT})
+    own = {"train": pipeline.run_key(run)[0]}
+    own["evaluate"] = pipeline.analysis_key("evaluate", run, SETTINGS)[0]
+    experiment = Experiment("t", (({}, run),), SETTINGS, analyses=("evaluate",))
+    talk.append("two 2.10 → 3.0")
+    before = pipeline.Session()
+    trained, measured = before.train(run), before.evaluate(run, SETTINGS)
+    for made in (trained, measured):
+        assert made.key != own[made.meta["stage"]]
+        assert made.meta["parents"]["differs"] == "two 2.10 → 3.0"
+    assert set(status.status(experiment).state) == {"stored"}
+    half = dataclasses.replace(experiment, half=True)
+    for declared in (experiment, half):
+        with pytest.raises(StoreError, match=r"cannot be shipped, .* others \(two 2.10 → 3.0\)"):
+            experiments.materialise(declared, ship=True)
+    assert not list(store.SHIPPED.rglob("*.json"))
+
+    talk.clear()  # the pinned release: nothing of the other is found
+    assert set(status.status(experiment).state) == {"missing"}
+    results = experiments.materialise(experiment, ship=True)
+    for stage, key in own.items():
+        [(_, made)] = results.artefacts[stage]
+        assert made.key == key
+        assert "differs" not in made.meta["parents"]
+    packed = store.artefacts("tokens")
+    assert sorted(found.spec.get("differs", []) for found in packed) == [[], ["two 2.10 → 3.0"]]
+    table = pd.read_csv(measured.file("evaluation.csv"))
+    assert not table.equals(results.evaluation[table.columns])
+
+    talk.append("two 2.10 → 3.0")  # what is shipped is found, whatever is installed
+    shutil.rmtree(store.STORE / "train" / own["train"])
+    again = pipeline.Session()
+    assert again.evaluate(run, SETTINGS).path.is_relative_to(store.SHIPPED)
+    assert set(status.status(experiment).state) == {"shipped"}
+    forced = pipeline.Session("force").train(run)
+    assert forced.key == trained.key
+    assert forced.path.is_relative_to(store.STORE)
+
+
+def test_weights_that_are_trained_again_on_another_text_are_not_taken_for_the_shipped_ones(
+    inputs, data, talk
+):
+    run = run_of(inputs, data={"path": "talk", "context_length": CONTEXT})
+    log = Experiment("t", (({}, run),), SETTINGS, analyses=(), weights=False)
+    [(_, trained)] = experiments.materialise(log, ship=True).artefacts["train"]
+    encoder = load_file(trained.file("model.safetensors"))["encoder.weight"]
+    shutil.rmtree(store.STORE)
+    talk.append("two 2.10 → 3.0")
+    assert not torch.equal(pipeline.Session().sae(run).encoder, encoder)
+    assert not (store.STORE / "train" / trained.key).exists()
+    talk.clear()
+    assert torch.equal(pipeline.Session().sae(run).encoder, encoder)
 
 
 def test_a_damaged_result_is_not_used(inputs, data):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import functools
 import gc
 import importlib.metadata
 import inspect
@@ -53,7 +54,7 @@ def _warn_of_drift(characters: dict[str, int]):
             f"note: {len(found)} of the {len(pins())} packages of the corpus, which hold "
             f"{share:.0%} of its text, differ from its pins ({'; '.join(found[:4])}"
             f"{'; …' if len(found) > 4 else ''}): new results come from slightly other text than "
-            "the shipped ones, which stay valid",
+            "the shipped ones, which stay valid, and have keys of their own",
             file=sys.stderr,
         )
 
@@ -109,6 +110,7 @@ def docstrings() -> list[str]:
     return pd.read_parquet(artefact.file("documents.parquet"))["text"].tolist()
 
 
+@functools.cache
 def _installed(name: str) -> str:
     try:
         return importlib.metadata.version(name).split("+")[0]
@@ -178,5 +180,5 @@ def _questions_identity() -> dict:
     return {QUESTIONS: definition(), "code": store.source_hash(Path(questions.__file__))}
 
 
-text.SOURCES[DOCSTRINGS] = text.Source(_documents, lambda: {DOCSTRINGS: definition()})
-text.SOURCES[QUESTIONS] = text.Source(_questions, _questions_identity)
+text.SOURCES[DOCSTRINGS] = text.Source(_documents, lambda: {DOCSTRINGS: definition()}, drift)
+text.SOURCES[QUESTIONS] = text.Source(_questions, _questions_identity, drift)

@@ -62,10 +62,10 @@ def reproduce(experiment: Experiment) -> pd.DataFrame:
         for stage in experiments.stages_of(experiment, run):
             with store.recomputing():
                 anew = session.make(stage, run, experiment.evaluate)
-            path = store.SHIPPED / anew.meta["stage"] / anew.key
-            if not (path / "meta.json").is_file():
+            key = pipeline.STAGES[stage].key(run, experiment.evaluate)[0]
+            if not store.is_shipped(stage, key):
                 continue
-            shipped = store.read(path)
+            shipped = store.read(store.SHIPPED / stage / key)
             for file in sorted(set(shipped.meta["files"]) - {"prompts.csv"}):
                 found = deviations(shipped.file(file), anew.file(file))
                 if len(found):
