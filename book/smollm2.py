@@ -93,12 +93,13 @@ massive.loc[[0, 5, 10, 11, 12, 15, 20, 25, 27, 28, 29], list(shown)].rename(colu
 # when a layer is put back.
 #
 # **What to see.** After block 11 the first vector of every sequence is a hundred times as long as the others and more, and it
-# stays long to layer 27. Before that, at layers 2 to 8, it is longer than others as well, but not by enough to be called massive.
-# Seven tokens just after a first one are massive, too, and no other anywhere. These few tokens, 0.4 % of all, carry nearly all of the
-# variance from layer 11 on, and still most of it at layer 27. At all other positions the mean length is within a fifth of that of the
-# layer. How much is lost at a position goes with the layer: at layers 2 to 8 the FVU grows on the whole from the fifth position on, at the
-# first layer
-# it falls.
+# stays long to layer 27. (One of the 128 begins with the end of a document, a special token, which is left out of all metrics.) Before
+# that, at layers 2 to 8, it is longer than others as well, but not by enough to be called massive. Six tokens just after a first one are
+# massive, too, and no other anywhere. We looked them up: each repeats the first, so all that attention can read there is the same, and so
+# is the vector. These few tokens, 0.4 % of all, carry nearly all of the variance from layer 11 on, and still most of it at layer 27. From
+# the third position on the mean length is within about a fifth of that of the layer; at the second it is up to half as long again. How
+# much is lost at a position goes with the layer: at layers 2 to 8 the FVU grows on the whole from the fifth position on, at the first
+# layer it falls.
 #
 # **What would contradict it.** Sinks all over the sequences, or in some of them only: then they would be of a token, not of a place.
 # (Larger models are reported to have them [anywhere in a sequence](https://github.com/saprmarks/dictionary_learning/pull/52).)
@@ -141,7 +142,7 @@ elsewhere.loc[["docstrings", "docstrings, with sinks"]].round(3)
 
 # %% [markdown]
 # **What to see.** The dictionary has never seen a sink, and can write it all the same: vectors are standardised one by one, so their length
-# is no obstacle, and 3 % of the sink's variance is left. Since the sinks are most of the variance of layers 11 to 27, the FVU of these
+# is no obstacle, and 4 % of the sink's variance is left. Since the sinks are most of the variance of layers 11 to 27, the FVU of these
 # layers is little more than that, a third or two fifths of what it is without sinks: it measures one vector. MSE rises with their length;
 # L0 and L1 do not notice. And the model loses more, a quarter in the mean over layers, with nothing changed but that the sinks are replaced
 # as well: so small an error is not a small one there. So the better FVU goes with the worse loss. Without sinks the two rank the layers
@@ -186,9 +187,7 @@ spread.entropies(read).merge(spread.at_the_ends(read)).set_index("case").round(3
 # probability there, though latents that live there alone are rare. Eq. 11 and Eq. 12 are both far below what they are with layers permuted.
 # So latents of this model prefer layers. That at one token they keep to a few is less than it seems: Gaussian vectors, which know of no
 # stream, have a smaller Eq. 12 still, since their pairs are mostly of one layer. The first ratio is lower than in our small models, but
-# $R$,
-# $k$ and the number of layers are others, and by the entropy they are alike. A second seed gives nearly the same. Half as many active
-# latents lower the first ratio, as in our models ({doc}`variance`). The mean entropy is
+# $R$, $k$ and the number of layers are others, and by the entropy they are alike. The mean entropy is
 # 0.74 of its maximum, as in {doc}`entropy`, and well below that with layers permuted: latents are spread over many of the 30 layers, and
 # not evenly.
 #
@@ -459,7 +458,7 @@ said[said.prompt == prompt].set_index("rank")[["token", "probability"]].round(3)
 single = experiments.tables(results.artefacts["prompts"], "prompts.csv")
 sweep_charts.gallery(
     layers.sample_prompt(sweeps.stack({"model": single}), prompt),
-    title="A third of the prompt's latents are at one layer, hardly more than by chance",
+    title="Three in ten of the prompt's latents are at one layer, hardly more than by chance",
     subtitle="100 latents of the prompt, evenly spaced in the order of their mean layer in it.",
 )
 
@@ -468,8 +467,8 @@ spreads = experiments.tables(results.artefacts["prompts"], "spread.csv")
 spreads[spreads.prompt == prompt].drop(columns="prompt").set_index("of").round(3)
 
 # %% [markdown]
-# **What to see.** The model gives three quarters of the probability to *Mary*. Of the latents of the prompt 32 % are active at one layer
-# only, and with layers permuted at each token 28 %: as in {doc}`distributions`, most of that is how few tokens a prompt has, and a few
+# **What to see.** The model gives three quarters of the probability to *Mary*. Of the latents of the prompt 31 % are active at one layer
+# only, and with layers permuted at each token 27 %: as in {doc}`distributions`, most of that is how few tokens a prompt has, and a few
 # points are more.
 #
 # **What would contradict it.** A prompt's share no larger than with layers permuted.
@@ -489,10 +488,9 @@ HTML(chosen.as_html(latents, names))
 # %% [markdown]
 # **What to see.** Nineteen of twenty have a name after a look at four texts, and each name is a token, or a token and what goes with it.
 # The rule asks for the largest activation. Of the first thirteen all four are at layer 0 (which the results have, not the table), where
-# the token just read is all there is, whatever their mean layer. The latent of “between” shows how soon a name ends: its fourth text is
-# “against”, with little more than a third of the activation. Of the other seven the largest activations are late ones, though some of
-# them are active at the first layers, too. The one without a name is of the last layer alone, and is active at more than half of all
-# tokens. So these are names of what a latent does when it is loudest; they do not say what it does at the other layers.
+# the token just read is all there is, whatever their mean layer. Of the latent of “top” three of four are at the next few layers, and of the
+# other six all are late ones, though some of them are active at the first layers, too. The one without a name is of the last layer, and
+# is active at most tokens. So these are names of what a latent does when it is loudest; they do not say what it does at the other layers.
 #
 # **What would contradict it.** Texts of one latent that have nothing in common, in most rows.
 #
