@@ -124,6 +124,13 @@ def test_the_shipped_corpus_is_what_is_installed():
     assert all(isinstance(pin, str) for pin in corpus.pins().values())
 
 
+def test_nothing_that_is_tracked_was_made_of_other_releases_than_the_pins():
+    made = [*store.DATA.glob("*/*/training.json"), *store.SHIPPED.glob("*/*/meta.json")]
+    assert len(made) > 100
+    for file in made:
+        assert f'"{store.DIFFERS}": ' not in file.read_text(encoding="utf-8"), file
+
+
 # --- as a text that a package declares ------------------------------------------------------------
 
 
