@@ -92,6 +92,8 @@ def test_drift_is_said_with_its_share_and_changes_no_key(packages, capsys, monke
     real = corpus._installed
     monkeypatch.setattr(corpus, "_installed", lambda name: "3.0" if name == "two" else real(name))
     assert corpus.drift() == ["two 2.10 → 3.0"]
+    for path in (corpus.DOCSTRINGS, corpus.QUESTIONS):
+        assert text.differs(DataSpec(path)) == ["two 2.10 → 3.0"]
     corpus.docstrings()
     message = capsys.readouterr().err
     (made,) = (a for a in store.artefacts("documents") if a.spec["installed"]["two"] == "3.0")
