@@ -102,14 +102,11 @@ def weights(path: str) -> Path | None:
 
 def key(path: str, revision: str | None) -> str:
     """Identity of a model: the hash of its weights, config and tokenizer, or id@revision."""
-    here = Path(path).expanduser()
-    if _is_gguf(here) and here.is_file():
-        return _gguf_key(store.source_hash(here))
+    if digest := _gguf(path):
+        return _gguf_key(digest)
     found = folder(path)
     if found is None:
         return f"{path}@{revision or 'main'}"
-    if digest := _origin(found):
-        return _gguf_key(digest)
     tokenizer = ("tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt")
     patterns = ("config.json", "*.safetensors", *tokenizer)
     files = sorted(file for pattern in patterns for file in found.glob(pattern))
@@ -171,20 +168,39 @@ def _end_of_text(file: Path) -> int | None:
 def differs(path: str) -> list[str]:
     """What of a fetched model is other on this machine than where its results are shipped from.
 
-    Its key is that of the file that was fetched, and the tokenizer is what transformers made of it.
+    Its key is that of the file that was fetched, by whatever path it is named, and the tokenizer is
+    what transformers made of it.
     """
-    origin = store.MODELS / path / "origin.yml"
-    if Path(path).name != path or not origin.is_file():
+    origins = [read_yaml(file, typed=True) for file in store.MODELS.glob("*/origin.yml")]
+    known = {str(o["sha256"]): str(o["tokenizer"]) for o in origins if "tokenizer" in o}
+    if (digest := _gguf(path)) is None or (expected := known.get(digest)) is None:
         return []
-    known = read_yaml(origin, typed=True)
-    made = store.STORE / "models" / _gguf_key(str(known["sha256"]))
-    if not (made / "meta.json").is_file():
-        return []
-    meta, expected = store.read(made, check=False).meta, known.get("tokenizer")
-    found = meta.get("tokenizer", expected)
-    if expected is None or found == expected:
+    if not (made := store.STORE / "models" / _gguf_key(digest)).is_dir():
+        if not _is_gguf(Path(path)):
+            return []  # to be fetched
+        dequantised(Path(path).expanduser())
+    meta = store.read(made, check=False).meta
+    found = meta.get("tokenizer") or _tokenizer_key(made)
+    if found == expected:
         return []
     return [f"tokenizer {expected} → {found} (transformers {meta['transformers']})"]
+
+
+@functools.cache
+def _tokenizer_key(made: Path) -> str:
+    """Of what was dequantised before that was noted."""
+    from transformers import AutoTokenizer
+
+    return text.tokenizer_key(AutoTokenizer.from_pretrained(made, trust_remote_code=False))
+
+
+def _gguf(path: str) -> str | None:
+    """SHA-256 of the GGUF file that a path names or stands for."""
+    here = Path(path).expanduser()
+    if _is_gguf(here) and here.is_file():
+        return store.source_hash(here)
+    found = folder(path)
+    return None if found is None else _origin(found)
 
 
 def _is_gguf(path: Path) -> bool:

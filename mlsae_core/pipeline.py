@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -108,6 +108,15 @@ def measured(run: SubjectSpec) -> tuple[dict, dict[str, str]]:
     return {"run": run_settings(run)}, {"dictionary": content} | input_parents(run)
 
 
+def differs(*read: DataSpec | ModelSpec) -> dict[str, str]:
+    """The parent of what reads texts and models of which any is other here than its key says."""
+    lines: dict[str, None] = {}
+    for one in read:
+        found = models.differs(one.path) if isinstance(one, ModelSpec) else text.differs(one)
+        lines |= dict.fromkeys(found)
+    return {store.DIFFERS: "; ".join(lines)} if lines else {}
+
+
 def here(stage: str, found: Keyed, *runs: SubjectSpec, anew: bool = False) -> Keyed:
     """Key, spec and parents under which a result is found or written on this machine.
 
@@ -115,15 +124,24 @@ def here(stage: str, found: Keyed, *runs: SubjectSpec, anew: bool = False) -> Ke
     the packages whose docstrings are the text, what is shipped is still found; what is computed has
     a key of its own, so that nobody takes it for a result of the text, and none is shipped.
 
-    runs: those whose models and texts are read. anew: whether what is shipped does not count.
+    runs: those whose models and texts are read, or whose dictionaries. anew: whether what is
+    shipped does not count.
     """
     identity, spec, parents = found
-    lines = [line for run in runs for line in text.differs(run.data)]
-    lines += [line for run in runs for line in models.differs(run.model.path)]
-    if not lines or (not anew and store.is_shipped(stage, identity)):
+    other = differs(*(run.data for run in runs), *(run.model for run in runs))
+    if not other or (not anew and store.is_shipped(stage, identity)):
         return found
-    parents = parents | {store.DIFFERS: "; ".join(dict.fromkeys(lines))}
-    return store.key(stage, {"in place of": identity}, parents), spec, parents
+    parents, own = parents | other, {"in place of": identity}
+    if stage != "train" and (weights := _shipped_weights(runs)):
+        own["weights"] = weights  # and not those that were trained here before they were shipped
+    return store.key(stage, own, parents), spec, parents
+
+
+def _shipped_weights(runs: Sequence[SubjectSpec]) -> list[str]:
+    """Keys of the runs' trainings that are shipped with their weights."""
+    trained = [run_key(run)[0] for run in runs if isinstance(run, RunSpec)]
+    file = "model.safetensors"
+    return [key for key in trained if (store.SHIPPED / "train" / key / file).is_file()]
 
 
 def analysis_key(stage: str, run: SubjectSpec, settings: EvaluateSpec | None = None) -> Keyed:
@@ -212,7 +230,8 @@ class Session:
         if this.by_layer:
             run.site.refuse_stacked(f"the stage {stage}")
         source, size, read = None, 1, this.read or run
-        identity, spec, parents = self._here(stage, this.key(run, settings), run, read)
+        runs = run, read, *this.others
+        identity, spec, parents = self._here(stage, this.key(run, settings), *runs)
         if found := self.find(stage, identity, spec):
             return found
         if not {"text", "model"} & set(this.needs):
@@ -448,6 +467,7 @@ class Stage:
         key: of (run, settings).
         read: the run whose model and text are read, where it is not the one whose dictionary is
             measured.
+        others: further runs whose dictionaries are measured.
         parts: gives the specs that stand in that of the artefact beside the run and the settings.
     """
 
@@ -460,6 +480,7 @@ class Stage:
     shared: bool = False
     key: Callable[[SubjectSpec, EvaluateSpec | None], Keyed] | None = None
     read: SubjectSpec | None = None
+    others: tuple[SubjectSpec, ...] = ()
     parts: Callable[[], dict[str, type[Spec]]] = dict
 
     def __post_init__(self):

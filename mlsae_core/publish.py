@@ -157,7 +157,7 @@ def push(session: Session, run: RunSpec, repo: str, licence: str, private: bool 
     if is_main_process():
         with reading(refused):  # before anything is computed
             api.create_repo(repo, private=private, exist_ok=True)
-    trained = session.train(run)
+    trained = session.with_weights(run, session.train(run))
     table = pd.read_csv(session.evaluate(run, EvaluateSpec()).file("evaluation.csv"))
     if not is_main_process():
         return repo
@@ -177,7 +177,7 @@ def card(run: RunSpec, repo: str, licence: str, table: pd.DataFrame, meta: dict)
 
     Args:
         table: of `analysis.evaluate`.
-        meta: of the training's artefact: its tokens and the commit that made it.
+        meta: of the training's artefact: its tokens, its parents and the commit that made it.
     """
     config = model_config(run.model)
     layers = run.site.indices(config.num_hidden_layers)
@@ -199,6 +199,8 @@ def card(run: RunSpec, repo: str, licence: str, table: pd.DataFrame, meta: dict)
         "mean FVU": f"{table.fvu_global.mean():.4f}",
         "commit": meta["commit"],
     }
+    if differs := meta["parents"].get(store.DIFFERS):
+        rows["other than pinned"] = differs
     shown = ["layer", "fvu_global", "fvu_per_dimension", "l0", "delta_ce", "kl"]
     numbers = [[f"{value:.4g}" for value in row] for row in table[shown].to_numpy()]
     front = ["---", f"license: {licence}", "tags:", "- sparse-autoencoder", "- mlsae"]

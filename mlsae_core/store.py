@@ -325,7 +325,9 @@ def stages() -> list[str]:
 
 def is_shipped(stage: str, identity: str) -> bool:
     """Whether there is a shipped result with this key; its files are not checked."""
-    return (SHIPPED / stage / identity / "meta.json").is_file()
+    path = SHIPPED / stage / identity
+    settle(path)
+    return (path / "meta.json").is_file()
 
 
 def artefacts(stage: str) -> list[Artefact]:

@@ -55,6 +55,21 @@ def inputs(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def talk(monkeypatch):
+    """A text `talk` by its release, and what is installed: [] as pinned, else what differs."""
+    from mlsae_core import text
+
+    installed: list[str] = []
+
+    def documents():
+        return {f"{' '.join(installed)} {one}": text.split_of(one) for one in sentences(300)}
+
+    declared = text.Source(documents, lambda: {"talk": 1}, lambda: list(installed))
+    monkeypatch.setitem(text.SOURCES, "talk", declared)
+    return installed
+
+
 @pytest.fixture(scope="session")
 def processes():
     """Processes that start quickly, since a server imports what they need once."""

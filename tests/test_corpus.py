@@ -92,6 +92,8 @@ def test_drift_is_said_with_its_share_and_changes_no_key(packages, capsys, monke
     real = corpus._installed
     monkeypatch.setattr(corpus, "_installed", lambda name: "3.0" if name == "two" else real(name))
     assert corpus.drift() == ["two 2.10 → 3.0"]
+    for path in (corpus.DOCSTRINGS, corpus.QUESTIONS):
+        assert text.differs(DataSpec(path)) == ["two 2.10 → 3.0"]
     corpus.docstrings()
     message = capsys.readouterr().err
     (made,) = (a for a in store.artefacts("documents") if a.spec["installed"]["two"] == "3.0")
@@ -122,6 +124,13 @@ def test_a_corpus_without_installed_packages_is_refused(packages):
 def test_the_shipped_corpus_is_what_is_installed():
     assert len(corpus.pins()) > 30
     assert all(isinstance(pin, str) for pin in corpus.pins().values())
+
+
+def test_nothing_that_is_tracked_was_made_of_other_releases_than_the_pins():
+    made = [*store.DATA.glob("*/*/training.json"), *store.SHIPPED.glob("*/*/meta.json")]
+    assert len(made) > 100
+    for file in made:
+        assert f'"{store.DIFFERS}": ' not in file.read_text(encoding="utf-8"), file
 
 
 # --- as a text that a package declares ------------------------------------------------------------

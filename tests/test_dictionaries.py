@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_given import SETTINGS, given_of, key_of
-from test_pipeline import run_of
+from test_pipeline import CONTEXT, run_of
 
 from mlsae_book import dictionaries, experiments, stages
 from mlsae_book.__main__ import main
@@ -100,6 +101,23 @@ def test_what_is_no_plain_name_is_refused(data, made, name):
     with pytest.raises(SpecError, match=r"name: expected one without a path, .* got '"):
         dictionaries.make(Experiment("none", ()), name, force=True)
     assert [path.name for path in (data / "dictionaries").iterdir()] == ["three"]
+
+
+def test_a_set_says_of_what_other_release_its_text_was(inputs, data, talk):
+    experiment = trainings(inputs, data={"path": "talk", "context_length": CONTEXT})
+    log = dataclasses.replace(experiment, analyses=(), weights=False)
+    made = experiments.materialise(log, ship=True).artefacts["train"]
+    shutil.rmtree(store.STORE)
+    talk.append("two 2.10 → 3.0")  # logs are found, and weights trained again
+    facts = json.loads((dictionaries.make(experiment, "three") / "training.json").read_text())
+    for (_, shipped), layer in zip(made, facts["layers"].values(), strict=True):
+        assert layer["differs"] == "two 2.10 → 3.0"
+        assert layer["train"] != shipped.key
+    talk.clear()
+    folder = dictionaries.make(experiment, "three", force=True)
+    facts = json.loads((folder / "training.json").read_text())
+    assert [layer["train"] for layer in facts["layers"].values()] == [one.key for _, one in made]
+    assert not any("differs" in layer for layer in facts["layers"].values())
 
 
 def test_where_no_set_can_be_is_said_before_anything_is_trained(data):

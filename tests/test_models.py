@@ -253,8 +253,25 @@ def test_another_tokenizer_than_that_of_the_shipped_results_is_told(wheel, monke
     origin.write_text(f"{said}tokenizer: 0123456789abcdef\n")
     [line] = models.differs("tiny")
     assert line.startswith(f"tokenizer 0123456789abcdef → {found} (transformers ")
-    for path in ("owner/tiny", "other", str(wheel[1])):
+    for path in ("owner/tiny", "other"):
         assert models.differs(path) == []
+
+
+def test_a_fetched_model_is_the_same_by_any_path_and_whenever_it_was_dequantised(
+    wheel, gguf_file, monkeypatch
+):
+    origin = wheel[1] / "origin.yml"
+    origin.write_text(f"{origin.read_text()}tokenizer: 0123456789abcdef\n")
+    paths = ("tiny", str(wheel[1]), str(gguf_file[0]))
+    assert len({models.key(path, None) for path in paths}) == 1
+    assert models.differs(str(wheel[1])) == []  # not fetched
+    [line] = models.differs(str(gguf_file[0]))  # a file is dequantised where it has not been yet
+    made = models.dequantised(gguf_file[0])
+    assert f" → {made.meta['tokenizer']} (" in line
+    older = {name: value for name, value in made.meta.items() if name != "tokenizer"}
+    for meta in (made.meta, older):
+        (made.path / "meta.json").write_text(json.dumps(meta))
+        assert [models.differs(path) for path in paths] == [[line]] * 3
 
 
 def test_what_stops_a_fetch_is_said_in_one_line(wheel, monkeypatch):

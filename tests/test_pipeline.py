@@ -38,19 +38,6 @@ def run_of(inputs, **changes):
     return spec.run_from_dict(fields | changes)
 
 
-@pytest.fixture
-def talk(monkeypatch):
-    """A text `talk` by its release, and what is installed: [] as pinned, else what differs."""
-    installed: list[str] = []
-
-    def documents():
-        return {f"{' '.join(installed)} {one}": text.split_of(one) for one in sentences(300)}
-
-    declared = text.Source(documents, lambda: {"talk": 1}, lambda: list(installed))
-    monkeypatch.setitem(text.SOURCES, "talk", declared)
-    return installed
-
-
 # --- keys ---------------------------------------------------------------------------------------
 
 HUB = {
@@ -249,9 +236,13 @@ def test_what_reads_another_text_than_its_key_says_has_a_key_of_its_own_and_is_n
     again = pipeline.Session()
     assert again.evaluate(run, SETTINGS).path.is_relative_to(store.SHIPPED)
     assert set(status.status(experiment).state) == {"shipped"}
-    forced = pipeline.Session("force").train(run)
+    session = pipeline.Session("force")
+    forced = session.train(run)
     assert forced.key == trained.key
     assert forced.path.is_relative_to(store.STORE)
+    encoder = load_file(forced.file("model.safetensors"))["encoder.weight"]
+    assert torch.equal(session.sae(run).encoder, encoder)
+    assert not torch.equal(pipeline.Session().sae(run).encoder, encoder)
 
 
 def test_weights_that_are_trained_again_on_another_text_are_not_taken_for_the_shipped_ones(
@@ -263,10 +254,59 @@ def test_weights_that_are_trained_again_on_another_text_are_not_taken_for_the_sh
     encoder = load_file(trained.file("model.safetensors"))["encoder.weight"]
     shutil.rmtree(store.STORE)
     talk.append("two 2.10 → 3.0")
-    assert not torch.equal(pipeline.Session().sae(run).encoder, encoder)
+    other = pipeline.Session().sae(run).encoder
+    assert not torch.equal(other, encoder)
+    assert torch.equal(pipeline.Session("read-only").sae(run).encoder, other)  # they are kept
     assert not (store.STORE / "train" / trained.key).exists()
     talk.clear()
     assert torch.equal(pipeline.Session().sae(run).encoder, encoder)
+
+
+def test_what_was_measured_of_other_weights_is_not_taken_for_that_of_weights_that_are_shipped(
+    inputs, data, talk
+):
+    run = run_of(inputs, data={"path": "talk", "context_length": CONTEXT})
+    talk.append("two 2.10 → 3.0")
+    pipeline.Session().train(run)
+    of_own = pipeline.Session().evaluate(run, SETTINGS)
+    talk.clear()
+    shipped = store.ship(pipeline.Session().train(run), ("log.csv",))
+    talk.append("two 2.10 → 3.0")
+    assert pipeline.Session().evaluate(run, SETTINGS).key == of_own.key  # the weights are its own
+    talk.clear()
+    session = pipeline.Session()
+    store.ship(session.with_weights(run, session.train(run)))
+    talk.append("two 2.10 → 3.0")
+    session = pipeline.Session()
+    assert session.train(run).path == shipped
+    of_shipped = session.evaluate(run, SETTINGS)
+    assert of_shipped.key != of_own.key
+    tables = [pd.read_csv(made.file("evaluation.csv")) for made in (of_own, of_shipped)]
+    assert not tables[0].equals(tables[1])
+
+
+def test_what_is_shipped_is_found_after_a_kill_whatever_is_installed(inputs, data, talk):
+    run = run_of(inputs, data={"path": "talk", "context_length": CONTEXT})
+    shipped = store.ship(pipeline.Session().train(run))
+    shutil.rmtree(store.STORE)
+    shipped.rename(shipped.with_name(f".{shipped.name}.old"))  # killed between two renames
+    talk.append("two 2.10 → 3.0")
+    assert pipeline.Session("read-only").train(run).path == shipped
+
+
+def test_what_another_tokenizer_read_has_a_key_of_its_own(inputs, data, monkeypatch):
+    run = run_of(inputs)
+    other = dataclasses.replace(run, model=dataclasses.replace(run.model, path="gpt2"))
+    lines = {run.model.path: ["tokenizer a → b"], "gpt2": ["tokenizer c → d", "tokenizer a → b"]}
+    monkeypatch.setattr(pipeline.models, "differs", lines.get)
+    found = pipeline.run_key(run)
+    made = [pipeline.here("train", found, *runs) for runs in ((run,), (run, other))]
+    said = [parents.pop("differs") for _, _, parents in made]
+    assert said == ["tokenizer a → b", "tokenizer a → b; tokenizer c → d"]
+    assert all(made[1:] == found[1:] for made in made)
+    identities = {identity for identity, _, _ in (found, *made)}
+    identities.add(pipeline.here("train", pipeline.run_key(run_of(inputs, k=2)), run)[0])
+    assert len(identities) == 4  # each is in the place of one
 
 
 def test_a_damaged_result_is_not_used(inputs, data):

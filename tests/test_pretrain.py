@@ -96,6 +96,35 @@ def test_models_share_a_tokenizer(corpus):
     assert (second / "model.safetensors").exists()
 
 
+def test_a_model_of_another_release_of_its_text_says_so_and_is_trained_anew_on_the_pinned(
+    data, talk
+):
+    folder = write("model", data={"path": "talk", "context_length": 16}, tokens=256)
+
+    def trained():
+        pretrain.pretrain("model")
+        facts = json.loads((folder / "training.json").read_text())
+        return facts, facts.pop("identity"), (folder / "tokenizer.json").read_text()
+
+    talk.append("two 2.10 → 3.0")
+    facts, other, tokenizer = trained()
+    assert facts["differs"] == "two 2.10 → 3.0"
+    assert "| differs | two 2.10 → 3.0 |" in (folder / "README.md").read_text()
+    assert trained() == (facts, other, tokenizer)
+    talk.clear()
+    facts, own, pinned = trained()
+    assert "differs" not in facts
+    assert own != other
+    assert pinned != tokenizer
+    talk.append("two 2.10 → 3.0")  # that of the pinned text is found, whatever is installed
+    assert trained() == (facts, own, pinned)
+    (folder / "config.json").unlink()  # as if it were not there
+    facts, again, tokenizer = trained()
+    assert facts["differs"] == "two 2.10 → 3.0"
+    assert tokenizer == pinned
+    assert again not in (own, other)
+
+
 def test_a_base_gives_weights_and_tokenizer(corpus):
     first = pretrain.pretrain(write("first").name)
     changes = {"architecture": None, "base": "first", "vocab_size": None, "tokens": 4 * 128}

@@ -1,5 +1,6 @@
 """What is put on the hub, against a hub that only takes notes."""
 
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -100,11 +101,25 @@ def test_a_model_of_the_hub_is_what_the_card_is_based_on(inputs, data, monkeypat
     monkeypatch.setattr(publish, "model_config", lambda model: config)
     columns = ["layer", "fvu_global", "fvu_per_dimension", "l0", "delta_ce", "kl", "tokens"]
     table = pd.DataFrame([[0, 0.25, 0.5, 4, 0.1, 0.2, 64]], columns=columns)
-    card = publish.card(run, "a/b", "mit", table, {"tokens": 10**9, "commit": "abc"})
+    card = publish.card(run, "a/b", "mit", table, {"tokens": 10**9, "commit": "abc", "parents": {}})
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "EleutherAI/pythia-70m-deduped"
     for row in ("| tokens | 1,000,000,000 |", "| text | owner/text |", "| mean FVU | 0.2500 |"):
         assert row in card
     assert "| 0 | 0.25 | 0.5 | 4 | 0.1 | 0.2 |" in card
+
+
+def test_the_card_is_of_the_weights_that_are_pushed_and_says_what_other_text_they_read(
+    inputs, data, hub, talk
+):
+    run = run_of(inputs, data={"path": "talk", "context_length": 8})
+    shipped = store.ship(pipeline.Session().train(run), ("log.csv",))
+    shutil.rmtree(store.STORE)
+    talk.append("two 2.10 → 3.0")
+    publish.push(pipeline.Session(), run, "someone/mlsae-tiny", "mit")
+    _, (_, message, _, _, card) = hub
+    [trained] = [made for made in store.artefacts("train") if "differs" in made.meta["parents"]]
+    assert message == f"Dictionary {trained.key}" != f"Dictionary {shipped.name}"
+    assert "| other than pinned | two 2.10 → 3.0 |" in card
 
 
 def test_what_cannot_be_pushed_is_one_line(inputs, data, hub, monkeypatch, capsys):

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from test_pipeline import CONTEXT, SETTINGS, run_of
 
-from mlsae_book import reproduce
+from mlsae_book import experiments, reproduce
 from mlsae_book.__main__ import main
 from mlsae_core import pipeline, store
-from mlsae_core.spec import load_experiment
+from mlsae_core.spec import Experiment, load_experiment
 
 LIVE = store.ROOT / "book" / "experiments" / "live.yml"
 #: Another processor adds in another order, and Adam carries that on.
@@ -30,6 +31,21 @@ def test_a_shipped_run_is_computed_again_within_the_tolerance(tmp_path, monkeypa
     monkeypatch.setattr("mlsae_core.train.train", None)
     pd.testing.assert_frame_equal(reproduce.reproduce(experiment), table)
     assert reproduce.estimate([experiment]) == 0
+
+
+def test_what_is_computed_of_another_release_of_a_text_is_compared_with_what_is_shipped(
+    inputs, data, talk
+):
+    run = run_of(inputs, data={"path": "talk", "context_length": CONTEXT})
+    experiment = Experiment("t", (({}, run),), SETTINGS, analyses=("evaluate",))
+    experiments.materialise(experiment, ship=True)
+    table = reproduce.reproduce(experiment)
+    assert table.deviation.tolist() == [0.0] * 3
+    talk.append("two 2.10 → 3.0")
+    other = reproduce.reproduce(experiment)
+    assert other.file.tolist() == table.file.tolist()
+    assert (other.deviation[other.file != "config.json"] > 0).all()
+    assert not set(other.key) & set(table.key)
 
 
 def test_where_nothing_is_shipped_nothing_is_computed(tmp_path, monkeypatch, capsys):

@@ -5,10 +5,11 @@ import json
 import pandas as pd
 import pytest
 from test_lens import random_lens
-from test_pipeline import SETTINGS, run_of
+from test_pipeline import CONTEXT, SETTINGS, run_of
 
 from mlsae_book import experiments, stages, surrogates
 from mlsae_book.tables import carried, margins
+from mlsae_book.tables.transfer import Target
 from mlsae_core import pipeline, store
 from mlsae_core.spec import EvaluateSpec, Experiment
 
@@ -97,3 +98,35 @@ def test_overlap_is_measured_of_the_runs_own_text(inputs):
     assert shares.is_monotonic_decreasing
     apart = pd.read_csv(artefact.file("apart.csv"))
     assert apart.share.sum() == pytest.approx(1)
+
+
+def test_a_result_in_whose_making_any_run_read_another_release_of_its_text_has_its_own_key(
+    inputs, talk, monkeypatch
+):
+    for name in ("_together", "_lifetimes", "_transfer"):
+        monkeypatch.setattr(stages, name, lambda folder, *_, **__: {})
+    talked = {"path": "talk", "context_length": CONTEXT}
+    plain = [run_of(inputs, layers=[layer]) for layer in range(3)]
+    other = run_of(inputs, layers=[1], data=talked)
+    shared, target = run_of(inputs), Target(plain[0].model, data=other.data)
+
+    def made():
+        session = pipeline.Session()
+        several = {
+            "together": stages.together(session, [plain[0], other, plain[2]], SETTINGS),
+            "lifetimes": stages.lifetimes(session, shared, plain, {1: other}, SETTINGS),
+            "read": stages.transfer(session, shared, SETTINGS, target),
+            "trained": stages.transfer(session, run_of(inputs, data=talked), SETTINGS,
+                                       Target(plain[0].model, data=plain[0].data)),
+            "none": stages.together(session, plain, SETTINGS),
+        }  # fmt: skip
+        return several.items()
+
+    talk.append("two 2.10 → 3.0")
+    before = {name: artefact.key for name, artefact in made()}
+    for name, artefact in made():
+        assert ("differs" in artefact.meta["parents"]) == (name != "none")
+    talk.clear()
+    for name, artefact in made():
+        assert "differs" not in artefact.meta["parents"]
+        assert (artefact.key == before[name]) == (name == "none")

@@ -350,3 +350,17 @@ def test_a_hub_data_set_that_does_not_do_is_refused(hub, tokenizer, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(store.Stopped, match=r"data\.path: .*a/b cannot be read: no network"):
         list(text.documents(DataSpec("a/b")))
+
+
+def test_tokens_are_counted_in_what_was_packed_of_the_release_that_is_installed(
+    data, tokenizer, talk, monkeypatch
+):
+    spec = DataSpec("talk", context_length=CONTEXT)
+    made = text.packed(spec, tokenizer).meta["tokens"]
+    talk.append("two 2.10 → 3.0")
+    other = text.packed(spec, tokenizer).meta["tokens"]
+    assert made != other
+    monkeypatch.setattr(text, "split_documents", lambda data: [])
+    assert text.counted(spec, tokenizer) == other
+    talk.clear()
+    assert text.counted(spec, tokenizer) == made

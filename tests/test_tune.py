@@ -1,5 +1,6 @@
 """Training a tuned lens: divergences fall, a known map is found, indices and files are right."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -176,6 +177,27 @@ def test_a_lens_is_made_once_and_found_by_its_model(data, inputs, monkeypatch):
         assert tune.make("gpt_neox", spec) == folder
     named = Lens.load(SiteSpec(basis="gpt_neox"))
     assert torch.equal(named.weight, Lens.read(folder).weight)
+
+
+def test_a_lens_of_another_release_of_its_text_says_so_and_is_not_taken_for_one_of_the_pinned(
+    data, inputs, talk, monkeypatch
+):
+    (data / "models").symlink_to(inputs)
+    spec = dataclasses.replace(small(), data=DataSpec(path="talk", context_length=CONTEXT))
+    checkpoints, real = [], tune.tune
+    monkeypatch.setattr(tune, "tune", lambda *a: checkpoints.append(a[-1]) or real(*a))
+    talk.append("two 2.10 → 3.0")
+    folder = tune.make("gpt_neox", spec)
+    assert json.loads((folder / "training.json").read_text())["differs"] == "two 2.10 → 3.0"
+    assert tune.make("gpt_neox", spec) == folder
+    talk.clear()
+    with pytest.raises(SpecError, match=r"another release of its text or model \(two 2.10 → 3.0\)"):
+        tune.make("gpt_neox", spec)
+    tune.make("gpt_neox", spec, force=True)
+    assert "differs" not in json.loads((folder / "training.json").read_text())
+    talk.append("two 2.10 → 3.0")  # that of the pinned text is found, whatever is installed
+    assert tune.make("gpt_neox", spec) == folder
+    assert len(set(checkpoints)) == len(checkpoints) == 2
 
 
 def test_a_name_and_its_folder_are_one_basis(data, inputs):

@@ -37,9 +37,11 @@ def make(experiment: Experiment, name: str, force: bool = False) -> Path:
     runs = _by_layer(experiment)
     session, saes, trained = pipeline.Session(), {}, {}
     for layer, run in runs.items():
-        made = session.train(run)
+        made = session.with_weights(run, session.train(run))
         names = ("tokens", "seconds", "commit", "written")
         trained[layer] = {"train": made.key} | {name: made.meta[name] for name in names}
+        if found := made.meta["parents"].get(store.DIFFERS):
+            trained[layer][store.DIFFERS] = found
         saes[layer] = session.sae(run)
     facts = {"spec": flat(next(iter(runs.values()))) | {"layers": list(runs)}, "layers": trained}
     with store.atomic_folder(folder, mark=store.DICTIONARY_MARK) as new:

@@ -147,15 +147,16 @@ def _is_given_tokenizer(folder: Path) -> bool:
 def _trained_tokenizer(recipe: Recipe) -> Path:
     """The folder of a tokenizer of the recipe's text and vocabulary, trained once."""
     spec = {"text": pipeline.text_key(recipe.data), "vocab_size": recipe.vocab_size}
-    identity = store.key("tokenizer", spec, {})
+    parents = pipeline.differs(recipe.data)
+    own, pinned = (store.key("tokenizer", spec, of) for of in (parents, {}))
 
     def fill(folder: Path) -> dict:
         documents = [d for split, d in text.split_documents(recipe.data) if split == "train"]
         train_tokenizer(documents, recipe.vocab_size).save_pretrained(folder)
         return {}
 
-    made = store.find("tokenizer", identity)
-    return (made or store.write("tokenizer", identity, spec, {}, fill)).path
+    made = store.find("tokenizer", pinned) or store.find("tokenizer", own)
+    return (made or store.write("tokenizer", own, spec, parents, fill)).path
 
 
 def _facts(folder: Path) -> dict | None:
@@ -322,8 +323,11 @@ def read_recipe(path: str | Path) -> tuple[Recipe, Path]:
     return build(Recipe, read_yaml(path, typed=True)), path.resolve().parent
 
 
-def _identity(recipe: Recipe, tokenizer) -> str:
-    """What the weights are a function of: the recipe, and the content of all that it names."""
+def _identity(recipe: Recipe, tokenizer, differs: dict[str, str]) -> str:
+    """What the weights are a function of: the recipe, and the content of all that it names.
+
+    differs: what of the text is other here than its key says.
+    """
     fields = keyed(recipe)
     for name in ("description", "data", "tokenizer", "base"):
         fields.pop(name, None)
@@ -332,6 +336,7 @@ def _identity(recipe: Recipe, tokenizer) -> str:
         "context_length": recipe.data.context_length,
         "tokenizer": text.tokenizer_key(tokenizer),
         "base": None if recipe.base is None else models.key(recipe.base, None),
+        **differs,
     }
     return hashlib.sha256(canonical(fields).encode()).hexdigest()[:16]
 
@@ -381,9 +386,11 @@ def pretrain(path: str | Path, stop_after: float | None = None) -> Path:
         raise SpecError(f"pretrain: expected one process, got {accelerator.num_processes}")
     tokenizer = _tokenizer(recipe, folder)
     text.check_tokenizer(tokenizer)
-    identity = _identity(recipe, tokenizer)
+    differs = pipeline.differs(recipe.data)
+    identity = _identity(recipe, tokenizer, differs)
     checkpoint = store.STORE / "pretrain" / f"{identity}.pt"
-    if (_facts(folder) or {}).get("identity") == identity and (folder / CONFIG).is_file():
+    finished = (identity, _identity(recipe, tokenizer, {}))  # one of the pinned text stays
+    if (_facts(folder) or {}).get("identity") in finished and (folder / CONFIG).is_file():
         checkpoint.unlink(missing_ok=True)  # of a training that was killed behind its end
         return folder
     model = _model(recipe, tokenizer).to(accelerator.device)
@@ -533,6 +540,7 @@ def _write(folder: Path, training: _Training, tokenizer, state: _State, identity
         **ngram_losses(training.train.blocks, training.validation.blocks, len(tokenizer)),
         "seconds": round(state.seconds),
         "seed": recipe.seed,
+        **pipeline.differs(recipe.data),
         **store.provenance(),
     }
     card = _card(folder.name, recipe, facts)

@@ -300,7 +300,8 @@ def together(session: Session, runs: Sequence[SubjectSpec], settings: EvaluateSp
     """
     key = of_layers_key("together", runs)
     measure = partial(_together, session=session, runs=runs)
-    return session.make("together", runs[0], settings, measure=measure, key=key)
+    changes = {"measure": measure, "key": key, "others": tuple(runs)}
+    return session.make("together", runs[0], settings, **changes)
 
 
 def _together(
@@ -332,8 +333,8 @@ def lifetimes(
     """
     every = [shared, *runs, *others.values()]
     measure = partial(_lifetimes, session=session, runs=runs, others=others)
-    key = of_layers_key("lifetimes", every)
-    return session.make("lifetimes", shared, settings, measure=measure, key=key)
+    changes = {"measure": measure, "key": of_layers_key("lifetimes", every)}
+    return session.make("lifetimes", shared, settings, **changes, others=tuple(every))
 
 
 def _lifetimes(

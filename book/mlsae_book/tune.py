@@ -309,6 +309,7 @@ def make(model: str, spec: TuneSpec | None = None, force: bool = False) -> Path:
         "model": models.key(model, None),
         "text": pipeline.text_key(spec.data),
         "spec": to_dict(spec),
+        **pipeline.differs(spec.data, ModelSpec(model)),
     }
     digest = hashlib.sha256(canonical(identity).encode()).hexdigest()[:16]
     checkpoint = store.STORE / "lens" / f"{digest}.pt"
@@ -317,7 +318,9 @@ def make(model: str, spec: TuneSpec | None = None, force: bool = False) -> Path:
     made = _made_of(folder)
     if made is not None and not force:
         made = {"text": identity["text"]} | made  # earlier lenses do not say of which
-        other = [name for name in identity if made.get(name) != identity[name]]
+        other = [name for name in ("model", "text", "spec") if made.get(name) != identity[name]]
+        if made.get(store.DIFFERS) not in (None, identity.get(store.DIFFERS)):
+            other.append(f"release of its text or model ({made[store.DIFFERS]})")
         if not other:
             store.forget_checkpoint(checkpoint, folder / MARK)
             return folder
@@ -353,12 +356,13 @@ def make(model: str, spec: TuneSpec | None = None, force: bool = False) -> Path:
 
 
 def _made_of(folder: Path) -> dict | None:
-    """The model, text and spec of a lens that is there."""
+    """The model, text and spec of a lens that is there, and what of them was other than pinned."""
     if not (folder / MARK).is_file():
         return None
     try:
         facts = json.loads((folder / MARK).read_text(encoding="utf-8"))
         spec = to_dict(stored(TuneSpec, facts["spec"]))
-        return {name: facts[name] for name in ("model", "text") if name in facts} | {"spec": spec}
+        said = {name: facts[name] for name in ("model", "text", store.DIFFERS) if name in facts}
+        return said | {"spec": spec}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SpecError(f"lens: {folder / MARK} cannot be read: {error!r}") from None
