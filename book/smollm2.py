@@ -217,7 +217,8 @@ charts.metric_by_layer(
 
 # %% tags=["hide-input"]
 shown = {"fvu_global": "FVU", "delta_ce": "delta CE"}
-own.pivot(index="layer", columns="dictionary", values=list(shown)).rename(columns=shown).round(3)
+table = own.pivot_table(list(shown), "layer", "dictionary", sort=False)
+table[list(shown)].rename(columns=shown).round(3)
 
 # %% [markdown]
 # **What to see.** At equal size a dictionary of one layer has the lower FVU at all six, and the intervals meet at layer 11 alone. In
@@ -320,7 +321,7 @@ means.rename(columns=charts.METRICS)
 # %% tags=["remove-cell"]
 longer = experiments.materialise(load_experiment("experiments/fetched/smollm2_longer.yml"))
 after = layers.variance_sweeps({"longer": longer.artefacts["distributions"]})
-budgets = {"32,768": of_small, "262,144": after, "1,048,576": elsewhere.reset_index()}
+budgets = {32_768: of_small, 262_144: after, 1_048_576: elsewhere.reset_index()}
 budgets = pd.concat(budgets, names=["tokens"]).reset_index("tokens")
 trained = dict.fromkeys(["seed 0", "trained weights", "docstrings"], "trained")
 budgets["weights"] = budgets.run.replace(trained | {"random weights": "random"})
@@ -328,17 +329,17 @@ budgets = budgets[budgets.weights.isin(["trained", "random"])]
 
 # %% tags=["hide-input"]
 columns = ["low", "value", "high", "permuted", "gaussian"]
-budgets.set_index(["ratio", "weights", "tokens"])[columns].sort_index(sort_remaining=False).round(3)
+budgets.set_index(["ratio", "weights", "tokens"])[columns].sort_index().round(3)
 
 # %% tags=["hide-input"]
-shown = ["fvu_global", "delta_ce", "l0"]
+shown = ["fvu_global", "delta_ce", "dead"]
 longer.evaluation.groupby("case", sort=False)[shown].mean().round(3).rename(columns=charts.METRICS)
 
 # %% [markdown]
 # **What to see.** The first ratio falls with training, for trained weights and for random ones alike. At either budget the random
-# ones are far below, and the intervals do not come near each other; even after a million tokens the trained ones are above what the random
+# ones are far below, and the intervals do not meet; even after a million tokens the trained ones are above what the random
 # ones have after a quarter of that. So at equal training a low first ratio is no sign that the model has learnt. The second rises with
-# training in both. The dictionary of random weights hardly learns: its FVU stays near 0.7, a fifth of its latents are dead, and most of
+# training; of random weights its intervals overlap. The dictionary of random weights hardly learns: its FVU stays near 0.7, a fifth of its latents are dead, and most of
 # the others are seldom active. So its ratios are of few tokens, which pulls the first one down a little: with layers permuted it is 0.86,
 # where many tokens give 1.
 #
