@@ -200,14 +200,15 @@ spread.entropies(read).merge(spread.at_the_ends(read)).set_index("case").round(3
 # layers: as large as the shared one ($R = 8$), and with $R = 1$, so that thirty of them have as many latents as a shared one with
 # $R = 30$.
 
-# %% tags=["hide-input"]
+# %% tags=["remove-cell"]
 declared = load_experiment("experiments/fetched/smollm2_single.yml")
 single = experiments.materialise(declared).evaluation
-named = {"all layers": "for all, R = 8", "all layers, R 30": "for all, R = 30"}
-single["dictionary"] = single.case.replace(named)
-single["dictionary"] = single.dictionary.replace(r"layer \d+, .*", "for each, R = 1", regex=True)
-single["dictionary"] = single.dictionary.replace(r"layer \d+", "for each, R = 8", regex=True)
 own = single[single.layer.isin([0, 5, 11, 17, 23, 29])]
+named = {"all layers, R 30": "for all, R = 30", "all layers": "for all, R = 8"}
+named |= {r"layer \d+, .*": "for each, R = 1", r"layer \d+": "for each, R = 8"}
+own = own.assign(dictionary=own.case.replace(named, regex=True))
+
+# %% tags=["hide-input"]
 charts.metric_by_layer(
     own,
     title="At a small budget one layer's own dictionary has the lower FVU, at equal size",
