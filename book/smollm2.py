@@ -17,9 +17,10 @@
 # `python -m mlsae_book fetch smollm2-135m` (93 MB, Apache-2.0). What is read is the dequantised model, which is not quite the
 # one that was published.
 #
-# The dictionary has all 30 layers, $R = 8$ (4,608 latents) and $k = 32$, and read 4 million tokens of docstrings, half of what there
-# are: a small part of the paper's training at an eighth of its $R$. So it is a small dictionary of a real model, and what it fails to
-# reconstruct says little about what a large one would. Nothing on this page is computed when the book is built.
+# The dictionary has all 30 layers, $R = 8$ (4,608 latents) and $k = 32$, and read a million tokens of docstrings, an eighth of what there
+# are: a thousandth of the paper's training at an eighth of its $R$. So it is a small dictionary of a real model, and what it fails to
+# reconstruct says little about what a large one would. Nothing on this page is computed when the book is built, and all of it was computed
+# on two cores.
 
 # %% tags=["remove-cell"]
 import json
@@ -92,12 +93,13 @@ massive.loc[[0, 5, 10, 11, 12, 15, 20, 25, 27, 28, 29], list(shown)].rename(colu
 # when a layer is put back.
 #
 # **What to see.** After block 11 the first vector of every sequence is a hundred times as long as the others and more, and it
-# stays long to layer 27. Before that, at layers 2 to 8, it is longer than others as well, but not by enough to be called massive.
-# Seven tokens just after a first one are massive, too, and no other anywhere. These few tokens, 0.4 % of all, carry nearly all of the
-# variance from layer 11 on, and still most of it at layer 27. At all other positions the mean length is within a fifth of that of the
-# layer. How much is lost at a position goes with the layer: at layers 2 to 8 the FVU grows on the whole from the fifth position on, at the
-# first layer
-# it falls.
+# stays long to layer 27. (One of the 128 begins with the end of a document, a special token, which is left out of all metrics.) Before
+# that, at layers 2 to 8, it is longer than others as well, but not by enough to be called massive. Six tokens just after a first one are
+# massive, too, and no other anywhere. We looked them up: each repeats the first, so all that attention can read there is the same, and so
+# is the vector. These few tokens, 0.4 % of all, carry nearly all of the variance from layer 11 on, and still most of it at layer 27. From
+# the third position on the mean length is within about a fifth of that of the layer; at the second it is up to half as long again. How
+# much is lost at a position goes with the layer: at layers 2 to 8 the FVU grows on the whole from the fifth position on, at the first
+# layer it falls.
 #
 # **What would contradict it.** Sinks all over the sequences, or in some of them only: then they would be of a token, not of a place.
 # (Larger models are reported to have them [anywhere in a sequence](https://github.com/saprmarks/dictionary_learning/pull/52).)
@@ -140,7 +142,7 @@ elsewhere.loc[["docstrings", "docstrings, with sinks"]].round(3)
 
 # %% [markdown]
 # **What to see.** The dictionary has never seen a sink, and can write it all the same: vectors are standardised one by one, so their length
-# is no obstacle, and 3 % of the sink's variance is left. Since the sinks are most of the variance of layers 11 to 27, the FVU of these
+# is no obstacle, and 4 % of the sink's variance is left. Since the sinks are most of the variance of layers 11 to 27, the FVU of these
 # layers is little more than that, a third or two fifths of what it is without sinks: it measures one vector. MSE rises with their length;
 # L0 and L1 do not notice. And the model loses more, a quarter in the mean over layers, with nothing changed but that the sinks are replaced
 # as well: so small an error is not a small one there. So the better FVU goes with the worse loss. Without sinks the two rank the layers
@@ -151,7 +153,8 @@ elsewhere.loc[["docstrings", "docstrings, with sinks"]].round(3)
 # libraries have met
 # [an FVU that is very low](https://github.com/EleutherAI/sparsify/pull/113) for the same reason, and leave such tokens out as well.
 #
-# The ratios hardly notice the sinks: a latent is counted at every token alike, whatever the length of the vector.
+# The ratios hardly notice the sinks: a latent is counted at every token alike, whatever the length of the vector. (Intervals lie above
+# their estimates here: of so few tokens the first ratio comes out too low, and a basic bootstrap takes that off.)
 #
 # **What would contradict it.** The same FVU both ways.
 #
@@ -172,10 +175,9 @@ sweep_charts.gallery(
 )
 
 # %% tags=["hide-input"]
-more = experiments.measure(load_experiment("experiments/fetched/smollm2_more.yml"), "distributions")
-ratios = layers.variance_sweeps({"dictionary": results.artefacts["distributions"] + more})
+ratios = layers.variance_sweeps({"dictionary": results.artefacts["distributions"]})
 columns = ["low", "value", "high", "permuted", "gaussian"]
-ratios.set_index(["ratio", "run"])[columns].sort_index(level="ratio", sort_remaining=False).round(3)
+ratios.set_index("ratio")[columns].round(3)
 
 # %% tags=["hide-input"]
 read = experiments.all_distributions(results)
@@ -186,9 +188,7 @@ spread.entropies(read).merge(spread.at_the_ends(read)).set_index("case").round(3
 # probability there, though latents that live there alone are rare. Eq. 11 and Eq. 12 are both far below what they are with layers permuted.
 # So latents of this model prefer layers. That at one token they keep to a few is less than it seems: Gaussian vectors, which know of no
 # stream, have a smaller Eq. 12 still, since their pairs are mostly of one layer. The first ratio is lower than in our small models, but
-# $R$,
-# $k$ and the number of layers are others, and by the entropy they are alike. A second seed gives nearly the same. Half as many active
-# latents lower the first ratio, as in our models ({doc}`variance`). The mean entropy is
+# $R$, $k$ and the number of layers are others, and by the entropy they are alike. The mean entropy is
 # 0.74 of its maximum, as in {doc}`entropy`, and well below that with layers permuted: latents are spread over many of the 30 layers, and
 # not evenly.
 #
@@ -196,40 +196,44 @@ spread.entropies(read).merge(spread.at_the_ends(read)).set_index("case").round(3
 #
 # ## The same layers, one dictionary each
 #
-# Five more dictionaries, as large and trained on the same tokens, have a single layer each. How much does the shared one give up?
+# How much does the shared dictionary give up? At a small budget, a thirtieth of the text above, there are dictionaries of six single
+# layers: as large as the shared one ($R = 8$), and with $R = 1$, so that thirty of them have as many latents as a shared one with
+# $R = 30$.
+
+# %% tags=["remove-cell"]
+declared = load_experiment("experiments/fetched/smollm2_single.yml")
+single = experiments.materialise(declared).evaluation
+own = single[single.layer.isin([0, 5, 11, 17, 23, 29])]
+named = {"all layers, R 30": "for all, R = 30", "all layers": "for all, R = 8"}
+named |= {r"layer \d+, .*": "for each, R = 1", r"layer \d+": "for each, R = 8"}
+own = own.assign(dictionary=own.case.replace(named, regex=True))
 
 # %% tags=["hide-input"]
-single = experiments.measure(load_experiment("experiments/fetched/smollm2_layers.yml"), "evaluate")
-own = experiments.tables(single, "evaluation.csv").set_index("layer")
-costs = {
-    "fvu_global": "FVU",
-    "delta_ce": "delta CE",
-    "delta_ce_low": "low",
-    "delta_ce_high": "high",
-}
-shared = results.evaluation.set_index("layer").loc[own.index]
-pair = {"for all layers": shared[list(costs)], "for this layer": own[list(costs)]}
-pd.concat(pair, axis=1).rename(columns=costs).round(3)
-
-# %% [markdown]
-# **What to see.** At equal size a dictionary of one layer has a third to two thirds of the shared one's FVU and costs the model less than
-# half as much; the intervals do not meet at any of the five. In proportion the gain is largest at the first layer. It is no wonder: thirty
-# of them would have thirty times the latents. At an equal number of latents in all the comparison in {doc}`carried` comes out otherwise in
-# our small model; here it was not made. (A token is left out where it is massive at a layer that is read, so at layers 0 and 5 the
-# dictionaries of one layer were trained and measured on the first positions as well. So a part of the gain at layer 5 is theirs.)
-#
-# **What would contradict it.** Intervals that overlap: then sharing would cost nothing.
-#
-# The last layer was read at the small budget (as below):
+charts.metric_by_layer(
+    own,
+    title="At a small budget one layer's own dictionary has the lower FVU, at equal size",
+    subtitle="Dictionaries of 32,768 tokens, measured at six layers. Choose the metric.",
+    color="dictionary",
+)
 
 # %% tags=["hide-input"]
-end = experiments.measure(load_experiment("experiments/fetched/smollm2_single.yml"), "evaluate")
-end = experiments.tables(end, "evaluation.csv").query("layer == 29")
-end.set_index("case")[list(costs)].rename(columns=costs).round(3)
+shown = {"fvu_global": "FVU", "delta_ce": "delta CE"}
+table = own.pivot_table(list(shown), "layer", "dictionary", sort=False)
+table[list(shown)].rename(columns=shown).round(3)
 
 # %% [markdown]
-# So there, too, and the intervals do not meet. In proportion the FVU falls as at the other layers. The loss falls by less: more than half
-# of it is left, where it is less than half at all the others. Both lose a great deal at this budget.
+# **What to see.** At equal size a dictionary of one layer has the lower FVU at all six, and the intervals meet at layer 11 alone. In
+# proportion the gain is largest at the last layer, and smallest in the middle. What the model loses is lower at the first and the last
+# layer, and not clearly lower in between. It is no wonder: thirty of them would have thirty times the latents.
+#
+# At an equal number of latents in all ($R = 1$ for each, $R = 30$ for all) each layer's own still has the lower FVU but at layer 11, and
+# the loss is lower at the last layer, higher at layer 5, and within the intervals elsewhere. In our small model, too, sharing does worst
+# at the ends, and in the middle it is ahead ({doc}`single_layer`). But with $R = 30$ the shared dictionary is here no better than with $R = 8$: after so short a training it has
+# no use for more latents, and what it would do with them later we do not know. (A token is left out where it is massive at a layer that is
+# read, so the dictionaries of layers 0, 5 and 29 alone were trained and measured on the first positions as well. So a part of the
+# difference there is theirs.)
+#
+# **What would contradict it.** At equal size, an FVU as low in the shared one: then sharing would cost nothing.
 #
 # ## On prose
 #
@@ -258,7 +262,7 @@ elsewhere.loc[["docstrings", "Wikipedia"]].round(3)
 
 # %% [markdown]
 # **What to see.** The model itself finds this prose a little easier than docstrings. The dictionary does not: its FVU is twice as high in
-# the mean over layers, and what the model loses is nearly six times as much, more than a nat. A dictionary is one of a model and a text,
+# the mean over layers, and what the model loses is five times as much, nearly one and a half nats. A dictionary is one of a model and a text,
 # then, and the small loss in the table of claims belongs to docstrings.
 #
 # The first ratio is higher on prose, and the intervals are far apart. So Eq. 11 depends on the text that is read about as much as it
@@ -269,7 +273,7 @@ elsewhere.loc[["docstrings", "Wikipedia"]].round(3)
 #
 # ## Seeds, k, R, and random weights
 #
-# Further dictionaries read a hundredth of the text in smaller batches: of three seeds, of other $k$ and $R$, of the model
+# Further dictionaries read a thirtieth of the text: of three seeds, of other $k$ and $R$, of the model
 # with its sinks, and of SmolLM2's shape with random weights. Compare them with each other only; so little training leaves an FVU of more
 # than twice the one above.
 
@@ -299,9 +303,8 @@ means.rename(columns=charts.METRICS)
 # **What to see.** The seeds hardly differ in the first ratio. With random weights it is 0.51, where they have 0.75: so at this budget, too,
 # that latents prefer layers is no sign of learning, since the model that has learnt nothing shows more of it. (Its interval over text is
 # wide and does not contain its estimate; the order is clear all the same. The second ratio is higher, but its interval overlaps with that
-# of a seed.) But the dictionary's own training moves the first ratio by as much: of the trained model it is 0.47 after 4 million tokens.
-# What it would be with random weights then, we do not know. The two are not alike otherwise: of the random model this dictionary
-# reconstructs little. (It loses next to nothing with it, since there is nothing to lose.)
+# of a seed.) But the dictionary's own training moves the first ratio by as much, as the next section shows. The two are not alike
+# otherwise: of the random model this dictionary reconstructs little. (It loses next to nothing with it, since there is nothing to lose.)
 #
 # More active latents raise the first ratio, as in our models ({doc}`variance`), and lower FVU and loss. From
 # $R = 4$ to 16 the first ratio rises a little and the second falls to a half, while FVU hardly moves: after so short a training more
@@ -312,9 +315,40 @@ means.rename(columns=charts.METRICS)
 #
 # **What would contradict it.** A first ratio near 1 with random weights, or seeds as far apart as conditions.
 #
+# ## Does longer training tell trained weights from random ones?
+#
+# The small budget, eight times as much, and the million tokens of the dictionary above; the ratios on the same 4,096 test tokens.
+
+# %% tags=["remove-cell"]
+longer = experiments.materialise(load_experiment("experiments/fetched/smollm2_longer.yml"))
+after = layers.variance_sweeps({"longer": longer.artefacts["distributions"]})
+budgets = {32_768: of_small, 262_144: after, 1_048_576: elsewhere.reset_index()}
+budgets = pd.concat(budgets, names=["tokens"]).reset_index("tokens")
+trained = dict.fromkeys(["seed 0", "trained weights", "docstrings"], "trained")
+budgets["weights"] = budgets.run.replace(trained | {"random weights": "random"})
+budgets = budgets[budgets.weights.isin(["trained", "random"])]
+
+# %% tags=["hide-input"]
+columns = ["low", "value", "high", "permuted", "gaussian"]
+budgets.set_index(["ratio", "weights", "tokens"])[columns].sort_index().round(3)
+
+# %% tags=["hide-input"]
+shown = ["fvu_global", "delta_ce", "dead"]
+longer.evaluation.groupby("case", sort=False)[shown].mean().round(3).rename(columns=charts.METRICS)
+
+# %% [markdown]
+# **What to see.** The first ratio falls with training, for trained weights and for random ones alike. At either budget the random
+# ones are far below, and the intervals do not meet; even after a million tokens the trained ones are above what the random
+# ones have after a quarter of that. So at equal training a low first ratio is no sign that the model has learnt. The second rises with
+# training; of random weights its intervals overlap. The dictionary of random weights hardly learns: its FVU stays near 0.7, a fifth of its latents are dead, and most of
+# the others are seldom active. So its ratios are of few tokens, which pulls the first one down a little: with layers permuted it is 0.86,
+# where many tokens give 1.
+#
+# **What would contradict it.** Random weights whose first ratio stays where it is, or rises.
+#
 # ## Carried, rewritten or shared?
 #
-# The questions of {doc}`carried`, put to this model and its dictionary of 4 million tokens. Is a latent still active a block later, more or
+# The questions of {doc}`carried`, put to this model and its dictionary of a million tokens. Is a latent still active a block later, more or
 # less often than with *another token's update* in the place of the block's own, or with as much of it in a *random direction*? Above
 # zero beside another token's update, and blocks write again what is active; below, and they erase it. Random directions show what an
 # update of that size does anyway. Read on 8,192 test tokens.
@@ -341,7 +375,7 @@ carried_charts.beside(
 # %% [markdown]
 # **What to see.** After most blocks survival is within 0.02 of that with another token's update, and mostly a little below it. It is just
 # further below after the block that follows layer 9, and clearly so after those that follow layers 17 and 19. Over five blocks (choose
-# them) it is below at layers in the middle, and above at the first four and from layer 18 on. Over twenty it is above throughout. So in the
+# them) it is below at some layers in the middle, and above at the first four and from layer 18 on. Over twenty it is above throughout. So in the
 # mean a block passes on what is active, as {doc}`carried` finds of our small model. That more is left over many blocks is so here over
 # twenty, there over five. Updates in random directions would leave more after all blocks but three, of the last six. Elsewhere a real
 # update moves a few more latents out of the $k$ largest than a random one, whichever token it comes from.
@@ -375,7 +409,7 @@ treated = treated[treated.of.isin(["another token's updates", margins.CHANCE])]
 treated.groupby("of", sort=False)[["latents", "more", "less"]].mean().round(3)
 
 # %% [markdown]
-# **What to see.** Of the pairs 44 % are of one layer, and in sums of other tokens' updates 40 %. With hysteresis a third
+# **What to see.** Of the pairs 42 % are of one layer, and in sums of other tokens' updates 39 %. With hysteresis a third
 # of that is left, and in the sums a little less. So in this model, too, that a latent seems to belong to one layer at a token is for the
 # most part the margin of TopK and what adding does. The difference to the sums is larger than in our small model, and has the other sign:
 # a few more pairs are of one layer. With hysteresis that stays, and the intervals do not meet.
@@ -396,8 +430,8 @@ shown = ablated[kept & ablated.gap.isin([1, 2, 3, 5, 10, 20])]
 shown.set_index(["taken", "gap"])[columns].round(3)
 
 # %% [markdown]
-# **What to see.** After one block 0.83 of the activation of a latent that is still active was carried there. With the model run again
-# the drop is 0.79. The difference is small and grows: after five blocks it is 0.11 of the activation. For the latent itself no interval
+# **What to see.** After one block 0.80 of the activation of a latent that is still active was carried there. With the model run again
+# the drop is 0.77. The difference is small and grows: after five blocks it is 0.07 of the activation. For the latent itself no interval
 # of *blocks* has zero in it. So blocks write a little less of a latent if it is there than if it is not. One may say that they take some
 # of it away, or that they make up for what is missing: the ablation shows the difference alone. In our small model they add a little
 # instead, after two and three blocks ({doc}`carried`). Other latents and random directions hardly matter.
@@ -414,7 +448,7 @@ both.pivot_table(index="of", columns="ratio", values="value", sort=False).round(
 # %% [markdown]
 # **What to see.** With the codes of *another token at each layer*, Eq. 11 is a little smaller than what is measured; in our small model
 # it is larger ({doc}`carried`). In both it asks mostly at which layers latents are used over all the text. Eq. 12 asks for the token, too:
-# without it, less than a third is left. Sums of other tokens' updates have nearly two thirds of it; in our small model they have most.
+# without it, less than a third is left. Sums of other tokens' updates have more than half of it; in our small model they have most.
 # And sums of random directions have hardly less than those; in our small model about half as much. So what sums give of Eq. 12 is in this
 # model what nearly any sum gives.
 #
@@ -433,7 +467,7 @@ said[said.prompt == prompt].set_index("rank")[["token", "probability"]].round(3)
 single = experiments.tables(results.artefacts["prompts"], "prompts.csv")
 sweep_charts.gallery(
     layers.sample_prompt(sweeps.stack({"model": single}), prompt),
-    title="A third of the prompt's latents are at one layer, hardly more than by chance",
+    title="Three in ten of the prompt's latents are at one layer, hardly more than by chance",
     subtitle="100 latents of the prompt, evenly spaced in the order of their mean layer in it.",
 )
 
@@ -442,8 +476,8 @@ spreads = experiments.tables(results.artefacts["prompts"], "spread.csv")
 spreads[spreads.prompt == prompt].drop(columns="prompt").set_index("of").round(3)
 
 # %% [markdown]
-# **What to see.** The model gives three quarters of the probability to *Mary*. Of the latents of the prompt 32 % are active at one layer
-# only, and with layers permuted at each token 28 %: as in {doc}`distributions`, most of that is how few tokens a prompt has, and a few
+# **What to see.** The model gives three quarters of the probability to *Mary*. Of the latents of the prompt 31 % are active at one layer
+# only, and with layers permuted at each token 27 %: as in {doc}`distributions`, most of that is how few tokens a prompt has, and a few
 # points are more.
 #
 # **What would contradict it.** A prompt's share no larger than with layers permuted.
@@ -463,10 +497,9 @@ HTML(chosen.as_html(latents, names))
 # %% [markdown]
 # **What to see.** Nineteen of twenty have a name after a look at four texts, and each name is a token, or a token and what goes with it.
 # The rule asks for the largest activation. Of the first thirteen all four are at layer 0 (which the results have, not the table), where
-# the token just read is all there is, whatever their mean layer. The latent of “between” shows how soon a name ends: its fourth text is
-# “against”, with little more than a third of the activation. Of the other seven the largest activations are late ones, though some of
-# them are active at the first layers, too. The one without a name is of the last layer alone, and is active at more than half of all
-# tokens. So these are names of what a latent does when it is loudest; they do not say what it does at the other layers.
+# the token just read is all there is, whatever their mean layer. Of the latent of “top” three of four are at the next few layers, and of the
+# other six all are late ones, though some of them are active at the first layers, too. The one without a name is of the last layer, and
+# is active at most tokens. So these are names of what a latent does when it is loudest; they do not say what it does at the other layers.
 #
 # **What would contradict it.** Texts of one latent that have nothing in common, in most rows.
 #
@@ -474,49 +507,29 @@ HTML(chosen.as_html(latents, names))
 #
 # | claim of {cite:t}`lawson2025` | theirs | here, with its 95 % interval | null model, or with sinks | verdict |
 # | --- | --- | --- | --- | --- |
-# | norms grow over the layers | a picture (Figure 4) | 46 to 882, at all steps but one | with sinks at all steps | holds |
+# | norms grow over the layers | a picture (Figure 4) | 47 to 895, at all steps but one | with sinks at all steps | holds |
 # | vectors of adjacent layers are alike | a picture (Figure 1) | 0.87 to 0.95, but 0.61 at the last step | with sinks 0.66 where they come up | holds, but for the last step |
-# | latents prefer layers: Eq. 11 is below 1 | 0.54 to 0.88 | 0.470 [0.466, 0.476]; another seed 0.471 | 0.999 permuted, 0.987 Gaussian; with sinks 0.474, without 0.473 (4,096 tokens); on prose 0.595; random weights 0.51, where the same small budget gives 0.747 [0.740, 0.754] over three seeds | holds, below their range; a sign of learning it is not at the small budget, at the large one nobody knows |
-# | at one token a latent is at few layers: Eq. 12 is small | 0.01 to 0.10 | 0.121 [0.119, 0.122]; another seed 0.118 | 0.42 permuted, 0.04 Gaussian; with sinks 0.121, without 0.121 | holds, but Gaussian vectors have less; their estimator gives smaller numbers ({doc}`variance`) |
-# | in one prompt many latents are at one layer only | a picture (Figure 3) | 32 % of 1,196 latents | 28 % permuted | holds, but is mostly the size of the sample |
-# | over many tokens latents are at several layers | a picture (Figure 2) | entropy 0.74 of its maximum | 0.995 permuted | holds |
-# | an FVU of 0.1 goes with a loss of half a nat | 0.08 to 0.11, 0.40 to 0.57 (Pythia) | 0.086; 0.21, from 0.08 [0.05, 0.11] to 0.98 [0.87, 1.07] | with sinks 0.047; 0.27. On prose 0.188; 1.23 | on the text it was trained on: FVU alike, the loss smaller but at the last three layers |
+# | latents prefer layers: Eq. 11 is below 1 | 0.54 to 0.88 | 0.505 [0.502, 0.513]; at the small budget 0.747 [0.740, 0.754] over three seeds | 0.994 permuted, 0.987 Gaussian; with sinks 0.489, without 0.488 (4,096 tokens); on prose 0.608; random weights 0.51 at the small budget, and 0.36 where trained ones have 0.62 after eight times as much | holds, below their range; no sign of learning, since random weights are lower at equal training |
+# | at one token a latent is at few layers: Eq. 12 is small | 0.01 to 0.10 | 0.124 [0.121, 0.125] | 0.44 permuted, 0.04 Gaussian; with sinks 0.126, without 0.126 (4,096 tokens) | holds, but Gaussian vectors have less; their estimator gives smaller numbers ({doc}`variance`) |
+# | in one prompt many latents are at one layer only | a picture (Figure 3) | 31 % of 1,038 latents | 27 % permuted | holds, but is mostly the size of the sample |
+# | over many tokens latents are at several layers | a picture (Figure 2) | entropy 0.74 of its maximum | 0.986 permuted | holds |
+# | an FVU of 0.1 goes with a loss of half a nat | 0.08 to 0.11, 0.40 to 0.57 (Pythia) | 0.102; 0.28, from 0.12 [0.09, 0.15] to 1.16 [1.07, 1.24] | with sinks 0.058; 0.36. On prose 0.199; 1.45 | on the text it was trained on: FVU alike, the loss smaller but at the last six layers |
 # | Llama has many latents at the first layer alone | a picture (Figure 13) | 0.5 % of the latents | | not found |
-# | (not asked) what is active later was carried there | | $\delta$ 0.83 [0.80, 0.87], $\rho$ 0.79 [0.76, 0.82] after one block | 0.002 another latent, 0.013 a random direction | mostly carried, as in our model; blocks write 0.04 less where it is there |
-# | (not asked) a latent belongs to one layer at a token | | 44 % of the pairs, 15 % with hysteresis | 40 % and 12 % in sums of other tokens' updates | for the most part the margin of TopK, and what adding does |
+# | (not asked) what is active later was carried there | | $\delta$ 0.80 [0.76, 0.84], $\rho$ 0.77 [0.73, 0.80] after one block | 0.005 another latent, 0.012 a random direction | mostly carried, as in our model; blocks write 0.03 less where it is there |
+# | (not asked) a latent belongs to one layer at a token | | 42 % of the pairs, 14 % with hysteresis | 39 % and 12 % in sums of other tokens' updates | for the most part the margin of TopK, and what adding does |
 # | larger models spread latents over more layers | over five Pythias | one model | | cannot be said |
 #
 # ## What was not done
 #
-# At 4 million tokens two seeds and two $k$ at one $R$, whose intervals are over the text alone; three seeds and other $k$, $R$, random
-# weights and the last layer at the small budget only. No dictionaries of one layer with a thirtieth of the latents, no surrogate that was
-# trained on, no tuned lens. Survival has one dictionary, and ablations sixteen sequences.
-#
-# ## The text on the GPU
-#
-# `docstrings` are those of packages at pinned releases. The machine with the GPU had other releases of some (PyTorch and transformers among
-# them), and its transformers put another special token between documents, `<|im_start|>` where it is `<|im_end|>` here. So what was
-# trained and measured there is of a text much like the corpus, and not the same: of 82 pieces of text in the table of latents above, 80
-# are in it. The key of a result does not know that, since it is that of the pins. What was measured on a processor is of the pinned
-# text: survival, margins, ablations, the small budget, prose, sinks in 4,096 tokens. Does it matter? The same dictionary on both:
-
-# %% tags=["hide-input"]
-pinned = load_experiment("experiments/fetched/smollm2_pinned.yml")
-pinned = experiments.materialise(pinned).evaluation
-texts = pd.concat({"text of the GPU": results.evaluation, "pinned text": pinned}, names=["text"])
-columns = ["tokens", "fvu_global", "ce_original", "delta_ce", "kl"]
-texts.groupby("text", sort=False)[columns].mean().round(3).rename(columns=charts.METRICS)
-
-# %% [markdown]
-# **What to see.** On the pinned text the dictionary has an FVU of 0.096 in place of 0.086, and costs the model 0.27 nats in place of 0.21.
-# It is a quarter as many tokens, of other sequences, so how much of that is the text we cannot say. Small differences between results of
-# the two machines say nothing.
+# At a million tokens there is one dictionary, whose intervals are over the text alone; three seeds, other $k$ and $R$, random weights and
+# single layers have the small budget only, and $R$ ends at 16. No surrogate was trained on, and no tuned lens. Survival has one
+# dictionary, and ablations sixteen sequences.
 #
 # ## How this page was made
 #
-# Trained and measured on one GPU; on a CPU what is measured on 4,096 tokens, the dictionaries of 32,768 tokens, drift with sinks, the
-# predictions, survival, margins and ablations. CE and KL are of 8,192 of the 32,768 test tokens, in whole
-# sequences spread evenly; their intervals are over sequences. The dictionary is shipped, and was measured, with its weights rounded to
+# Trained and measured on two cores, which several jobs shared most of the time, so *seconds* are more than quiet ones take. CE and KL are
+# of 8,192 of the 32,768 test tokens, in whole sequences spread evenly; their intervals are over sequences. The ratios of prose and of
+# sinks, and the small budget, are measured on 4,096 tokens. The dictionary is shipped, and was measured, with its weights rounded to
 # half precision. What that costs, in the means over layers:
 
 # %% tags=["hide-input"]
@@ -530,13 +543,13 @@ results.provenance.set_index("stage")
 experiments.notes([*followed, *margin, *taken]).set_index(["case", "stage"])
 
 # %% [markdown]
-# What it costs without a GPU: on two quiet cores with AVX-512, FVU, delta CE and KL of all 30 layers take 82 s for 2,048 tokens, of which
-# all are replaced, and 3 GB of memory. So the 32,768 tokens of this page would take 22 minutes; `status`, which measures a smaller sample,
-# says 20. One of them alone reads about 150 tokens a second in training.
+# What it costs: on two quiet cores with AVX-512, FVU, delta CE and KL of all 30 layers take 21 minutes for 32,768 tokens, of which all are
+# replaced, and 3 GB of memory ({doc}`benchmarks`). With a quarter of them replaced, as here, one core took 14 minutes, with another job
+# beside it. One core alone reads about 150 tokens a second in training.
 #
 # With the model at hand, `python -m mlsae_core train SPEC.yml` with `model: smollm2-135m` and a few thousand tokens trains a dictionary of
-# your own in minutes. `python -m mlsae_book materialise book/experiments/fetched/smollm2.yml` makes this one again, on a GPU in about five
-# minutes (the sum of the table's seconds).
+# your own in minutes. `python -m mlsae_book reproduce book/experiments/fetched/smollm2.yml` makes this one again and compares it, in about
+# two hours of two quiet cores with AVX-512; it continues where it was stopped.
 #
 # ```{bibliography}
 # :filter: docname in docnames
