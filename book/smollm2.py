@@ -93,7 +93,7 @@ massive.loc[[0, 5, 10, 11, 12, 15, 20, 25, 27, 28, 29], list(shown)].rename(colu
 # when a layer is put back.
 #
 # **What to see.** After block 11 the first vector of every sequence is a hundred times as long as the others and more, and it
-# stays long to layer 27. (One of the 128 begins with the end of a document, a special token, which is left out of all metrics.) Before
+# stays long to layer 27. (One of them begins with the end of a document, a special token, which is left out of all metrics.) Before
 # that, at layers 1 to 8, it is three to nine times as long as others, but not by enough to be called massive. Six tokens just after a
 # first one are massive, too, and no other anywhere. We looked them up: each repeats the first, so all that attention can read there is the
 # same, and so is the vector. These few tokens, 0.4 % of all, carry nearly all of the variance from layer 11 on, and still four fifths of
@@ -225,13 +225,13 @@ table.sort_index(level="layer", sort_remaining=False)
 # %% [markdown]
 # **What to see.** At equal size a dictionary of one layer has the lower FVU at all six, and the intervals meet at layer 11 alone. In
 # proportion the gain is largest at the last layer, and smallest in the middle. That is no wonder: thirty of them would have thirty times
-# the latents. What the model loses is lower at the first and the last layer. In between the intervals meet, and at layers 5, 11 and 17 the
-# estimate is higher.
+# the latents. What the model loses is lower at the first and the last layer. In between the intervals meet, and at three of the four layers
+# the estimate is higher.
 #
 # At an equal number of latents in all ($R = 1$ for each, $R = 30$ for all) each layer's own has the lower FVU at layers 5, 23 and 29. At
 # the other three the intervals meet, and at layer 11 the two are equal. Its loss is lower at the last layer and higher at layer 5;
 # elsewhere the intervals meet. In our small model the shared dictionary has the lower FVU in the middle ({doc}`single_layer`); here
-# nowhere. But with $R = 30$ it is no better than with $R = 8$: after so short a training it has no use for more latents, and what it
+# nowhere. But it is no better than the smaller one: after so short a training it has no use for more latents, and what it
 # would do with them later we do not know. (A token is left out where it is massive at a layer that is read. So the dictionaries of
 # layers 0, 5 and 29 alone were trained and measured on the first positions as well, and a part of the difference there is due to that.)
 #
@@ -381,8 +381,8 @@ carried_charts.beside(
 # layer 1 alone it is clearly above, by 0.017. Over five blocks (choose them) it is below at some layers in the middle, and above at the
 # first four and from layer 18 on. Over twenty it is above throughout. So in the mean a block passes on what is active, as {doc}`carried`
 # finds of our small model. That more is left over many blocks is so here over twenty, there over five. Updates in random directions would
-# leave more, by up to 0.08, but after layers 23, 27 and 28. Elsewhere a real update moves a few more latents out of the $k$ largest than a
-# random one, whichever token it comes from.
+# leave more, but after three of the late blocks. Elsewhere a real update moves a few more latents out of the $k$ largest than a random one,
+# whichever token it comes from.
 #
 # **What would contradict it.** An excess of one sign after every block, and large.
 #
@@ -505,9 +505,9 @@ HTML(chosen.as_html(latents, names))
 # **What to see.** Nineteen of twenty have a name after a look at four texts, and each name is a token, or a token and what goes with it.
 # The rule asks for the largest activation. Of the first thirteen latents all four texts are at layer 0 (which the results have, not the
 # table), whatever their mean layer. After one block little is there but the token just read. Of the latent of “top” three of four are at
-# layers 3 and 4. Of the other six all are at layer 20 or later, though some of these latents are active at the first layers, too. The one
-# without a name is of the last layer, and is active at six tokens of seven. So these are names of what a latent does when it is loudest;
-# they do not say what it does at the other layers.
+# the layers just above. Of the other six all are at layer 20 or later, though some of these latents are active at the first layers, too.
+# The one without a name is of the last layer, and is active at six tokens of seven. So these are names of what a latent does when it is
+# loudest; they do not say what it does at the other layers.
 #
 # **What would contradict it.** Texts of one latent that have nothing in common, in most rows.
 #
@@ -539,7 +539,7 @@ HTML(chosen.as_html(latents, names))
 # of 8,192 of the 32,768 test tokens, in whole sequences spread evenly; their intervals are over sequences. Prose, the ratios with sinks,
 # and all shorter trainings are measured on 4,096 tokens. There CE and KL are of 2,048 of them (prose, single layers) or of 512 (the
 # others). The dictionary is shipped, and was measured, with its weights rounded to half precision. What that costs, in the means over
-# layers, on 2,048 tokens:
+# layers:
 
 # %% tags=["hide-input"]
 [(_, trained)] = results.artefacts["train"]
