@@ -107,7 +107,7 @@ spreads[spreads.prompt == prompt].drop(columns="prompt").set_index(["model", "of
 # %% [markdown]
 # **What to see.** Of the prompt's latents about 40 % are active at one layer only, in each of our architectures. As in
 # {doc}`distributions`, most of that is the size of the sample: with layers permuted at each token it is little less, and what is left is
-# 6 or 7 points. In SmolLM2 both are lower, and what is left is no more.
+# 6 or 7 points. In SmolLM2 both are lower, and less is left, 4 points.
 #
 # **What would contradict it.** An architecture in which the prompt's share is no larger than with layers permuted.
 #

@@ -95,7 +95,7 @@ layers.spread_table(both[-1][1]).set_index("of").round(3)
 
 # %% [markdown]
 # **What to see.** Latents of SmolLM2 prefer layers as those of our model do. The favourite layer has a quarter of the probability, where
-# no preference would be a thirtieth, and the entropy is about as far below its maximum as in our
+# layers permuted leave a twentieth, and the entropy is about as far below its maximum as in our
 # model. So a latent there serves more layers. But it serves a smaller part of them: the same fraction of the logarithm of more layers is
 # a smaller fraction of the layers.
 #

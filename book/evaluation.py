@@ -328,8 +328,8 @@ by_model.groupby("model", sort=False)[["fvu_global", "fvu_per_dimension", "delta
 # the sizes of Pythia. MSE depends on the scale of a model's activations, L1 on its width.
 #
 # SmolLM2's line is of another shape. Its global FVU is as high at the first layer as in the middle and lowest at the third; its delta CE
-# is flat over the first half and grows from there, most at the last layer. FVU ranks its layers much as the loss does ({doc}`smollm2`), but
-# less closely than in our models, which have fewer.
+# is nearly flat over the first half and grows from there, most at the last layer. FVU ranks its layers much as the loss does
+# ({doc}`smollm2`): less closely than in four of our models, and more than in `gpt2-6l-128d` and `neox-4l-64d`.
 #
 # **What would contradict it.** A size that is below the others at all layers in both kinds of FVU, as GPT-2 is below the
 # GPT-NeoX of its size.

@@ -35,7 +35,7 @@ from mlsae_book.charts import carried as carried_charts
 from mlsae_book.charts import layers as layer_charts
 from mlsae_book.charts import positions as position_charts
 from mlsae_book.charts import sweeps as sweep_charts
-from mlsae_book.tables import carried, chosen, layers, margins, positions, spread, sweeps
+from mlsae_book.tables import carried, chosen, fidelity, layers, margins, positions, spread, sweeps
 from mlsae_book.tables.transfer import Target
 from mlsae_core.spec import DataSpec, load_experiment
 
@@ -93,13 +93,13 @@ massive.loc[[0, 5, 10, 11, 12, 15, 20, 25, 27, 28, 29], list(shown)].rename(colu
 # when a layer is put back.
 #
 # **What to see.** After block 11 the first vector of every sequence is a hundred times as long as the others and more, and it
-# stays long to layer 27. (One of the 128 begins with the end of a document, a special token, which is left out of all metrics.) Before
-# that, at layers 2 to 8, it is longer than others as well, but not by enough to be called massive. Six tokens just after a first one are
-# massive, too, and no other anywhere. We looked them up: each repeats the first, so all that attention can read there is the same, and so
-# is the vector. These few tokens, 0.4 % of all, carry nearly all of the variance from layer 11 on, and still most of it at layer 27. From
-# the third position on the mean length is within about a fifth of that of the layer; at the second it is up to half as long again. How
-# much is lost at a position goes with the layer: at layers 2 to 8 the FVU grows on the whole from the fifth position on, at the first
-# layer it falls.
+# stays long to layer 27. (One of them begins with the end of a document, a special token, which is left out of all metrics.) Before
+# that, at layers 1 to 8, it is three to nine times as long as others, but not by enough to be called massive. Six tokens just after a
+# first one are massive, too, and no other anywhere. We looked them up: each repeats the first, so all that attention can read there is the
+# same, and so is the vector. These few tokens, 0.4 % of all, carry nearly all of the variance from layer 11 on, and still four fifths of
+# it at layer 27. Without them (choose it) the mean length from the third position on is within about a fifth of that of the layer. At the
+# second it is up to half as long again. How much is lost at a position goes with the layer: at layers 2 to 8 the FVU grows from the
+# fifth position on, at the first layer it falls on the whole.
 #
 # **What would contradict it.** Sinks all over the sequences, or in some of them only: then they would be of a token, not of a place.
 # (Larger models are reported to have them [anywhere in a sequence](https://github.com/saprmarks/dictionary_learning/pull/52).)
@@ -135,7 +135,7 @@ both = experiments.measure(load_experiment("experiments/fetched/smollm2_kept.yml
 positions.drift_both_ways(excluded, kept, [5, 20]).set_index("metric").round(3)
 
 # %% [markdown]
-# And the ratios of {doc}`variance`, on 4,096 tokens both ways:
+# And the two ratios of {doc}`variance`, on 4,096 tokens both ways. On this page the *first ratio* is Eq. 11 and the *second* Eq. 12:
 
 # %% tags=["hide-input"]
 elsewhere.loc[["docstrings", "docstrings, with sinks"]].round(3)
@@ -153,13 +153,13 @@ elsewhere.loc[["docstrings", "docstrings, with sinks"]].round(3)
 # libraries have met
 # [an FVU that is very low](https://github.com/EleutherAI/sparsify/pull/113) for the same reason, and leave such tokens out as well.
 #
-# The ratios hardly notice the sinks: a latent is counted at every token alike, whatever the length of the vector. (Intervals lie above
-# their estimates here: of so few tokens the first ratio comes out too low, and a basic bootstrap takes that off.)
+# The ratios hardly notice the sinks: a latent is counted at every token alike, whatever the length of the vector. (The first ratio's
+# intervals lie above its estimates here: of so few tokens it comes out too low, and a basic bootstrap takes that off.)
 #
 # **What would contradict it.** The same FVU both ways.
 #
-# **What it says of the paper's odd rows.** In the paper's Table 1 Llama 3.2 3B has an FVU of 0.30 and Gemma 2 2B one of 0.21, with a loss
-# of 1.5 nats, where all others have 0.10. Their text was packed without a token for the beginning, as ours, and both models are known to
+# **What it says of the paper's odd rows.** In the paper's Table 1 all models have an FVU of about 0.1 but two: Llama 3.2 3B has 0.30, and
+# Gemma 2 2B has 0.21 and a loss of 1.5 nats. Their text was packed without a token for the beginning, as ours, and both models are known to
 # have massive activations. A dictionary that can write the sinks has a *lower* FVU for them, one that cannot would have one near 1 at the
 # layers that have them, and a model that breaks. Gemma 2's row, high in both, could be of the second kind. Llama's, with a high FVU and a
 # low loss of 0.35, is of neither: sinks alone do not explain it. More cannot be said without these models.
@@ -218,20 +218,22 @@ charts.metric_by_layer(
 
 # %% tags=["hide-input"]
 shown = {"fvu_global": "FVU", "delta_ce": "delta CE"}
-table = own.pivot_table(list(shown), "layer", "dictionary", sort=False)
-table[list(shown)].rename(columns=shown).round(3)
+table = fidelity.with_intervals(own, list(shown), 3).rename(columns=shown)
+table = table.assign(dictionary=own.dictionary.tolist()).set_index("dictionary", append=True)
+table.sort_index(level="layer", sort_remaining=False)
 
 # %% [markdown]
 # **What to see.** At equal size a dictionary of one layer has the lower FVU at all six, and the intervals meet at layer 11 alone. In
-# proportion the gain is largest at the last layer, and smallest in the middle. What the model loses is lower at the first and the last
-# layer, and not clearly lower in between. It is no wonder: thirty of them would have thirty times the latents.
+# proportion the gain is largest at the last layer, and smallest in the middle. That is no wonder: thirty of them would have thirty times
+# the latents. What the model loses is lower at the first and the last layer. In between the intervals meet, and at three of the four layers
+# the estimate is higher.
 #
-# At an equal number of latents in all ($R = 1$ for each, $R = 30$ for all) each layer's own still has the lower FVU but at layer 11, and
-# the loss is lower at the last layer, higher at layer 5, and within the intervals elsewhere. In our small model, too, sharing does worst
-# at the ends, and in the middle it is ahead ({doc}`single_layer`). But with $R = 30$ the shared dictionary is here no better than with $R = 8$: after so short a training it has
-# no use for more latents, and what it would do with them later we do not know. (A token is left out where it is massive at a layer that is
-# read, so the dictionaries of layers 0, 5 and 29 alone were trained and measured on the first positions as well. So a part of the
-# difference there is theirs.)
+# At an equal number of latents in all ($R = 1$ for each, $R = 30$ for all) each layer's own has the lower FVU at layers 5, 23 and 29. At
+# the other three the intervals meet, and at layer 11 the two are equal. Its loss is lower at the last layer and higher at layer 5;
+# elsewhere the intervals meet. In our small model the shared dictionary has the lower FVU in the middle ({doc}`single_layer`); here
+# nowhere. But it is no better than the smaller one: after so short a training it has no use for more latents, and what it
+# would do with them later we do not know. (A token is left out where it is massive at a layer that is read. So the dictionaries of
+# layers 0, 5 and 29 alone were trained and measured on the first positions as well, and a part of the difference there is due to that.)
 #
 # **What would contradict it.** At equal size, an FVU as low in the shared one: then sharing would cost nothing.
 #
@@ -262,8 +264,9 @@ elsewhere.loc[["docstrings", "Wikipedia"]].round(3)
 
 # %% [markdown]
 # **What to see.** The model itself finds this prose a little easier than docstrings. The dictionary does not: its FVU is twice as high in
-# the mean over layers, and what the model loses is five times as much, nearly one and a half nats. A dictionary is one of a model and a text,
-# then, and the small loss in the table of claims belongs to docstrings.
+# the mean over layers. What the model loses is five times as much, nearly one and a half nats. A dictionary is one of a model and a text,
+# then, and the small loss in the table of claims belongs to docstrings. (The bounds in the table are means of the layers' bounds, not an
+# interval of the mean.)
 #
 # The first ratio is higher on prose, and the intervals are far apart. So Eq. 11 depends on the text that is read about as much as it
 # differs between our models ({doc}`variance`), and numbers of different texts should not be compared, ours with the paper's among them. The
@@ -282,7 +285,7 @@ small = experiments.materialise(load_experiment("experiments/fetched/smollm2_sma
 of_small = layers.variance_sweeps({"dictionary": small.artefacts["distributions"]})
 layer_charts.variance_ratios(
     of_small,
-    title="Three seeds agree, and random weights are far below them",
+    title="Three seeds agree, and in Eq. 11 random weights are far below them",
     subtitle="Lines: 95 % bootstrap intervals over blocks of sequences. 4,096 test tokens.",
 )
 
@@ -311,7 +314,7 @@ means.rename(columns=charts.METRICS)
 # latents are of no use yet.
 #
 # A dictionary that was trained with the sinks, and is measured with them, has less than half the FVU of the one without, and loses more.
-# Its first ratio is a little higher.
+# Its first ratio is higher, 0.80, by more than seeds differ.
 #
 # **What would contradict it.** A first ratio near 1 with random weights, or seeds as far apart as conditions.
 #
@@ -337,12 +340,12 @@ shown = ["fvu_global", "delta_ce", "dead"]
 longer.evaluation.groupby("case", sort=False)[shown].mean().round(3).rename(columns=charts.METRICS)
 
 # %% [markdown]
-# **What to see.** The first ratio falls with training, for trained weights and for random ones alike. At either budget the random
-# ones are far below, and the intervals do not meet; even after a million tokens the trained ones are above what the random
-# ones have after a quarter of that. So at equal training a low first ratio is no sign that the model has learnt. The second rises with
-# training; of random weights its intervals overlap. The dictionary of random weights hardly learns: its FVU stays near 0.7, a fifth of its latents are dead, and most of
-# the others are seldom active. So its ratios are of few tokens, which pulls the first one down a little: with layers permuted it is 0.86,
-# where many tokens give 1.
+# **What to see.** The first ratio falls with training, for trained weights and for random ones alike. At either budget the random ones are
+# far below, and the intervals do not meet; even after a million tokens the trained ones are above what the random ones have after a quarter
+# of that. So at equal training a low first ratio is no sign that the model has learnt. The second rises with training; of random weights
+# its intervals overlap. The dictionary of random weights hardly learns: its FVU stays near 0.7, after the longer training nearly a quarter
+# of its latents are dead, and most of the others are seldom active. So its ratios are of few tokens, which pulls the first one down: with
+# layers permuted it is 0.86, where many tokens give 1. Divided by that it is still far below that of trained weights.
 #
 # **What would contradict it.** Random weights whose first ratio stays where it is, or rises.
 #
@@ -374,11 +377,12 @@ carried_charts.beside(
 
 # %% [markdown]
 # **What to see.** After most blocks survival is within 0.02 of that with another token's update, and mostly a little below it. It is just
-# further below after the block that follows layer 9, and clearly so after those that follow layers 17 and 19. Over five blocks (choose
-# them) it is below at some layers in the middle, and above at the first four and from layer 18 on. Over twenty it is above throughout. So in the
-# mean a block passes on what is active, as {doc}`carried` finds of our small model. That more is left over many blocks is so here over
-# twenty, there over five. Updates in random directions would leave more after all blocks but three, of the last six. Elsewhere a real
-# update moves a few more latents out of the $k$ largest than a random one, whichever token it comes from.
+# further below after the block that follows layer 9, and clearly so after those that follow layers 17 and 19. After the one that follows
+# layer 1 alone it is clearly above, by 0.017. Over five blocks (choose them) it is below at some layers in the middle, and above at the
+# first four and from layer 18 on. Over twenty it is above throughout. So in the mean a block passes on what is active, as {doc}`carried`
+# finds of our small model. That more is left over many blocks is so here over twenty, there over five. Updates in random directions would
+# leave more, but after three of the late blocks. Elsewhere a real update moves a few more latents out of the $k$ largest than a random one,
+# whichever token it comes from.
 #
 # **What would contradict it.** An excess of one sign after every block, and large.
 #
@@ -442,8 +446,8 @@ shown.set_index(["taken", "gap"])[columns].round(3)
 
 # %% tags=["hide-input"]
 ratios = experiments.tables(followed, "ratios.csv")
-both = ratios[ratios.corrected & (ratios.weighting == "latents")]
-both.pivot_table(index="of", columns="ratio", values="value", sort=False).round(3)
+both = ratios[ratios.corrected]
+both.pivot_table("value", "of", ["ratio", "weighting"], sort=False).round(3)
 
 # %% [markdown]
 # **What to see.** With the codes of *another token at each layer*, Eq. 11 is a little smaller than what is measured; in our small model
@@ -451,6 +455,9 @@ both.pivot_table(index="of", columns="ratio", values="value", sort=False).round(
 # without it, less than a third is left. Sums of other tokens' updates have more than half of it; in our small model they have most.
 # And sums of random directions have hardly less than those; in our small model about half as much. So what sums give of Eq. 12 is in this
 # model what nearly any sum gives.
+#
+# That is with latents counted alike. Counted by their tokens ({doc}`variance`), seven tenths of Eq. 12 are left without the token, and
+# Gaussian vectors have more than is measured. In our small model this choice matters little here.
 #
 # **What would contradict it.** An Eq. 11 without the token far above what is measured.
 #
@@ -496,10 +503,11 @@ HTML(chosen.as_html(latents, names))
 
 # %% [markdown]
 # **What to see.** Nineteen of twenty have a name after a look at four texts, and each name is a token, or a token and what goes with it.
-# The rule asks for the largest activation. Of the first thirteen all four are at layer 0 (which the results have, not the table), where
-# the token just read is all there is, whatever their mean layer. Of the latent of “top” three of four are at the next few layers, and of the
-# other six all are late ones, though some of them are active at the first layers, too. The one without a name is of the last layer, and
-# is active at most tokens. So these are names of what a latent does when it is loudest; they do not say what it does at the other layers.
+# The rule asks for the largest activation. Of the first thirteen latents all four texts are at layer 0 (which the results have, not the
+# table), whatever their mean layer. After one block little is there but the token just read. Of the latent of “top” three of four are at
+# the layers just above. Of the other six all are at layer 20 or later, though some of these latents are active at the first layers, too.
+# The one without a name is of the last layer, and is active at six tokens of seven. So these are names of what a latent does when it is
+# loudest; they do not say what it does at the other layers.
 #
 # **What would contradict it.** Texts of one latent that have nothing in common, in most rows.
 #
@@ -510,7 +518,7 @@ HTML(chosen.as_html(latents, names))
 # | norms grow over the layers | a picture (Figure 4) | 47 to 895, at all steps but one | with sinks at all steps | holds |
 # | vectors of adjacent layers are alike | a picture (Figure 1) | 0.87 to 0.95, but 0.61 at the last step | with sinks 0.66 where they come up | holds, but for the last step |
 # | latents prefer layers: Eq. 11 is below 1 | 0.54 to 0.88 | 0.505 [0.502, 0.513]; at the small budget 0.747 [0.740, 0.754] over three seeds | 0.994 permuted, 0.987 Gaussian; with sinks 0.489, without 0.488 (4,096 tokens); on prose 0.608; random weights 0.51 at the small budget, and 0.36 where trained ones have 0.62 after eight times as much | holds, below their range; no sign of learning, since random weights are lower at equal training |
-# | at one token a latent is at few layers: Eq. 12 is small | 0.01 to 0.10 | 0.124 [0.121, 0.125] | 0.44 permuted, 0.04 Gaussian; with sinks 0.126, without 0.126 (4,096 tokens) | holds, but Gaussian vectors have less; their estimator gives smaller numbers ({doc}`variance`) |
+# | at one token a latent is at few layers: Eq. 12 is small | 0.01 to 0.10 | 0.124 [0.121, 0.125] | 0.44 permuted, 0.04 Gaussian; with sinks 0.126, without 0.126 (4,096 tokens) | holds beside layers permuted, but Gaussian vectors have less (latents counted by their tokens: more); their estimator gives smaller numbers ({doc}`variance`) |
 # | in one prompt many latents are at one layer only | a picture (Figure 3) | 31 % of 1,038 latents | 27 % permuted | holds, but is mostly the size of the sample |
 # | over many tokens latents are at several layers | a picture (Figure 2) | entropy 0.74 of its maximum | 0.986 permuted | holds |
 # | an FVU of 0.1 goes with a loss of half a nat | 0.08 to 0.11, 0.40 to 0.57 (Pythia) | 0.102; 0.28, from 0.12 [0.09, 0.15] to 1.16 [1.07, 1.24] | with sinks 0.058; 0.36. On prose 0.199; 1.45 | on the text it was trained on: FVU alike, the loss smaller but at the last six layers |
@@ -521,16 +529,17 @@ HTML(chosen.as_html(latents, names))
 #
 # ## What was not done
 #
-# At a million tokens there is one dictionary, whose intervals are over the text alone; three seeds, other $k$ and $R$, random weights and
-# single layers have the small budget only, and $R$ ends at 16. No surrogate was trained on, and no tuned lens. Survival has one
-# dictionary, and ablations sixteen sequences.
+# At a million tokens there is one dictionary, whose intervals are over the text alone. Three seeds, other $k$ and $R$ and single layers
+# have the small budget only, and random weights eight times as much at most. $R$ ends at 30. No surrogate was trained on, and no tuned
+# lens. Survival has one dictionary, and ablations sixteen sequences.
 #
 # ## How this page was made
 #
 # Trained and measured on two cores, which several jobs shared most of the time, so *seconds* are more than quiet ones take. CE and KL are
-# of 8,192 of the 32,768 test tokens, in whole sequences spread evenly; their intervals are over sequences. The ratios of prose and of
-# sinks, and the small budget, are measured on 4,096 tokens. The dictionary is shipped, and was measured, with its weights rounded to
-# half precision. What that costs, in the means over layers:
+# of 8,192 of the 32,768 test tokens, in whole sequences spread evenly; their intervals are over sequences. Prose, the ratios with sinks,
+# and all shorter trainings are measured on 4,096 tokens. There CE and KL are of 2,048 of them (prose, single layers) or of 512 (the
+# others). The dictionary is shipped, and was measured, with its weights rounded to half precision. What that costs, in the means over
+# layers:
 
 # %% tags=["hide-input"]
 [(_, trained)] = results.artefacts["train"]
@@ -545,11 +554,11 @@ experiments.notes([*followed, *margin, *taken]).set_index(["case", "stage"])
 # %% [markdown]
 # What it costs: on two quiet cores with AVX-512, FVU, delta CE and KL of all 30 layers take 21 minutes for 32,768 tokens, of which all are
 # replaced, and 3 GB of memory ({doc}`benchmarks`). With a quarter of them replaced, as here, one core took 14 minutes, with another job
-# beside it. One core alone reads about 150 tokens a second in training.
+# beside it. In training one core read 120 to 140 tokens a second, with another job beside it.
 #
 # With the model at hand, `python -m mlsae_core train SPEC.yml` with `model: smollm2-135m` and a few thousand tokens trains a dictionary of
 # your own in minutes. `python -m mlsae_book reproduce book/experiments/fetched/smollm2.yml` makes this one again and compares it, in about
-# two hours of two quiet cores with AVX-512; it continues where it was stopped.
+# three hours; it continues where it was stopped.
 #
 # ```{bibliography}
 # :filter: docname in docnames

@@ -96,6 +96,29 @@ def test_promoted_tokens_are_those_of_a_small_step_of_steering(arrays):
     assert change[best] > change.topk(3).values[-1] - 1e-3
 
 
+def test_effects_on_predictions_are_left_out_where_they_would_take_too_long(arrays, monkeypatch):
+    lm, layers, told = tiny_lm(), list(range(tiny_lm().n_layers)), []
+    cards.logit_slopes(lm, tiny_sae(), BATCHES[0], 1, told.append)
+    assert sum(told) == lm.d_model
+    # By hand: two passes for each dimension, of the blocks above each layer and of the logits.
+    block, logits = 24 * lm.d_model**2, 2 * lm.d_model * lm.vocab_size
+    above = sum(range(lm.n_layers))
+    of_token = above * block + len(layers) * logits
+    expected = 2 * lm.d_model * BATCHES[0].numel() * of_token
+    assert cards._operations(lm, layers, BATCHES[0]) == expected
+    source, options = reading(lm, BATCHES), SIZES | {"progress": False}
+    monkeypatch.setattr(cards, "MOST_OPERATIONS", expected - 1)
+    without = cards.cards(source, tiny_sae(), **options)
+    for name in ("promoted", "promoted_by", "suppressed", "suppressed_by"):
+        assert len(without[name]) == 0
+        assert without[name].dtype == arrays[name].dtype
+        assert without[name].shape[1:] == arrays[name].shape[1:]
+    np.testing.assert_array_equal(without["place"], arrays["place"])
+    monkeypatch.setattr(cards, "MOST_OPERATIONS", expected)
+    again = cards.cards(source, tiny_sae(), **options)
+    np.testing.assert_array_equal(again["promoted"], arrays["promoted"])
+
+
 def test_how_pure_latents_look_by_hand(tmp_path):
     slots = cards.STRONGEST + 4 * cards.OF_QUARTER
     made = {

@@ -99,6 +99,11 @@ class Card {
   }
 
   effects(card) {
+    const title = "What it does to the predictions";
+    if (!card.promoted.length) {
+      const why = "Left out: of so large a model it would take many hours.";
+      return element("div", {}, element("h4", {}, title), element("p", { className: "hint" }, why));
+    }
     const words = (pairs) =>
       pairs.flatMap(([id, by]) => {
         const chip = this.vocabulary.chip(id);
@@ -115,7 +120,7 @@ class Card {
       ),
     );
     return table(
-      "What it does to the predictions",
+      title,
       "Tokens whose logits change most for one activation more after that block; mean over a text.",
       ["Layer", "Promotes", "Suppresses"],
       rows,

@@ -7,6 +7,7 @@ dimensions, which says to first order what every latent does to the predictions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,9 @@ STEPS = 255
 STEP = 0.5
 #: Dimensions along which one batch of copies is moved.
 DIMENSIONS_AT_ONCE = 4
+#: Floating-point operations that effects on predictions may take: of Pythia-70m they do, within
+#: minutes of a GPU or hours of two cores; of larger models they are left out.
+MOST_OPERATIONS = 2e15
 #: Examples of a card: the strongest, and further ones of each quarter.
 STRONGEST, OF_QUARTER = 6, 4
 
@@ -87,7 +91,8 @@ def cards(
         activation at that layer, and ``by_layer`` (…, layer), at the peak. ``promoted``,
         ``promoted_by``, ``suppressed`` and ``suppressed_by`` (layer, latent, most): tokens whose
         logits change most when one activation more is added at every token after that block, and
-        by how much (nats, relative to the mean over the vocabulary, means over positions).
+        by how much (nats, relative to the mean over the vocabulary, means over positions); of no
+        layer where that would take more than `MOST_OPERATIONS`.
 
     Raises:
         SpecError: a dictionary that does not write to the residual stream itself, one vector per
@@ -131,7 +136,10 @@ def cards(
                 else:
                     arrays[name][latent] = value
     moved = next(iter(source.blocks.batches(size)))
-    return arrays | _effects(source.lm, sae, source.layers, moved, most, progress)
+    affordable = _operations(source.lm, source.layers, moved) <= MOST_OPERATIONS
+    return arrays | _effects(
+        source.lm, sae, source.layers if affordable else [], moved, most, progress
+    )
 
 
 @torch.no_grad()
@@ -229,7 +237,13 @@ def _look_up(own: Activations, layer: np.ndarray, place: np.ndarray) -> np.ndarr
 
 
 @torch.no_grad()
-def logit_slopes(lm: LanguageModel, sae: MLSAE, tokens: Tensor, layer: int) -> Tensor:
+def logit_slopes(
+    lm: LanguageModel,
+    sae: MLSAE,
+    tokens: Tensor,
+    layer: int,
+    done: Callable[[int], object] = lambda dimensions: None,
+) -> Tensor:
     """Change of the logits per unit along each dimension of the vectors after a block.
 
     All tokens that are not special are moved at once, by σ of each vector, as `interventions` steer
@@ -237,6 +251,7 @@ def logit_slopes(lm: LanguageModel, sae: MLSAE, tokens: Tensor, layer: int) -> T
 
     Args:
         tokens: (batch, position) int64.
+        done: is told how many dimensions were moved, as often as some were.
 
     Returns:
         (d_model, vocabulary).
@@ -253,6 +268,7 @@ def logit_slopes(lm: LanguageModel, sae: MLSAE, tokens: Tensor, layer: int) -> T
         last = lm.resume_layers(original, {layer: rows})[0]
         ends = [torch.stack([lm.logits(one).mean((0, 1)) for one in side]) for side in last]
         slopes.append((ends[0] - ends[1]) / (2 * STEP))
+        done(len(dimensions))
     return torch.cat(slopes)
 
 
@@ -265,16 +281,27 @@ def _effects(
     progress: bool = True,
 ) -> dict:
     """Tokens that latents promote and suppress at each layer."""
-    names = ("promoted", "promoted_by", "suppressed", "suppressed_by")
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for layer in tqdm(layers, "effects on predictions", disable=not progress):
-        slopes = logit_slopes(lm, sae, tokens.to(lm.device), layer)
-        change = sae.decoder.detach() @ (slopes - slopes.mean(1, keepdim=True)).float()
-        for name, largest in (("promoted", True), ("suppressed", False)):
-            values, ids = change.topk(most, largest=largest)
-            parts[name].append(ids.cpu().numpy().astype(np.min_scalar_type(lm.vocab_size - 1)))
-            parts[f"{name}_by"].append(values.cpu().numpy().astype(np.float16))
-    return {name: np.stack(part) for name, part in parts.items()}
+    shape, token = (len(layers), sae.n_latents, most), np.min_scalar_type(lm.vocab_size - 1)
+    found = {}
+    for name in ("promoted", "suppressed"):
+        found |= {name: np.zeros(shape, token), f"{name}_by": np.zeros(shape, np.float16)}
+    options = {"unit": " dimensions", "disable": not progress or not layers}
+    with tqdm(None, "effects on predictions", len(layers) * lm.d_model, **options) as bar:
+        for row, layer in enumerate(layers):
+            slopes = logit_slopes(lm, sae, tokens.to(lm.device), layer, bar.update)
+            change = sae.decoder.detach() @ (slopes - slopes.mean(1, keepdim=True)).float()
+            for name, largest in (("promoted", True), ("suppressed", False)):
+                values, ids = change.topk(most, largest=largest)
+                found[name][row] = ids.cpu().numpy()
+                found[f"{name}_by"][row] = values.cpu().numpy()
+    return found
+
+
+def _operations(lm: LanguageModel, layers: list[int], tokens: Tensor) -> float:
+    """Of `_effects`: two passes of the blocks above, with logits, for every dimension and layer."""
+    block, logits = 2 * 12 * lm.d_model**2, 2 * lm.d_model * lm.vocab_size
+    of_token = sum((lm.n_layers - 1 - layer) * block + logits for layer in layers)
+    return 2.0 * lm.d_model * tokens.numel() * of_token
 
 
 # --- files and tables -----------------------------------------------------------------------------
