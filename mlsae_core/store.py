@@ -383,7 +383,7 @@ def ship(artefact: Artefact, only: tuple[str, ...] | None = None) -> Path:
     Raises:
         StoreError: it read other text than its key says.
     """
-    _check_read(artefact)
+    check_read(str(artefact.path), artefact.meta["parents"])
     target = SHIPPED / artefact.meta["stage"] / artefact.key
     kept = artefact.meta["files"] if only is None else {n: artefact.meta["files"][n] for n in only}
     if (target / "meta.json").is_file():
@@ -399,10 +399,11 @@ def ship(artefact: Artefact, only: tuple[str, ...] | None = None) -> Path:
     return target
 
 
-def _check_read(artefact: Artefact):
-    if found := artefact.meta["parents"].get(DIFFERS):
+def check_read(what: str, parents: dict[str, str]):
+    """Refuse to ship what reads other text than its key says, or was made of such."""
+    if found := parents.get(DIFFERS):
         raise StoreError(
-            f"{artefact.path}: cannot be shipped, expected the text and the model that are pinned, "
+            f"{what}: cannot be shipped, expected the text and the model that are pinned, "
             f"got others ({found}); install those releases and compute it again"
         )
 
@@ -421,7 +422,7 @@ def ship_half(artefact: Artefact, costs: dict) -> Path:
     """
     from safetensors.torch import load_file, save_file
 
-    _check_read(artefact)
+    check_read(str(artefact.path), artefact.meta["parents"])
     name, target = "model.safetensors", SHIPPED / artefact.meta["stage"] / artefact.key
     before = {"float32": artefact.meta["files"][name]}
     if (target / "meta.json").is_file():

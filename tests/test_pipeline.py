@@ -214,10 +214,18 @@ def test_what_reads_another_text_than_its_key_says_has_a_key_of_its_own_and_is_n
         assert made.meta["parents"]["differs"] == "two 2.10 → 3.0"
     assert set(status.status(experiment).state) == {"stored"}
     half = dataclasses.replace(experiment, half=True)
-    for declared in (experiment, half):
+    new = run_of(inputs, data={"path": "talk", "context_length": CONTEXT}, k=3)
+    new = dataclasses.replace(experiment, runs=(({}, new),))  # refused before it is computed
+    for declared in (experiment, half, new):
         with pytest.raises(StoreError, match=r"cannot be shipped, .* others \(two 2.10 → 3.0\)"):
             experiments.materialise(declared, ship=True)
     assert not list(store.SHIPPED.rglob("*.json"))
+    assert len(store.artefacts("train")) == 1
+    for made in (trained, measured):
+        with pytest.raises(StoreError, match="cannot be shipped"):
+            store.ship(made)
+    with pytest.raises(StoreError, match="cannot be shipped"):
+        store.ship_half(trained, {})
 
     talk.clear()  # the pinned release: nothing of the other is found
     assert set(status.status(experiment).state) == {"missing"}

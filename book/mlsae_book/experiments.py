@@ -43,7 +43,13 @@ def materialise(experiment: Experiment, mode: Mode = "cached", ship: bool = Fals
     """Find or compute every result of an experiment; `ship` copies them to the tracked ones.
 
     Weights that are shipped in half precision are those that are measured.
+
+    Raises:
+        StoreError: what is to be shipped would read other text than its keys say.
     """
+    if ship:  # before hours of computing
+        read = (part for _, run in experiment.runs for part in (run.data, run.model))
+        store.check_read(experiment.title, pipeline.differs(*read))
     session = pipeline.Session(mode)
     everything = []
     for labels, run in experiment.runs:
