@@ -343,7 +343,7 @@ longer.evaluation.groupby("case", sort=False)[shown].mean().round(3).rename(colu
 # **What to see.** The first ratio falls with training, for trained weights and for random ones alike. At either budget the random ones are
 # far below, and the intervals do not meet; even after a million tokens the trained ones are above what the random ones have after a quarter
 # of that. So at equal training a low first ratio is no sign that the model has learnt. The second rises with training; of random weights
-# its intervals overlap. The dictionary of random weights hardly learns: its FVU stays near 0.7, after the longer training nearly a quarter
+# its intervals overlap. The dictionary of random weights hardly learns: its FVU stays near 0.7. After the longer training nearly a quarter
 # of its latents are dead, and most of the others are seldom active. So its ratios are of few tokens, which pulls the first one down: with
 # layers permuted it is 0.86, where many tokens give 1. Divided by that it is still far below that of trained weights.
 #
