@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from mlsae_core import architecture, fits, models, status
+from mlsae_core import analysis, architecture, fits, models, status
 from mlsae_core.spec import ModelSpec, SpecError, load_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +67,21 @@ def test_the_costs_of_the_papers_default_are_those_that_were_measured():
     default = costs("models")[1].loc[(0, "train")]
     assert 60 * default.gpu_hours == pytest.approx(measured["minutes"], rel=0.05)
     assert default.memory_gb == pytest.approx(measured["peak_gb"], rel=0.25)
+
+
+def test_the_memory_of_an_evaluation_is_what_was_measured_and_grows_with_the_layers_to_a_limit(
+    monkeypatch,
+):
+    [(_, run)] = load_experiment(ROOT / "book/experiments/fetched/smollm2.yml").runs
+    found = fits.memory(run, False, 2048)
+    assert sum(found) / 1e9 == pytest.approx(2.6, rel=0.1)  # the process' largest, with ablations
+    width, depth, words = 576, 30, 49_152
+    held = depth * width * 2048 + 2 * words * 2048
+    assert found.batch == 4 * (16 * analysis.VECTORS_AT_ONCE["cpu"] + held)
+    monkeypatch.setitem(analysis.VECTORS_AT_ONCE, "cpu", 1)  # one layer at a time, at least
+    assert fits.memory(run, False, 2048).batch == 4 * (16 * 3 * width * 2048 + held)
+    monkeypatch.delitem(analysis.VECTORS_AT_ONCE, "cpu")  # as on a GPU
+    assert fits.memory(run, False, 2048).batch == 4 * (48 * depth * width * 2048 + held)
 
 
 def test_the_readmes_table_is_computed():
