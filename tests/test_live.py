@@ -198,6 +198,9 @@ live.explorer(Session("read-only"), *subject, prompt={RETURN!r}, latent=1758)"""
             ),
         )
         page.goto(f"{address}/lab/tree/a.ipynb?token=a")
+        # What is entered before there is a kernel is not run.
+        idle = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
+        page.locator(idle).wait_for(state="attached", timeout=120_000)
         page.locator(".jp-Notebook .cm-content").click(timeout=60_000)
         page.keyboard.press("Control+Enter")
         frame = page.frame_locator("iframe[title=Explorer]")
