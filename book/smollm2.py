@@ -92,14 +92,14 @@ massive.loc[[0, 5, 10, 11, 12, 15, 20, 25, 27, 28, 29], list(shown)].rename(colu
 # left out at every layer (`massive: excluded` in a run's file): of training, of means, of every metric, and of what is replaced
 # when a layer is put back.
 #
-# **What to see.** After block 11 the first vector of every sequence is a hundred times as long as the others and more, and it
-# stays long to layer 27. (One of them begins with the end of a document, a special token, which is left out of all metrics.) Before
-# that, at layers 1 to 8, it is three to nine times as long as others, but not by enough to be called massive. Six tokens just after a
-# first one are massive, too, and no other anywhere. We looked them up: each repeats the first, so all that attention can read there is the
-# same, and so is the vector. These few tokens, 0.4 % of all, carry nearly all of the variance from layer 11 on, and still four fifths of
-# it at layer 27. Without them (choose it) the mean length from the third position on is within about a fifth of that of the layer. At the
-# second it is up to half as long again. How much is lost at a position goes with the layer: at layers 2 to 8 the FVU grows from the
-# fifth position on, at the first layer it falls on the whole.
+# **What to see.** After block 11 the first vector of every sequence is a hundred times as long as the others and more, and it stays long to
+# layer 27. (One of the sequences begins with the end of a document, a special token, which is left out of all metrics.) Before that, at
+# layers 1 to 8, it is three to nine times as long as others, but not by enough to be called massive. Six tokens just after a first one are
+# massive, too, and no other anywhere. We looked them up: each repeats the first, so all that attention can read there is the same, and so
+# is the vector. These few tokens, 0.4 % of all, carry nearly all of the variance from layer 11 on, and still four fifths of it at layer 27.
+# Without them (choose it) the mean length from the third position on is within about a fifth of that of the layer. At the second it is up
+# to half as long again. How much is lost at a position goes with the layer: at layers 2 to 8 the FVU grows from the fifth position on, at
+# the first layer it falls on the whole.
 #
 # **What would contradict it.** Sinks all over the sequences, or in some of them only: then they would be of a token, not of a place.
 # (Larger models are reported to have them [anywhere in a sequence](https://github.com/saprmarks/dictionary_learning/pull/52).)
@@ -231,8 +231,8 @@ table.sort_index(level="layer", sort_remaining=False)
 # At an equal number of latents in all ($R = 1$ for each, $R = 30$ for all) each layer's own has the lower FVU at layers 5, 23 and 29. At
 # the other three the intervals meet, and at layer 11 the two are equal. Its loss is lower at the last layer and higher at layer 5;
 # elsewhere the intervals meet. In our small model the shared dictionary has the lower FVU in the middle ({doc}`single_layer`); here
-# nowhere. But it is no better than the smaller one: after so short a training it has no use for more latents, and what it
-# would do with them later we do not know. (A token is left out where it is massive at a layer that is read. So the dictionaries of
+# nowhere. But the shared one with $R = 30$ is no better than with $R = 8$: after so short a training it has no use for more latents, and
+# what it would do with them later we do not know. (A token is left out where it is massive at a layer that is read. So the dictionaries of
 # layers 0, 5 and 29 alone were trained and measured on the first positions as well, and a part of the difference there is due to that.)
 #
 # **What would contradict it.** At equal size, an FVU as low in the shared one: then sharing would cost nothing.
@@ -558,7 +558,7 @@ experiments.notes([*followed, *margin, *taken]).set_index(["case", "stage"])
 #
 # With the model at hand, `python -m mlsae_core train SPEC.yml` with `model: smollm2-135m` and a few thousand tokens trains a dictionary of
 # your own in minutes. `python -m mlsae_book reproduce book/experiments/fetched/smollm2.yml` makes this one again and compares it, in about
-# three hours; it continues where it was stopped.
+# four hours; it continues where it was stopped.
 #
 # ```{bibliography}
 # :filter: docname in docnames

